@@ -1,0 +1,80 @@
+"""Everything that the daemon raises on purpose.
+
+    HearthdError
+    ├── ConfigError          the configuration cannot be used; exit before READY
+    ├── BundleError          a model directory is missing, damaged or of another kind; exit before READY
+    ├── BuildError           a checkpoint cannot become a bundle
+    ├── AddressInUseError    another daemon serves the address
+    ├── InvalidRequestError  a request field is wrong           -> INVALID_ARGUMENT
+    ├── ModelNotFoundError   no model of that name              -> NOT_FOUND
+    ├── QueueFullError       too many chats wait                -> RESOURCE_EXHAUSTED
+    ├── SlowReaderError      the caller does not read           -> RESOURCE_EXHAUSTED
+    └── NotServingError      loading or draining                -> UNAVAILABLE
+
+Each message is one line: what was wrong, the value, the limit, the remedy. No message holds a caller's text: it may
+reach the journal. `service` maps these to gRPC statuses; nothing else does.
+"""
+
+__all__ = [
+    "AddressInUseError",
+    "BuildError",
+    "BundleError",
+    "ConfigError",
+    "HearthdError",
+    "InvalidRequestError",
+    "ModelNotFoundError",
+    "NotServingError",
+    "QueueFullError",
+    "SlowReaderError",
+]
+
+
+class HearthdError(Exception):
+    """The base of all errors that the daemon raises on purpose."""
+
+
+class ConfigError(HearthdError):
+    """The configuration cannot be used."""
+
+
+class BundleError(HearthdError):
+    """A model directory is missing, damaged, hostile or of another kind."""
+
+
+class BuildError(HearthdError):
+    """A checkpoint cannot become a bundle, or the bundle is not faithful enough."""
+
+
+class AddressInUseError(HearthdError):
+    """Another process serves the address."""
+
+
+class InvalidRequestError(HearthdError):
+    """A field of a request is wrong."""
+
+    def __init__(self, field: str, message: str) -> None:
+        """`field` is the path in the request's proto, for example `sampling.top_p` or `messages[2].role`."""
+        super().__init__(f"{field}: {message}")
+        self.field = field
+        self.message = message
+
+
+class ModelNotFoundError(HearthdError):
+    """There is no model of that name."""
+
+
+class QueueFullError(HearthdError):
+    """Too many chats are waiting."""
+
+    def __init__(self, message: str, retry_after_seconds: float) -> None:
+        """`retry_after_seconds` is what the caller is told to wait before it tries again."""
+        super().__init__(message)
+        self.retry_after_seconds = retry_after_seconds
+
+
+class SlowReaderError(HearthdError):
+    """A caller does not read its stream, and its backlog reached the limit."""
+
+
+class NotServingError(HearthdError):
+    """The daemon is loading or draining."""
