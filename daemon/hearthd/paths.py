@@ -1,0 +1,76 @@
+"""Where the daemon keeps its files: state, models, tokens, run-time socket, configuration.
+
+Pure functions of an environment; nothing is created, opened or read here. Knows no configuration file: `config` and
+`build` start from these defaults. systemd's own variables come first, so that the unit alone decides where a service
+writes; then the system's places for root, then the XDG places of an ordinary user.
+"""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+__all__ = ["configuration_file", "model_directory", "runtime_directory", "state_directory", "token_file", "unix_socket"]
+
+
+def _absolute(environment: Mapping[str, str], name: str) -> Path | None:
+    """Return the first absolute path in a variable, or None.
+
+    systemd joins several directories with colons; the XDG specification says that relative paths are to be ignored.
+    """
+    first = environment.get(name, "").split(":")[0]
+    return Path(first) if first.startswith("/") else None
+
+
+def _home(environment: Mapping[str, str]) -> Path:
+    return _absolute(environment, "HOME") or Path.home()
+
+
+def state_directory(environment: Mapping[str, str] = os.environ, *, is_root: bool | None = None) -> Path:
+    """Return the directory for what must survive a restart: models, tokens.
+
+    `is_root` is for tests; None asks the operating system.
+    """
+    if found := _absolute(environment, "STATE_DIRECTORY"):
+        return found
+    if os.geteuid() == 0 if is_root is None else is_root:
+        # Where the unit's StateDirectory=hearth is too, so that `sudo hearthd model add` feeds the service.
+        return Path("/var/lib/hearth")
+    return (_absolute(environment, "XDG_DATA_HOME") or _home(environment) / ".local/share") / "hearth"
+
+
+def model_directory(environment: Mapping[str, str] = os.environ, *, is_root: bool | None = None) -> Path:
+    """Return the directory that holds one directory for each installed model."""
+    return state_directory(environment, is_root=is_root) / "models"
+
+
+def token_file(environment: Mapping[str, str] = os.environ, *, is_root: bool | None = None) -> Path:
+    """Return where `hearthd token` writes if the configuration names no file."""
+    return state_directory(environment, is_root=is_root) / "tokens"
+
+
+def runtime_directory(environment: Mapping[str, str] = os.environ, *, is_root: bool | None = None) -> Path:
+    """Return the directory for the socket and its lock.
+
+    Never below /tmp: anybody could create the name first, and be taken for the daemon.
+    """
+    if found := _absolute(environment, "RUNTIME_DIRECTORY"):
+        return found
+    if os.geteuid() == 0 if is_root is None else is_root:
+        return Path("/run/hearth")
+    if found := _absolute(environment, "XDG_RUNTIME_DIR"):
+        return found / "hearth"
+    return state_directory(environment, is_root=is_root) / "run"
+
+
+def unix_socket(environment: Mapping[str, str] = os.environ, *, is_root: bool | None = None) -> Path:
+    """Return the default Unix socket."""
+    return runtime_directory(environment, is_root=is_root) / "hearthd.sock"
+
+
+def configuration_file(environment: Mapping[str, str] = os.environ, *, is_root: bool | None = None) -> Path:
+    """Return the file that is read if none is named, which need not exist."""
+    if found := _absolute(environment, "CONFIGURATION_DIRECTORY"):
+        return found / "hearthd.toml"
+    if os.geteuid() == 0 if is_root is None else is_root:
+        return Path("/etc/hearth/hearthd.toml")
+    return (_absolute(environment, "XDG_CONFIG_HOME") or _home(environment) / ".config") / "hearth/hearthd.toml"
