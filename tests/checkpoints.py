@@ -1,0 +1,492 @@
+"""Tiny random checkpoints of every supported architecture, as a Hugging Face directory and as GGUF, without torch.
+
+The GGUF side does what llama.cpp's conversion does (its names, its order of q and k rows), written down here a second
+time, so that reading back is proved against it. Used by the tests of checkpoints, builder and engine.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import gguf
+import numpy as np
+import safetensors.numpy
+from numpy.typing import NDArray
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+from chat_templates import LLAMA3, QWEN2_5, QWEN3, SMOLLM2, ZEPHYR
+
+Weights = dict[str, NDArray[np.float32]]
+TokenizerStyle = Literal["smollm", "qwen2", "llama3", "sentencepiece"]
+
+CORPUS: Final = (
+    """
+The kettle is on and the lamp in the hall is low. What shall we cook tonight? There are two onions, a bag of lentils and
+some rice. Please remind me at 18:45 to water the plants, and at 7:30 to feed the cat. It isn't raining any more; we'll
+open the windows. They've moved the meeting to 12 March 2026, I'd say that's too early, and you're right to ask.
+Die Tür zum Garten klemmt, die Küche riecht nach Kaffee. Où est le thé ? El niño comió una manzana. 今日はいい天気です。
+Привет, как дела? Ελληνικά 🙂 👩‍👩‍👧 naïve café — “quoted”, x = 3.14159 * r ** 2; if (a < b) { return c[0]; } ...
+def answer(question: str) -> str:
+    return "yes" if question.endswith("?") else "no"
+"""
+    * 3
+)
+
+LLAMA3_ROPE: Final = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class TinyModel:
+    """One tiny model: Hugging Face configuration (transformers 4 spelling), tokenizer style and chat template."""
+
+    name: str
+    gguf_architecture: str
+    config: dict[str, Any]
+    style: TokenizerStyle
+    template: str
+    pre: str
+    generation: dict[str, Any] = field(default_factory=dict)
+
+    def weights(self, seed: int = 0) -> Weights:
+        """Random weights by Hugging Face name, of sizes that make the layers matter."""
+        return random_weights(self.config, seed)
+
+
+def _model(
+    name: str, architecture: str, model_type: str, style: TokenizerStyle, template: str, pre: str, **changes: Any
+) -> TinyModel:
+    generation = changes.pop("generation", {})
+    config: dict[str, Any] = {
+        "architectures": [architecture],
+        "model_type": model_type,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "hidden_act": "silu",
+        "max_position_embeddings": 256,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10_000.0,
+        "rope_scaling": None,
+        "tie_word_embeddings": False,
+        "torch_dtype": "float32",
+    } | changes
+    tokenizer = make_tokenizer(style)
+    config["vocab_size"] = -(-tokenizer.get_vocab_size() // 32) * 32
+    start, end = _TURN[style]
+    config["bos_token_id"] = tokenizer.token_to_id(start)
+    config["eos_token_id"] = tokenizer.token_to_id(end)
+    return TinyModel(name, model_type, config, style, template, pre, generation)
+
+
+# Style -> (bos token, eos token)
+_TURN: Final = {
+    "smollm": ("<|im_start|>", "<|im_end|>"),
+    "qwen2": ("<|endoftext|>", "<|im_end|>"),
+    "llama3": ("<|begin_of_text|>", "<|eot_id|>"),
+    "sentencepiece": ("<s>", "</s>"),
+}
+
+
+@cache
+def tiny_models() -> dict[str, TinyModel]:
+    """Every supported architecture, with each of its optional parts somewhere."""
+    llama, qwen2, qwen3 = "LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"
+    models_ = [
+        _model("smollm2", llama, "llama", "smollm", SMOLLM2, "smollm", tie_word_embeddings=True, rope_theta=100_000.0),
+        _model("tinyllama", llama, "llama", "sentencepiece", ZEPHYR, "default"),
+        _model(
+            "llama3",
+            llama,
+            "llama",
+            "llama3",
+            LLAMA3,
+            "llama-bpe",
+            tie_word_embeddings=True,
+            head_dim=32,
+            rope_theta=500_000.0,
+            rope_scaling=LLAMA3_ROPE,
+            generation={"temperature": 0.6, "top_p": 0.9, "do_sample": True},
+        ),
+        _model("llama-bias", llama, "llama", "smollm", SMOLLM2, "smollm", attention_bias=True, num_key_value_heads=4),
+        _model(
+            "qwen2",
+            qwen2,
+            "qwen2",
+            "qwen2",
+            QWEN2_5,
+            "qwen2",
+            tie_word_embeddings=True,
+            rope_theta=1_000_000.0,
+            rms_norm_eps=1e-6,
+            use_sliding_window=False,
+            sliding_window=256,
+            max_window_layers=3,
+            generation={"temperature": 0.7, "top_k": 20, "top_p": 0.8, "repetition_penalty": 1.1},
+        ),
+        _model(
+            "qwen3",
+            qwen3,
+            "qwen3",
+            "qwen2",
+            QWEN3,
+            "qwen2",
+            tie_word_embeddings=True,
+            head_dim=32,
+            num_key_value_heads=1,
+            attention_bias=False,
+            rms_norm_eps=1e-6,
+            rope_theta=1_000_000.0,
+        ),
+    ]
+    return {model.name: model for model in models_}
+
+
+def random_weights(config: Mapping[str, Any], seed: int = 0) -> Weights:
+    """Random weights by Hugging Face name."""
+    random = np.random.default_rng(seed)
+    hidden, inner, head_dim = config["hidden_size"], config["intermediate_size"], config["head_dim"]
+    query, key = config["num_attention_heads"] * head_dim, config["num_key_value_heads"] * head_dim
+    qkv_bias = config["model_type"] == "qwen2" or config.get("attention_bias", False)
+
+    def matrix(rows: int, columns: int) -> NDArray[np.float32]:
+        return (random.standard_normal((rows, columns)) * 1.5 / np.sqrt(columns)).astype(np.float32)
+
+    def vector(size: int, mean: float) -> NDArray[np.float32]:
+        return (mean + 0.2 * random.standard_normal(size)).astype(np.float32)
+
+    weights: Weights = {"model.embed_tokens.weight": matrix(config["vocab_size"], hidden) * np.float32(4)}
+    for layer in range(config["num_hidden_layers"]):
+        prefix = f"model.layers.{layer}"
+        weights[f"{prefix}.input_layernorm.weight"] = vector(hidden, 1.0)
+        for name, rows in (("q", query), ("k", key), ("v", key)):
+            weights[f"{prefix}.self_attn.{name}_proj.weight"] = matrix(rows, hidden)
+            if qkv_bias:
+                weights[f"{prefix}.self_attn.{name}_proj.bias"] = vector(rows, 0.0)
+        weights[f"{prefix}.self_attn.o_proj.weight"] = matrix(hidden, query)
+        if config.get("attention_bias", False):
+            weights[f"{prefix}.self_attn.o_proj.bias"] = vector(hidden, 0.0)
+        if config["model_type"] == "qwen3":
+            weights[f"{prefix}.self_attn.q_norm.weight"] = vector(head_dim, 1.0)
+            weights[f"{prefix}.self_attn.k_norm.weight"] = vector(head_dim, 1.0)
+        weights[f"{prefix}.post_attention_layernorm.weight"] = vector(hidden, 1.0)
+        weights[f"{prefix}.mlp.gate_proj.weight"] = matrix(inner, hidden)
+        weights[f"{prefix}.mlp.up_proj.weight"] = matrix(inner, hidden)
+        weights[f"{prefix}.mlp.down_proj.weight"] = matrix(hidden, inner)
+    weights["model.norm.weight"] = vector(hidden, 1.0)
+    if not config["tie_word_embeddings"]:
+        weights["lm_head.weight"] = matrix(config["vocab_size"], hidden)
+    return weights
+
+
+@cache
+def make_tokenizer(style: TokenizerStyle) -> Tokenizer:
+    """Train a small tokenizer whose parts are those of the family's."""
+    if style == "sentencepiece":
+        return _sentencepiece_tokenizer()
+    tokenizer = Tokenizer(models.BPE(ignore_merges=style == "llama3"))
+    tokenizer.pre_tokenizer = pre_tokenizer(style)
+    tokenizer.decoder = decoders.ByteLevel()
+    if style == "qwen2":
+        tokenizer.normalizer = normalizers.NFC()
+    first = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"] if style == "smollm" else []
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=first, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    tokenizer.train_from_iterator([CORPUS], trainer)
+    if style == "qwen2":
+        tokenizer.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
+        tokenizer.add_tokens([AddedToken("<think>", normalized=False), AddedToken("</think>", normalized=False)])
+    elif style == "llama3":
+        tokenizer.add_special_tokens(
+            ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+        )
+    return tokenizer
+
+
+def pre_tokenizer(style: TokenizerStyle) -> pre_tokenizers.PreTokenizer:
+    """How the family cuts text into words, as its tokenizer.json says."""
+    if style == "smollm":
+        return pre_tokenizers.Sequence(
+            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        )
+    digits = r"\p{N}" if style == "qwen2" else r"\p{N}{1,3}"
+    pattern = (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|" + digits + r"| ?[^\s\p{L}\p{N}]+[\r\n]*"
+        r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+    )
+    return pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+
+
+def _sentencepiece_tokenizer() -> Tokenizer:
+    """A SentencePiece BPE as converted by transformers: byte fallback, "▁" for a space, one before the text."""
+    trained = Tokenizer(models.BPE())
+    trained.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    # Without spaces inside of pieces, as SentencePiece keeps them.
+    trained.pre_tokenizer = pre_tokenizers.Split("▁", behavior="merged_with_next")
+    trained.train_from_iterator(
+        CORPUS.splitlines(), trainers.BpeTrainer(vocab_size=330, limit_alphabet=60, show_progress=False)
+    )
+    model = json.loads(trained.to_str())["model"]
+    merged = [left + right for left, right in model["merges"]]
+    letters = sorted(set(model["vocab"]) - set(merged))
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *dict.fromkeys(merged), *letters]
+    merges = [(left, right) for left, right in model["merges"]]
+    tokenizer = Tokenizer(
+        models.BPE(
+            {piece: i for i, piece in enumerate(pieces)}, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True
+        )
+    )
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in ("<unk>", "<s>", "</s>")])
+    return tokenizer
+
+
+def write_huggingface(
+    path: Path,
+    model: TinyModel,
+    *,
+    weights: Weights | None = None,
+    dtype: Literal["F32", "F16", "BF16"] = "F32",
+    num_shards: int = 1,
+    transformers_5: bool = False,
+    template: Literal["jinja", "string", "list"] = "jinja",
+) -> Weights:
+    """Write a checkpoint directory; returns the weights as they can be read back."""
+    path.mkdir(parents=True, exist_ok=True)
+    weights = model.weights() if weights is None else weights
+    stored, readable = _as_dtype(weights, dtype)
+    names = list(stored)
+    if num_shards == 1:
+        _write_safetensors(path / "model.safetensors", stored, dtype)
+    else:
+        where: dict[str, str] = {}
+        for shard in range(num_shards):
+            file = f"model-{shard + 1:05}-of-{num_shards:05}.safetensors"
+            part = names[shard::num_shards]
+            _write_safetensors(path / file, {name: stored[name] for name in part}, dtype)
+            where |= dict.fromkeys(part, file)
+        _write_json(path / "model.safetensors.index.json", {"metadata": {}, "weight_map": where})
+    config = dict(model.config)
+    if transformers_5:
+        rope = config.pop("rope_scaling") or {"rope_type": "default"}
+        config["rope_parameters"] = rope | {"rope_theta": config.pop("rope_theta")}
+        config["dtype"] = config.pop("torch_dtype")
+    _write_json(path / "config.json", config)
+    _write_json(path / "generation_config.json", {"eos_token_id": [config["eos_token_id"]], **model.generation})
+    make_tokenizer(model.style).save(str(path / "tokenizer.json"))
+    bos, eos = _TURN[model.style]
+    tokenizer_config: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": bos,
+        "eos_token": {"content": eos},
+        # transformers would otherwise take blanks before punctuation out of decoded text.
+        "clean_up_tokenization_spaces": False,
+    }
+    if template == "jinja":
+        (path / "chat_template.jinja").write_text(model.template, encoding="utf-8")
+    elif template == "string":
+        tokenizer_config["chat_template"] = model.template
+    else:
+        other = {"name": "tool_use", "template": "{{ tools }}"}
+        tokenizer_config["chat_template"] = [other, {"name": "default", "template": model.template}]
+    _write_json(path / "tokenizer_config.json", tokenizer_config)
+    return readable
+
+
+def _as_dtype(weights: Weights, dtype: str) -> tuple[dict[str, NDArray[Any]], Weights]:
+    if dtype == "F32":
+        return dict(weights), weights
+    if dtype == "F16":
+        halves = {name: values.astype(np.float16) for name, values in weights.items()}
+        return dict(halves), {name: values.astype(np.float32) for name, values in halves.items()}
+    # bfloat16 by cutting: the upper two bytes of each float32.
+    upper = {name: (values.view(np.uint32) >> 16).astype(np.uint16) for name, values in weights.items()}
+    return dict(upper), {name: (values.astype(np.uint32) << 16).view(np.float32) for name, values in upper.items()}
+
+
+def _write_safetensors(path: Path, tensors: Mapping[str, NDArray[Any]], dtype: str) -> None:
+    if dtype != "BF16":
+        safetensors.numpy.save_file({name: np.ascontiguousarray(each) for name, each in tensors.items()}, path)
+        return
+    # NumPy has no bfloat16, so the file is put together here: length of the header, header, data.
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, each in tensors.items():
+        header[name] = {"dtype": "BF16", "shape": list(each.shape), "data_offsets": [end, end + each.nbytes]}
+        end += each.nbytes
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + b"".join(each.tobytes() for each in tensors.values()))
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2), encoding="utf-8")
+
+
+_GGUF_NAMES: Final = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+
+
+def write_gguf(
+    path: Path, model: TinyModel, *, weights: Weights | None = None, encoding: str = "F32", **metadata: Any
+) -> Weights:
+    """Write a GGUF file as llama.cpp's conversion would; returns the weights as they can be read back.
+
+    Matrices are stored in `encoding`, norms and biases in F32. `metadata` replaces single entries, dots written "__".
+    """
+    weights = model.weights() if weights is None else weights
+    config = model.config
+    writer = gguf.GGUFWriter(path, model.gguf_architecture)
+    writer.add_name(model.name)
+    writer.add_license("apache-2.0")
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_key_length(config["head_dim"])
+    writer.add_value_length(config["head_dim"])
+    writer.add_rope_dimension_count(config["head_dim"])
+    writer.add_rope_freq_base(config["rope_theta"])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    _add_tokenizer(writer, model)
+    for key, value in metadata.items():
+        _add(writer, key.replace("__", "."), value)
+    if config["rope_scaling"]:
+        writer.add_tensor("rope_freqs.weight", llama3_rope_factors(config))
+    quantization = gguf.GGMLQuantizationType[encoding]
+    readable: Weights = {}
+    for name, values in weights.items():
+        readable[name] = values
+        if values.ndim == 2:
+            stored = gguf.quants.quantize(values, quantization)
+            readable[name] = np.array(gguf.quants.dequantize(stored, quantization), np.float32)
+        written = _reorder(name, values, config) if model.gguf_architecture == "llama" else values
+        if values.ndim == 2:
+            stored = gguf.quants.quantize(written, quantization)
+            writer.add_tensor(_gguf_name(name), stored, raw_dtype=quantization)
+        else:
+            writer.add_tensor(_gguf_name(name), written)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return readable
+
+
+def _gguf_name(name: str) -> str:
+    stem, kind = name.rsplit(".", 1)
+    if stem.startswith("model.layers."):
+        layer, part = stem.removeprefix("model.layers.").split(".", 1)
+        return f"blk.{layer}.{_GGUF_NAMES[part]}.{kind}"
+    return f"{_GGUF_NAMES[stem]}.{kind}"
+
+
+def _reorder(name: str, values: NDArray[np.float32], config: Mapping[str, Any]) -> NDArray[np.float32]:
+    """LlamaModel.permute of convert_hf_to_gguf.py, row by row: row 2i of a head is row i, row 2i+1 is row i + half."""
+    if ".q_proj." not in name and ".k_proj." not in name:
+        return values
+    half = config["head_dim"] // 2
+    order = [
+        head + offset + pair for head in range(0, len(values), 2 * half) for pair in range(half) for offset in (0, half)
+    ]
+    return np.ascontiguousarray(values[order])
+
+
+def llama3_rope_factors(config: Mapping[str, Any]) -> NDArray[np.float32]:
+    """What Llama 3's inverse frequencies are divided by, as convert_hf_to_gguf.py's generate_extra_tensors has it."""
+    rope = config["rope_scaling"]
+    low = rope["original_max_position_embeddings"] / rope["low_freq_factor"]
+    high = rope["original_max_position_embeddings"] / rope["high_freq_factor"]
+    factors = []
+    for dimension in range(0, config["head_dim"], 2):
+        wavelength = 2 * np.pi * config["rope_theta"] ** (dimension / config["head_dim"])
+        if wavelength < high:
+            factors.append(1.0)
+        elif wavelength > low:
+            factors.append(rope["factor"])
+        else:
+            smooth = (rope["original_max_position_embeddings"] / wavelength - rope["low_freq_factor"]) / (
+                rope["high_freq_factor"] - rope["low_freq_factor"]
+            )
+            factors.append(1 / ((1 - smooth) / rope["factor"] + smooth))
+    return np.array(factors, np.float32)
+
+
+def _add_tokenizer(writer: gguf.GGUFWriter, model: TinyModel) -> None:
+    content = json.loads(make_tokenizer(model.style).to_str())
+    tokens: dict[int, str] = {token_id: token for token, token_id in content["model"]["vocab"].items()}
+    types = dict.fromkeys(tokens, gguf.TokenType.NORMAL)
+    for added in content["added_tokens"]:
+        tokens[added["id"]] = added["content"]
+        types[added["id"]] = gguf.TokenType.CONTROL if added["special"] else gguf.TokenType.USER_DEFINED
+    for token_id in range(len(tokens), model.config["vocab_size"]):
+        tokens[token_id], types[token_id] = f"[PAD{token_id}]", gguf.TokenType.UNUSED
+    if model.style == "sentencepiece":
+        for token_id, token in tokens.items():
+            if token.startswith("<0x"):
+                types[token_id] = gguf.TokenType.BYTE
+        types[0] = gguf.TokenType.UNKNOWN
+        writer.add_tokenizer_model("llama")
+        # Better pieces come first, as sentencepiece numbers them; control and byte tokens score 0.
+        writer.add_token_scores([0.0 if token_id < 259 else 258.0 - token_id for token_id in sorted(tokens)])
+    else:
+        writer.add_tokenizer_model("gpt2")
+        writer.add_token_merges([" ".join(merge) for merge in content["model"]["merges"]])
+    writer.add_tokenizer_pre(model.pre)
+    writer.add_token_list([tokens[token_id] for token_id in sorted(tokens)])
+    writer.add_token_types([types[token_id] for token_id in sorted(tokens)])
+    writer.add_bos_token_id(model.config["bos_token_id"])
+    writer.add_eos_token_id(model.config["eos_token_id"])
+    writer.add_chat_template(model.template)
+
+
+def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
+    for data in writer.kv_data:
+        data.pop(key, None)
+    if value is None:
+        return
+    if isinstance(value, bool):
+        writer.add_bool(key, value)
+    elif isinstance(value, int):
+        writer.add_uint32(key, value)
+    elif isinstance(value, float):
+        writer.add_float32(key, value)
+    elif isinstance(value, str):
+        writer.add_string(key, value)
+    else:
+        writer.add_array(key, value)
