@@ -1,0 +1,53 @@
+# The front door. `make demo` for a first answer, `make test` for everything that proves it.
+# What needs more than a line is a script of its own in deploy/dev/; nothing is written outside this clone.
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help demo test lint arm64 bundle protos constraints clean setup-daemon setup-dev setup-protos
+
+MODEL := smollm2-135m
+STATE := $(CURDIR)/.cache/state
+BUNDLE := .cache/state/models/$(MODEL)/manifest.json
+# The model is built again when what builds it has changed.
+BUILDER := $(shell find daemon/hearthd/build -type f -not -path '*/__pycache__/*') daemon/hearthd/manifest.py
+
+help: ## show these lines
+	@sed -n 's/^\([a-z0-9]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 22
+
+demo: setup-daemon $(BUNDLE) ## install what is missing, build the default model, ask it a question
+	@deploy/dev/demo.sh "$(STATE)"
+
+test: setup-dev setup-protos lint $(BUNDLE) ## set up likewise, then lint and the whole test suite (ARGS="-k name")
+	.venv/bin/python -m pytest $(ARGS)
+
+lint: setup-dev ## ruff and mypy --strict
+	.venv/bin/ruff check
+	.venv/bin/ruff format --check
+	.venv/bin/mypy
+
+arm64: setup-dev $(BUNDLE) ## the same greedy answer on an emulated Pi 4 and Pi 5 as here
+	.venv/bin/python tests/arm64/compare.py
+
+bundle: $(BUNDLE) ## build the default model into .cache/state
+
+$(BUNDLE): $(BUILDER) | setup-daemon
+	STATE_DIRECTORY="$(STATE)" .venv/bin/hearthd model add $(MODEL)
+
+protos: setup-protos ## write client/hearth/v1 from protos/
+	deploy/dev/protos.sh client
+
+constraints: setup-dev ## write constraints.txt from the ranges in pyproject.toml
+	.venv/bin/python deploy/dev/constraints.py
+
+clean: ## remove the environments, the built model and every cache
+	rm -rf .venv .venv-protos .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist
+	find client daemon tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+setup-daemon:
+	@deploy/dev/setup.sh daemon
+
+setup-dev:
+	@deploy/dev/setup.sh dev
+
+setup-protos:
+	@deploy/dev/setup.sh protos
