@@ -1,0 +1,107 @@
+"""Addresses of a daemon: read what a person writes, and find the one to use when nobody wrote any.
+
+Knows nothing of gRPC but how it spells a target. Called by `_settings`.
+"""
+
+import ipaddress
+import os
+import re
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass
+from urllib.parse import quote
+
+from hearth._errors import ConfigurationError
+
+DEFAULT_PORT = 50051
+SYSTEM_SOCKET = "/run/hearthd/hearthd.sock"
+FORMS = "write unix:///absolute/path, host:port or [IPv6 address]:port"
+
+# sun_path holds 108 bytes, the last of them zero (unix(7)).
+_MAX_SOCKET_PATH_BYTES = 107
+_HOST = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9._-]*[A-Za-z0-9_])?\.?")
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """Where a daemon is."""
+
+    text: str
+    """As a person writes it; for messages."""
+    target: str
+    """As gRPC takes it."""
+    is_unix: bool
+    is_loopback: bool
+    """What is sent there cannot be seen from outside this machine."""
+
+
+def parse_address(text: str) -> Address:
+    """Read `unix:///path`, `host:port` or `[::1]:port`. Raises ConfigurationError on anything else."""
+    if text.startswith("unix:"):
+        return _parse_unix(text)
+    if "://" in text:
+        raise ConfigurationError(f"address {text!r}: no such scheme; {FORMS}")
+    if text.startswith("["):
+        host, bracket, port_text = text[1:].rpartition("]:")
+    else:
+        host, bracket, port_text = text.rpartition(":")
+        if ":" in host:
+            raise ConfigurationError(f"address {text!r}: more than one colon; {FORMS}")
+    if not bracket:
+        raise ConfigurationError(f"address {text!r}: the port is missing, for example {text}:{DEFAULT_PORT}; {FORMS}")
+    if not (port_text.isascii() and port_text.isdigit() and 1 <= int(port_text[:6]) <= 65535 and len(port_text) < 6):
+        raise ConfigurationError(f"address {text!r}: the port is not a number from 1 to 65535")
+    is_loopback = _parse_ipv6(text, host).is_loopback if text.startswith("[") else _is_loopback_name(text, host)
+    return Address(text, f"dns:///{quote(text, safe='[]:')}", is_unix=False, is_loopback=is_loopback)
+
+
+def _parse_unix(text: str) -> Address:
+    path = text.removeprefix("unix://")
+    if not path.startswith("/"):
+        raise ConfigurationError(f"address {text!r}: the path of a Unix socket is absolute: unix:///run/x.sock")
+    if len(os.fsencode(path)) > _MAX_SOCKET_PATH_BYTES or "\0" in path:
+        raise ConfigurationError(
+            f"address {text!r}: the path of a Unix socket has at most {_MAX_SOCKET_PATH_BYTES} bytes, none of them zero"
+        )
+    # gRPC takes the path for a part of a URI: unquoted, `%41` would name another file and `#` would cut it off.
+    return Address(text, f"unix:{quote(os.fsencode(path))}", is_unix=True, is_loopback=True)
+
+
+def _parse_ipv6(text: str, host: str) -> ipaddress.IPv6Address:
+    try:
+        return ipaddress.IPv6Address(host)
+    except ValueError:
+        raise ConfigurationError(f"address {text!r}: {host!r} is not an IPv6 address; {FORMS}") from None
+
+
+def _is_loopback_name(text: str, host: str) -> bool:
+    if not host:
+        raise ConfigurationError(f"address {text!r}: the host is missing; {FORMS}")
+    if not _HOST.fullmatch(host) or len(host) > 253:
+        raise ConfigurationError(f"address {text!r}: {host!r} is not the name or address of a host; {FORMS}")
+    try:
+        return ipaddress.IPv4Address(host).is_loopback
+    except ValueError:
+        if all(part.isdigit() for part in host.rstrip(".").split(".")):
+            raise ConfigurationError(f"address {text!r}: {host!r} is not an IPv4 address") from None
+        return host.lower() == "localhost"
+
+
+def default_address(environ: Mapping[str, str]) -> str:
+    """HEARTH_ADDRESS, else the Unix socket of this user's or the system's daemon if there is one, else loopback."""
+    if address := environ.get("HEARTH_ADDRESS"):
+        return address
+    candidates = [SYSTEM_SOCKET]
+    if (runtime := environ.get("XDG_RUNTIME_DIR", "")).startswith("/"):
+        candidates.insert(0, f"{runtime}/hearth/hearthd.sock")
+    for path in candidates:
+        if _is_socket(path):
+            return f"unix://{path}"
+    return f"127.0.0.1:{DEFAULT_PORT}"
+
+
+def _is_socket(path: str) -> bool:
+    try:
+        return stat.S_ISSOCK(os.stat(path).st_mode)
+    except (OSError, ValueError):
+        return False

@@ -1,0 +1,58 @@
+"""Channels to a daemon, and what they are told about time, names and proxies.
+
+The only place that knows gRPC's channel options. They are tested by their effect (tests/test_client_connection.py):
+gRPC ignores a misspelt one without a word. Called by `Client` and `AsyncClient`.
+"""
+
+from typing import Any
+
+import grpc
+from grpc import aio
+
+from hearth._settings import Settings
+
+
+def channel_options(settings: Settings) -> list[tuple[str, int | str]]:
+    """gRPC's options for these settings."""
+    keepalive_ms = max(1, round(settings.keepalive * 1000))
+    return [
+        ("grpc.primary_user_agent", "hearth-python"),
+        # A running call asks for a sign of life. Without the fourth, gRPC stops asking after two pings in a silence,
+        # and a daemon that dies in a long prefill would be noticed only at the deadline.
+        ("grpc.keepalive_time_ms", keepalive_ms),
+        ("grpc.keepalive_timeout_ms", max(1, keepalive_ms // 2)),
+        ("grpc.http2.ping_timeout_ms", max(1, keepalive_ms // 2)),
+        ("grpc.http2.max_pings_without_data", 0),
+        # `Patience` decides about attempts; gRPC's own would multiply with them.
+        ("grpc.enable_retries", 0),
+        # A daemon that is being started is reached soon after it listens. The second is also the longest that one
+        # attempt to connect may take.
+        ("grpc.initial_reconnect_backoff_ms", 100),
+        ("grpc.min_reconnect_backoff_ms", keepalive_ms),
+        ("grpc.max_reconnect_backoff_ms", 1000),
+        # http_proxy would carry even calls to 127.0.0.1, and their token, through the proxy.
+        ("grpc.enable_http_proxy", 0),
+        # Clients share no connection, so neither its state nor its failures.
+        ("grpc.use_local_subchannel_pool", 1),
+    ]
+
+
+def call_metadata(settings: Settings) -> tuple[tuple[str, str], ...]:
+    """What goes with each call."""
+    return (("authorization", f"Bearer {settings.token}"),) if settings.token else ()
+
+
+def open_channel(settings: Settings) -> Any:
+    """A grpc.Channel. Nothing is sent yet."""
+    options = channel_options(settings)
+    if settings.ca is None:
+        return grpc.insecure_channel(settings.address.target, options)
+    return grpc.secure_channel(settings.address.target, grpc.ssl_channel_credentials(settings.ca), options)
+
+
+def open_async_channel(settings: Settings) -> Any:
+    """A grpc.aio.Channel of the running event loop. Nothing is sent yet."""
+    options = channel_options(settings)
+    if settings.ca is None:
+        return aio.insecure_channel(settings.address.target, options)
+    return aio.secure_channel(settings.address.target, grpc.ssl_channel_credentials(settings.ca), options)

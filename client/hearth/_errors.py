@@ -1,0 +1,118 @@
+"""Everything that the client raises on purpose.
+
+    HearthError
+    ├── ConfigurationError        an address, token, certificate or time that cannot be used; nothing was sent
+    ├── InvalidRequestError       a field of the request is wrong; `field` names it
+    ├── ModelNotFoundError        the daemon has no model of that name
+    ├── AuthenticationError       no token, or one that the daemon does not know
+    ├── PermissionDeniedError     the token is known and does not allow this
+    ├── LimitExceededError        a limit of the daemon was reached
+    │   └── QueueFullError        too many chats wait; `retry_after` says how many seconds to leave it in peace
+    ├── UnavailableError          the daemon is loading its model or shutting down; `retry_after` as above
+    │   └── ConnectError          there is no connection to a daemon
+    ├── DeadlineError             the call took longer than its `timeout`
+    ├── CallCancelledError        the call was given up before it was complete
+    ├── InternalError             a fault of the daemon; `error_id` finds it in the daemon's journal
+    └── ProtocolError             the other side does not speak hearth.v1 as agreed
+
+Each message is one line that says what was wrong and what helps. Knows nothing of gRPC: `_translate` makes the errors
+of the daemon from statuses, and nothing else does.
+"""
+
+__all__ = [
+    "AuthenticationError",
+    "CallCancelledError",
+    "ConfigurationError",
+    "ConnectError",
+    "DeadlineError",
+    "HearthError",
+    "InternalError",
+    "InvalidRequestError",
+    "LimitExceededError",
+    "ModelNotFoundError",
+    "PermissionDeniedError",
+    "ProtocolError",
+    "QueueFullError",
+    "UnavailableError",
+]
+
+
+class HearthError(Exception):
+    """The base of all errors that the client raises on purpose."""
+
+
+class ConfigurationError(HearthError):
+    """What the client was given cannot be used. Nothing was sent."""
+
+
+class InvalidRequestError(HearthError):
+    """A field of the request is missing, malformed or out of range, or the conversation does not fit the context."""
+
+    def __init__(self, message: str, *, field: str | None = None) -> None:
+        """`field` is its path in the request, for example `sampling.top_p`; None if the daemon did not say."""
+        super().__init__(message)
+        self.field = field
+
+
+class ModelNotFoundError(HearthError):
+    """The daemon has no model of that name."""
+
+
+class AuthenticationError(HearthError):
+    """The daemon wants a token that it knows."""
+
+
+class PermissionDeniedError(HearthError):
+    """The daemon knows the token and does not allow this call."""
+
+
+class LimitExceededError(HearthError):
+    """A limit of the daemon was reached, for example the size of a request."""
+
+
+class QueueFullError(LimitExceededError):
+    """Too many chats wait, and the retries that the client was allowed are used up."""
+
+    def __init__(self, message: str, *, retry_after: float | None = None) -> None:
+        """`retry_after`: the daemon asks not to be called again for so many seconds; None: not to be called again."""
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class UnavailableError(HearthError):
+    """The daemon cannot serve now: it is loading its model, or shutting down."""
+
+    def __init__(self, message: str, *, retry_after: float | None = None) -> None:
+        """`retry_after`: seconds that the daemon asks to wait; None if it did not say."""
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class ConnectError(UnavailableError):
+    """There is no connection to a daemon, or it broke."""
+
+    def __init__(self, message: str, *, is_transient: bool = True) -> None:
+        """`is_transient`: False if waiting cannot help, as with a certificate that does not fit."""
+        super().__init__(message)
+        self.is_transient = is_transient
+
+
+class DeadlineError(HearthError):
+    """The call took longer than its `timeout`."""
+
+
+class CallCancelledError(HearthError):
+    """The stream or the client was closed, or the daemon gave the call up, before it was complete."""
+
+
+class InternalError(HearthError):
+    """A fault of the daemon."""
+
+    def __init__(self, message: str, *, error_id: str | None = None) -> None:
+        """`error_id` stands in the daemon's journal beside the cause; None if the daemon named none."""
+        super().__init__(message)
+        self.error_id = error_id
+
+
+class ProtocolError(HearthError):
+    """The other side is no Hearth daemon, or one whose protocol this client does not know."""

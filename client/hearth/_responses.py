@@ -1,0 +1,151 @@
+"""Responses: messages of hearth.v1 as values.
+
+Knows nothing of calls. Takes serialised bytes, so that a response that cannot be decoded is reported in one way,
+whichever kind of client received it. Called by `_operations` and `_chat`.
+"""
+
+from typing import Any, TypeVar
+
+from google.protobuf.message import DecodeError, Message
+
+from hearth import _values as values
+from hearth._errors import ProtocolError
+from hearth._standard_protos import message_class
+from hearth.v1 import chat_pb2, model_pb2, status_pb2
+
+_FINISH_REASONS = {
+    chat_pb2.FINISH_REASON_END_OF_TURN: values.FinishReason.END_OF_TURN,
+    chat_pb2.FINISH_REASON_STOP_STRING: values.FinishReason.STOP_STRING,
+    chat_pb2.FINISH_REASON_LENGTH: values.FinishReason.LENGTH,
+    chat_pb2.FINISH_REASON_TIME_LIMIT: values.FinishReason.TIME_LIMIT,
+}
+_STATES = {
+    status_pb2.DAEMON_STATE_LOADING: values.DaemonState.LOADING,
+    status_pb2.DAEMON_STATE_SERVING: values.DaemonState.SERVING,
+    status_pb2.DAEMON_STATE_DRAINING: values.DaemonState.DRAINING,
+}
+# grpc.health.v1.HealthCheckResponse.ServingStatus
+_HEALTH = {1: values.Health.SERVING, 2: values.Health.NOT_SERVING}
+
+_M = TypeVar("_M", bound=Message)
+
+
+def decode(message_type: type[_M], data: bytes) -> _M:
+    """Parse one message. Raises ProtocolError if `data` is none of that type."""
+    try:
+        return message_type.FromString(data)
+    except DecodeError as error:
+        raise ProtocolError(f"the daemon sent {len(data)} bytes that are no {message_type.DESCRIPTOR.name}") from error
+
+
+def parse_models(data: bytes) -> tuple[values.ModelInfo, ...]:
+    """ListModelsResponse -> the models, the default one first."""
+    return tuple(_model(model) for model in decode(model_pb2.ListModelsResponse, data).models)
+
+
+def parse_model(data: bytes) -> values.ModelInfo:
+    """GetModelResponse -> the model."""
+    response = decode(model_pb2.GetModelResponse, data)
+    if not response.HasField("model"):
+        raise ProtocolError("the daemon described no model")
+    return _model(response.model)
+
+
+def parse_token_count(data: bytes) -> int:
+    """CountTokensResponse -> the number of tokens."""
+    return decode(model_pb2.CountTokensResponse, data).token_count
+
+
+def parse_health(data: bytes) -> values.Health:
+    """grpc.health.v1.HealthCheckResponse -> the state."""
+    return _HEALTH.get(decode(message_class("HealthCheckResponse"), data).status, values.Health.UNKNOWN)
+
+
+def parse_status(data: bytes) -> values.DaemonStatus:
+    """GetStatusResponse -> the daemon's state."""
+    response = decode(status_pb2.GetStatusResponse, data)
+    return values.DaemonStatus(
+        state=_STATES.get(response.state, values.DaemonState.UNKNOWN),
+        version=response.version,
+        model=response.model,
+        uptime_seconds=response.uptime_ms / 1000,
+        num_running=response.running_count,
+        max_running=response.max_running,
+        num_queued=response.queued_count,
+        max_queued=response.max_queued,
+        resident_bytes=response.resident_bytes,
+        num_chats_finished=response.chats_finished_count,
+        num_chats_cancelled=response.chats_cancelled_count,
+        num_chats_refused=response.chats_refused_count,
+        num_chats_failed=response.chats_failed_count,
+        num_prompt_tokens=response.prompt_tokens_count,
+        num_cached_prompt_tokens=response.cached_prompt_tokens_count,
+        num_completion_tokens=response.completion_tokens_count,
+    )
+
+
+def parse_delta(delta: chat_pb2.TextDelta) -> values.Delta:
+    """TextDelta -> more of an answer."""
+    return values.Delta(
+        delta.text,
+        tuple(
+            values.TokenLogprob(_probability(entry.chosen), tuple(map(_probability, entry.top)))
+            for entry in delta.token_logprobs
+        ),
+    )
+
+
+def parse_answer(final: chat_pb2.Final, text: str, token_logprobs: tuple[values.TokenLogprob, ...]) -> values.Answer:
+    """Final, with what the deltas added up to -> the whole answer."""
+    usage, timings = final.usage, final.timings
+    return values.Answer(
+        text=text,
+        finish_reason=_FINISH_REASONS.get(final.finish_reason, values.FinishReason.UNKNOWN),
+        usage=values.Usage(usage.prompt_tokens, usage.cached_prompt_tokens, usage.completion_tokens),
+        timings=values.Timings(
+            queue_seconds=timings.queue_ms / 1000,
+            prefill_seconds=timings.prefill_ms / 1000,
+            time_to_first_token_seconds=timings.time_to_first_token_ms / 1000,
+            decode_seconds=timings.decode_ms / 1000,
+            decode_tokens_per_second=timings.decode_tokens_per_second,
+        ),
+        request_id=final.request_id,
+        model=final.model,
+        token_logprobs=token_logprobs,
+    )
+
+
+def _probability(entry: chat_pb2.TokenProbability) -> values.TokenProbability:
+    return values.TokenProbability(entry.token_id, entry.text, entry.logprob)
+
+
+def _model(model: model_pb2.Model) -> values.ModelInfo:
+    limits, sampling = model.limits, model.default_sampling
+
+    def unless_unset(name: str) -> Any:
+        return getattr(sampling, name) if sampling.HasField(name) else None
+
+    return values.ModelInfo(
+        name=model.name,
+        architecture=model.architecture,
+        context_length=model.context_length,
+        num_parameters=model.parameter_count,
+        quantization=model.quantization,
+        size_bytes=model.size_bytes,
+        license=model.license,
+        source=model.source,
+        limits=values.Limits(
+            max_total_tokens=limits.max_total_tokens,
+            default_max_tokens=limits.default_max_tokens,
+            max_messages=limits.max_messages,
+            max_request_bytes=limits.max_request_bytes,
+            max_stop_strings=limits.max_stop_strings,
+            max_stop_string_chars=limits.max_stop_string_chars,
+            max_top_logprobs=limits.max_top_logprobs,
+            max_running=limits.max_running,
+            max_queued=limits.max_queued,
+        ),
+        default_sampling=values.SamplingDefaults(
+            **{name: unless_unset(name) for name in values.SamplingDefaults.__dataclass_fields__}
+        ),
+    )

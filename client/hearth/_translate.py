@@ -1,0 +1,188 @@
+"""gRPC's failures as errors of this package: the only place where a status becomes an exception.
+
+Works on anything that has the methods of a failed gRPC call, so that it needs no gRPC itself. Called by `Client` and
+`AsyncClient`.
+"""
+
+import math
+import re
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple, Protocol
+
+from hearth._errors import (
+    AuthenticationError,
+    CallCancelledError,
+    ConnectError,
+    DeadlineError,
+    HearthError,
+    InternalError,
+    InvalidRequestError,
+    LimitExceededError,
+    ModelNotFoundError,
+    PermissionDeniedError,
+    ProtocolError,
+    QueueFullError,
+    UnavailableError,
+)
+
+
+class _Code(Protocol):
+    @property
+    def name(self) -> str: ...
+
+
+class RpcFailure(Protocol):
+    """What grpc.RpcError, synchronous or not, offers."""
+
+    def code(self) -> _Code | None: ...
+    def details(self) -> str | None: ...
+    def trailing_metadata(self) -> Iterable[tuple[str, str | bytes]] | None: ...
+
+
+class _Reason(NamedTuple):
+    pattern: str
+    text: str
+    is_transient: bool
+
+
+# gRPC's own words for a missing connection, and what they mean to a person. The first that matches counts.
+_REASONS = (
+    _Reason(r"No such file or directory", "there is no such socket; is hearthd running?", True),
+    _Reason(r"Connection refused", "nobody listens there; is hearthd running?", True),
+    _Reason(r"Permission denied", "this user may not open the socket", False),
+    _Reason(
+        r"resolv\w+ \S+\.local\b|DNS resolution failed for \S+\.local\b",
+        "the name is not known; gRPC finds .local names only if GRPC_DNS_RESOLVER=native is in the environment",
+        True,
+    ),
+    _Reason(r"errors resolving|DNS resolution failed", "the name is not known", True),
+    _Reason(r"WRONG_VERSION_NUMBER", "it does not speak TLS; leave the CA file out", False),
+    _Reason(r"Hostname Verification|not in peer certificate", "its certificate is for another name or address", False),
+    _Reason(r"CERTIFICATE_VERIFY_FAILED", "its certificate is not signed by that of the CA file", False),
+    _Reason(r"Expected SETTINGS frame", "it does not speak gRPC, or wants TLS: then name the CA file", False),
+    _Reason(r"before receiving SETTINGS", "it takes connections and stays silent", True),
+    _Reason(r"timed out|timeout was reached", "it does not answer", True),
+)
+_NO_CONNECTION = re.compile(r"(?i)failed to connect|errors resolving|DNS resolution failed|name resolution")
+_CONNECTION_LOST = re.compile(
+    r"(?i)^stream removed|socket closed|connection reset|connection aborted|broken pipe|ping timeout|keepalive|goaway"
+    r"|transport closed|connection closed"
+)
+# The daemon writes `... id 4f1c...` into the text of an INTERNAL; see hearth.v1.ChatService.
+_ERROR_ID = re.compile(r"\bid[ :=]+([A-Za-z0-9._:-]*[A-Za-z0-9])")
+_DETAILS_TRAILER = "grpc-status-details-bin"
+_PUSHBACK_TRAILER = "grpc-retry-pushback-ms"
+
+
+def translate(failure: RpcFailure, address: str) -> HearthError:
+    """Make the error for a failed call to `address`."""
+    code = failure.code()
+    # What the daemon says becomes one line, whatever it is.
+    said = " ".join((failure.details() or "").split())
+    trailers = dict(failure.trailing_metadata() or ())
+    make = _BY_CODE.get(code.name if code else "UNKNOWN")
+    if make is None:
+        return ProtocolError(
+            f"the daemon at {address} answered with the unexpected status {code and code.name}: {said}"
+        )
+    return make(said, trailers, address)
+
+
+Trailers = dict[str, str | bytes]
+
+
+def _invalid_argument(said: str, trailers: Trailers, address: str) -> HearthError:
+    field, text = None, said
+    if bad_request := _detail(trailers, "BadRequest"):
+        for violation in bad_request.field_violations:
+            field = field or violation.field or None
+            text = text or f"{violation.field}: {violation.description}"
+    return InvalidRequestError(text or f"the daemon at {address} refused the request and did not say why", field=field)
+
+
+def _resource_exhausted(said: str, trailers: Trailers, address: str) -> HearthError:
+    text = said or f"a limit of the daemon at {address} was reached"
+    is_retryable, delay = _retry_delay(trailers)
+    if delay is None and is_retryable:
+        return LimitExceededError(text)
+    return QueueFullError(text, retry_after=delay)
+
+
+def _unavailable(said: str, trailers: Trailers, address: str) -> HearthError:
+    if _NO_CONNECTION.search(said):
+        for reason in _REASONS:
+            if re.search(reason.pattern, said):
+                return ConnectError(f"cannot reach {address}: {reason.text}", is_transient=reason.is_transient)
+        return ConnectError(f"cannot reach {address}: {said}")
+    if _CONNECTION_LOST.search(said):
+        # A dead peer has been waited for already.
+        is_dead = re.search(r"(?i)ping timeout|keepalive", said) is not None
+        what = "the daemon stopped answering" if is_dead else "the connection broke"
+        return ConnectError(f"lost {address}: {what}", is_transient=not is_dead)
+    return UnavailableError(said or f"the daemon at {address} cannot serve now", retry_after=_retry_delay(trailers)[1])
+
+
+def _internal(said: str, trailers: Trailers, address: str) -> HearthError:
+    request_info = _detail(trailers, "RequestInfo")
+    match = _ERROR_ID.search(said)
+    error_id = request_info.request_id if request_info and request_info.request_id else match and match[1]
+    return InternalError(said or f"the daemon at {address} failed", error_id=error_id or None)
+
+
+def _retry_delay(trailers: Trailers) -> tuple[bool, float | None]:
+    """(whether another attempt is welcome, seconds until then or None if the daemon did not say)."""
+    if (pushback := trailers.get(_PUSHBACK_TRAILER)) is not None:
+        try:
+            delay = int(pushback) / 1000
+        except ValueError:
+            delay = -1
+        # Negative or malformed: do not come again (gRFC A6).
+        return (True, delay) if delay >= 0 else (False, None)
+    if retry_info := _detail(trailers, "RetryInfo"):
+        delay = retry_info.retry_delay.seconds + retry_info.retry_delay.nanos / 1e9
+        return (True, delay) if 0 <= delay < math.inf else (False, None)
+    return True, None
+
+
+def _detail(trailers: Trailers, name: str) -> Any:
+    """The detail google.rpc.`name` of the status, or None."""
+    packed = trailers.get(_DETAILS_TRAILER)
+    if not isinstance(packed, bytes):
+        return None
+    from google.protobuf.message import DecodeError
+
+    from hearth._standard_protos import message_class
+
+    try:
+        for detail in message_class("Status").FromString(packed).details:
+            if detail.type_url.rpartition("/")[2] == f"google.rpc.{name}":
+                return message_class(name).FromString(detail.value)
+    except DecodeError:
+        # The status and its text still say what happened.
+        return None
+    return None
+
+
+_Make = Callable[[str, Trailers, str], HearthError]
+_BY_CODE: dict[str, _Make] = {
+    "INVALID_ARGUMENT": _invalid_argument,
+    "NOT_FOUND": lambda said, _, address: ModelNotFoundError(said or f"the daemon at {address} has no such model"),
+    "UNAUTHENTICATED": lambda said, _, address: AuthenticationError(
+        said or f"the daemon at {address} wants a token that it knows"
+    ),
+    "PERMISSION_DENIED": lambda said, _, address: PermissionDeniedError(
+        said or f"the daemon at {address} does not allow this call with this token"
+    ),
+    "RESOURCE_EXHAUSTED": _resource_exhausted,
+    "UNAVAILABLE": _unavailable,
+    "DEADLINE_EXCEEDED": lambda _said, _, address: DeadlineError(
+        f"the daemon at {address} did not finish in time; allow more with timeout (--timeout)"
+    ),
+    "CANCELLED": lambda _said, _, address: CallCancelledError(f"the call to {address} was cancelled before its end"),
+    "INTERNAL": _internal,
+    "UNKNOWN": _internal,
+    "DATA_LOSS": _internal,
+    "UNIMPLEMENTED": lambda said, _, address: ProtocolError(
+        f"{address} does not serve hearth.v1 as this client knows it ({said})"
+    ),
+}
