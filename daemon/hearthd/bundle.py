@@ -3,7 +3,7 @@
     manifest.json          what this module writes and reads; carries the hash of every other file and its own
     model.onnx model.data  graph and external weights
     tokenizer.json chat_template.jinja generation.json
-    preset.*               keys and values of the tokens that every chat starts with, where the build made them
+    preset.npy             keys and values of the tokens that every chat starts with, where the build made them
 
 Everything in the directory is input: sizes and names are bounded, links are refused, nothing is loaded before its hash
 was checked. The hashes find damage, not malice: who can rewrite the manifest can rewrite them all.
@@ -19,12 +19,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final, Self
 
+import numpy as np
+from numpy.typing import NDArray
+
 from hearthd.errors import BundleError
 from hearthd.external_locations import external_locations
 from hearthd.manifest import (
     GENERATION_NAME,
     MANIFEST_NAME,
     MODEL_NAME,
+    PRESET_NAME,
     SCHEMA_VERSION,
     TEMPLATE_NAME,
     TOKENIZER_NAME,
@@ -81,6 +85,23 @@ class Bundle:
     def size_bytes(self) -> int:
         """Bytes of all files, the manifest left out."""
         return self.manifest.size_bytes
+
+    def preset(self) -> NDArray[np.float32] | None:
+        """Return the KV of the manifest's preset_tokens, float32 (layers, 2, kv_heads, tokens, head_dim), if there is one.
+
+        Raises BundleError when its shape is not what the manifest says.
+        """
+        manifest = self.manifest
+        if not manifest.preset_tokens:
+            return None
+        shape = (manifest.num_layers, 2, manifest.num_kv_heads, len(manifest.preset_tokens), manifest.head_dim)
+        try:
+            preset = np.load(self.path / PRESET_NAME, allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise BundleError(f"{self.path / PRESET_NAME} cannot be read: {error}; build the model again") from error
+        if preset.shape != shape or preset.dtype != np.float32:
+            raise BundleError(f"{self.path / PRESET_NAME} is {preset.dtype} {preset.shape}; float32 {shape} is needed")
+        return preset
 
     def tokenizer_json(self) -> str:
         """Return the text of a `tokenizers` file."""

@@ -20,6 +20,7 @@ MODEL_NAME: Final = "model.onnx"
 TOKENIZER_NAME: Final = "tokenizer.json"
 TEMPLATE_NAME: Final = "chat_template.jinja"
 GENERATION_NAME: Final = "generation.json"
+PRESET_NAME: Final = "preset.npy"
 _REQUIRED_FILES: Final = (MODEL_NAME, TOKENIZER_NAME, TEMPLATE_NAME, GENERATION_NAME)
 
 _MAX_FILES: Final = 64
@@ -45,7 +46,7 @@ _TOKEN_IDS: Final = {
     "preset_tokens": (0, 4096),
     "role_markers": (0, 64),
 }
-_TEXTS: Final = {"architecture": 64, "quantization": 64, "license": 256, "source": 1024, "kv_dtype": 16}
+_TEXTS: Final = {"architecture": 64, "quantization": 64, "license": 256, "source": 1024, "kv_dtype": 16, "bos_token": 64, "eos_token": 64}
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +61,8 @@ class FileEntry:
 class Manifest:
     """What a bundle says of itself.
 
-    recipe: how each matrix was quantised. quality: figures measured at build, against the fp32 graph.
-    control_ids: what a person's text must never become. preset_tokens: every chat starts with these, and preset.* holds
+    bos_token, eos_token: what the chat template calls by these names. recipe: how each matrix was quantised. quality: figures measured at build, against the fp32 graph.
+    control_ids: what a person's text must never become. preset_tokens: every chat starts with these, and preset.npy holds
     their keys and values. created_with: program -> version. files: plain file name -> entry, the manifest left out.
     """
 
@@ -82,6 +83,8 @@ class Manifest:
     files: Mapping[str, FileEntry]
     preset_tokens: tuple[int, ...] = ()
     role_markers: tuple[int, ...] = ()
+    bos_token: str = ""
+    eos_token: str = ""
     kv_dtype: str = "float32"
     recipe: Mapping[str, Any] = field(default_factory=dict)
     quality: Mapping[str, Any] = field(default_factory=dict)
@@ -199,6 +202,8 @@ def _check_manifest(manifest: Manifest) -> None:
             raise BundleError(f"{key} has {len(ids)} token ids; {fewest} to {most} are allowed")
         if not all(type(token_id) is int and 0 <= token_id < manifest.vocab_size for token_id in ids):
             raise BundleError(f"{key} has a token id outside of the vocabulary of {manifest.vocab_size}")
+    if bool(manifest.preset_tokens) != (PRESET_NAME in manifest.files):
+        raise BundleError(f"preset_tokens and {PRESET_NAME} come together or not at all; build the model again")
     if len(manifest.preset_tokens) >= manifest.context_length:
         raise BundleError(f"preset_tokens fill the context of {manifest.context_length}")
     for key in ("recipe", "quality", "created_with"):
