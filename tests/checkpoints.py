@@ -361,11 +361,18 @@ _GGUF_NAMES: Final = {
 
 
 def write_gguf(
-    path: Path, model: TinyModel, *, weights: Weights | None = None, encoding: str = "F32", **metadata: Any
+    path: Path,
+    model: TinyModel,
+    *,
+    weights: Weights | None = None,
+    encoding: str = "F32",
+    more: Weights | None = None,
+    **metadata: Any,
 ) -> Weights:
     """Write a GGUF file as llama.cpp's conversion would; returns the weights as they can be read back.
 
-    Matrices are stored in `encoding`, norms and biases in F32. `metadata` replaces single entries, dots written "__".
+    Matrices are stored in `encoding`, norms and biases in F32. `more` are tensors by their GGUF names; `metadata`
+    replaces single entries, dots written "__".
     """
     weights = model.weights() if weights is None else weights
     config = model.config
@@ -388,6 +395,8 @@ def write_gguf(
         _add(writer, key.replace("__", "."), value)
     if config["rope_scaling"]:
         writer.add_tensor("rope_freqs.weight", llama3_rope_factors(config))
+    for name, values in (more or {}).items():
+        writer.add_tensor(name, values)
     quantization = gguf.GGMLQuantizationType[encoding]
     readable: Weights = {}
     for name, values in weights.items():

@@ -174,7 +174,8 @@ class GgufCheckpoint(Checkpoint):
             "rope_theta": self._decimal("rope.freq_base", default=10_000.0),
             "rope_scaling": self._rope_scaling(),
             "tie_word_embeddings": "output.weight" not in self._file.tensors,
-            "attention_bias": "blk.0.attn_q.bias" in self._file.tensors,
+            # Qwen2's qkv bias is a part of the architecture, not of its configuration.
+            "attention_bias": self._architecture != "qwen2" and "blk.0.attn_q.bias" in self._file.tensors,
             "mlp_bias": "blk.0.ffn_up.bias" in self._file.tensors,
             "hidden_act": "silu",
         }

@@ -295,7 +295,7 @@ class _Conversion:
         try:
             tokenizer = Tokenizer.from_str(text)
         except Exception as error:  # tokenizers raises bare Exception
-            raise self._error(f"has a tokenizer that does not load: {str(error)[:200]}") from error
+            raise self._error(f"has a tokenizer that does not load: {ascii(str(error))[:200]}") from error
         for token in added_tokens:
             if tokenizer.token_to_id(token["content"]) != token["id"]:
                 raise self._error(f"has the added token {token['content']!r} at an id that `tokenizers` cannot give it")

@@ -150,7 +150,7 @@ class HuggingFaceCheckpoint(Checkpoint):
         try:
             return text, Tokenizer.from_str(text)
         except Exception as error:  # tokenizers raises bare Exception
-            raise self._error(f"has a tokenizer.json that does not load: {str(error)[:200]}") from error
+            raise self._error(f"has a tokenizer.json that does not load: {ascii(str(error))[:200]}") from error
 
     def _template(self, tokenizer_config: Mapping[str, Any]) -> str:
         template = self._text("chat_template.jinja")
