@@ -72,6 +72,8 @@ class HuggingFaceCheckpoint(Checkpoint):
         try:
             self._where = self._open_weights()
             embedding = self.shape("model.embed_tokens.weight")
+            if len(embedding) != 2:
+                raise self._error(f"has model.embed_tokens.weight of shape {embedding}; a matrix is needed")
         except BaseException:
             self.close()
             raise
