@@ -3,7 +3,7 @@
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test lint arm64 bundle protos constraints clean setup-daemon setup-dev setup-protos
+.PHONY: help demo test lint arm64 bundle protos constraints clean setup-daemon setup-dev setup-protos setup-emulator
 
 MODEL := smollm2-135m
 STATE := $(CURDIR)/.cache/state
@@ -25,7 +25,7 @@ lint: setup-dev ## ruff and mypy --strict
 	.venv/bin/ruff format --check
 	.venv/bin/mypy
 
-arm64: setup-dev $(BUNDLE) ## the same greedy answer on an emulated Pi 4 and Pi 5 as here
+arm64: setup-dev setup-emulator $(BUNDLE) ## the same greedy answer on an emulated Pi 4 and Pi 5 as here
 	.venv/bin/python tests/arm64/compare.py
 
 bundle: $(BUNDLE) ## build the default model into .cache/state
@@ -51,3 +51,6 @@ setup-dev:
 
 setup-protos:
 	@deploy/dev/setup.sh protos
+
+setup-emulator:
+	@deploy/dev/setup.sh emulator

@@ -4,6 +4,7 @@
 #     deploy/dev/setup.sh daemon      what `make demo` needs
 #     deploy/dev/setup.sh dev         that, and the tools and references of `make test`
 #     deploy/dev/setup.sh protos      .venv-protos: the one compiler version that writes client/hearth/v1
+#     deploy/dev/setup.sh emulator    what tests/arm64 needs of the system; no environment
 #
 # Installs only what is missing, and asks for root only if a system package is missing. PYTHON names an interpreter,
 # CC a compiler. A second run takes well under a second: a stamp in the environment names what it was made from. The
@@ -11,11 +12,12 @@
 # and is made anew. Called by the Makefile.
 set -eu
 
-stage=${1:?"usage: deploy/dev/setup.sh daemon|dev|protos"}
+stage=${1:?"usage: deploy/dev/setup.sh daemon|dev|protos|emulator"}
 case $stage in
 daemon | dev) venv=.venv ;;
 protos) venv=.venv-protos ;;
-*) echo "setup: no stage \"$stage\": use daemon, dev or protos" >&2 && exit 2 ;;
+emulator) ;;
+*) echo "setup: no stage \"$stage\": use daemon, dev, protos or emulator" >&2 && exit 2 ;;
 esac
 cd -- "$(dirname -- "$0")/../.."
 exec </dev/null # nothing here reads an answer, and a closed stdin would be reused as somebody's file
@@ -94,6 +96,14 @@ ensure_system_packages() {
         "use Debian 12 or later, or name a complete interpreter: PYTHON=/path/to/python3 make ..."
 }
 
+ensure_emulator() {
+    set --
+    command -v qemu-aarch64-static >/dev/null || set -- "$@" qemu-user-static
+    command -v mmdebstrap >/dev/null || set -- "$@" mmdebstrap
+    [ -e /usr/share/keyrings/debian-archive-keyring.gpg ] || set -- "$@" debian-archive-keyring
+    [ $# -eq 0 ] || install_packages "$@"
+}
+
 # --- the environment ---------------------------------------------------------------------------------------------
 
 # What an environment cannot outlive: its path and its interpreter's minor version are written into its scripts.
@@ -115,6 +125,11 @@ pip_install() {
 mkdir -p .cache
 exec 9>.cache/setup.lock
 flock 9 # two runs at once would each half make one environment
+
+if [ "$stage" = emulator ]; then
+    ensure_emulator
+    exit 0
+fi
 
 stamp=$venv/hearth-ready
 had_stage='' had_identity='' had_contents=''
