@@ -124,7 +124,8 @@ pip_install() {
 
 mkdir -p .cache
 exec 9>.cache/setup.lock
-flock 9 # two runs at once would each half make one environment
+# Two runs at once would each half make one environment.
+flock -n 9 || { say "waiting for another set-up of this clone to end" && flock 9; }
 
 if [ "$stage" = emulator ]; then
     ensure_emulator
