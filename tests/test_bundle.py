@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import pytest
 from hypothesis import given
@@ -20,7 +21,15 @@ from hearthd.errors import BundleError
 from hearthd.external_locations import external_locations
 from hearthd.manifest import _canonical, _seal
 
-FILES = ["manifest.json", "model.onnx", "model.data", "tokenizer.json", "chat_template.jinja", "generation.json"]
+FILES = [
+    "manifest.json",
+    "model.onnx",
+    "model.data",
+    "tokenizer.json",
+    "chat_template.jinja",
+    "generation.json",
+    "preset.npy",
+]
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
@@ -286,7 +295,7 @@ def test_json_that_hurts_parsers_is_refused(text: str) -> None:
         ({"kv_dtype": "int8"}, "kv_dtype"),
         ({"quality": {"kl_mean": float("nan")}}, "finite"),
         ({"license": "a\nb"}, "one line"),
-        ({"files": {}}, r"no model\.onnx"),
+        ({"files": {}, "preset_tokens": ()}, r"no model\.onnx"),
     ],
 )
 def test_manifest_names_what_is_wrong(change: dict[str, Any], message: str) -> None:
@@ -299,3 +308,26 @@ def test_file_entry_is_size_and_sha256(tmp_path: Path) -> None:
     entry = file_entry(tmp_path / "abc")
     assert entry.size == 3
     assert entry.sha256 == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+def test_preset_has_the_shape_that_the_manifest_says(bundle_path: Path) -> None:
+    preset = Bundle.open(bundle_path).preset()
+    assert preset is not None
+    assert preset.shape == (2, 2, 2, 1, 16)
+    np.save(bundle_path / "preset.npy", preset[:1])
+    seal(bundle_path)
+    with pytest.raises(BundleError, match=r"preset\.npy is float32 \(1, 2, 2, 1, 16\)"):
+        Bundle.open(bundle_path).preset()
+
+
+def test_preset_with_a_header_that_lies_is_refused(bundle_path: Path) -> None:
+    file = bundle_path / "preset.npy"
+    data = file.read_bytes()
+    # As long as before, or it would be another kind of damage.
+    lie = data.replace(b"16), }" + b" " * 14, b"1" + b"0" * 15 + b"), }")
+    assert len(lie) == len(data)
+    assert lie != data
+    file.write_bytes(lie)
+    seal(bundle_path)
+    with pytest.raises(BundleError, match=r"preset\.npy cannot be read"):
+        Bundle.open(bundle_path).preset()

@@ -87,7 +87,7 @@ class Bundle:
         return self.manifest.size_bytes
 
     def preset(self) -> NDArray[np.float32] | None:
-        """Return the KV of the manifest's preset_tokens, float32 (layers, 2, kv_heads, tokens, head_dim), if there is one.
+        """Return the KV of the manifest's preset_tokens, float32 (layers, 2, kv_heads, tokens, head_dim); None without.
 
         Raises BundleError when its shape is not what the manifest says.
         """
@@ -96,7 +96,8 @@ class Bundle:
             return None
         shape = (manifest.num_layers, 2, manifest.num_kv_heads, len(manifest.preset_tokens), manifest.head_dim)
         try:
-            preset = np.load(self.path / PRESET_NAME, allow_pickle=False)
+            # Mapped first: NumPy would otherwise allocate whatever a damaged header says.
+            preset = np.array(np.load(self.path / PRESET_NAME, mmap_mode="r", allow_pickle=False))
         except (OSError, ValueError) as error:
             raise BundleError(f"{self.path / PRESET_NAME} cannot be read: {error}; build the model again") from error
         if preset.shape != shape or preset.dtype != np.float32:

@@ -46,7 +46,15 @@ _TOKEN_IDS: Final = {
     "preset_tokens": (0, 4096),
     "role_markers": (0, 64),
 }
-_TEXTS: Final = {"architecture": 64, "quantization": 64, "license": 256, "source": 1024, "kv_dtype": 16, "bos_token": 64, "eos_token": 64}
+_TEXTS: Final = {
+    "architecture": 64,
+    "quantization": 64,
+    "license": 256,
+    "source": 1024,
+    "kv_dtype": 16,
+    "bos_token": 64,
+    "eos_token": 64,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,9 +69,10 @@ class FileEntry:
 class Manifest:
     """What a bundle says of itself.
 
-    bos_token, eos_token: what the chat template calls by these names. recipe: how each matrix was quantised. quality: figures measured at build, against the fp32 graph.
-    control_ids: what a person's text must never become. preset_tokens: every chat starts with these, and preset.npy holds
-    their keys and values. created_with: program -> version. files: plain file name -> entry, the manifest left out.
+    bos_token, eos_token: what the chat template calls by these names. recipe: how each matrix was quantised.
+    quality: figures measured at build, against the fp32 graph. control_ids: what a person's text must never become.
+    preset_tokens: every chat starts with these, and preset.npy holds their keys and values. created_with: program ->
+    version. files: plain file name -> entry, the manifest left out.
     """
 
     name: str
@@ -154,6 +163,11 @@ def shown(value: object) -> str:
     return ascii(value)[:60]
 
 
+def is_model_name(name: str) -> bool:
+    """Whether a model may be called so: a plain directory name that needs no quotes anywhere."""
+    return _NAME.fullmatch(name) is not None
+
+
 def is_finite_number(value: object) -> bool:
     """Whether a JSON value is a number that fits a float; true and false are none."""
     try:
@@ -182,7 +196,7 @@ def _file_entries(value: object) -> dict[str, FileEntry]:
 def _check_manifest(manifest: Manifest) -> None:
     if manifest.schema_version != SCHEMA_VERSION:
         raise BundleError(f"schema_version is {shown(manifest.schema_version)}; {SCHEMA_VERSION} is written")
-    if not isinstance(manifest.name, str) or not _NAME.fullmatch(manifest.name):
+    if not isinstance(manifest.name, str) or not is_model_name(manifest.name):
         raise BundleError(f"name is {shown(manifest.name)}; up to 64 of a-z, 0-9, '.', '_', '-' are allowed")
     for key, longest in _TEXTS.items():
         text = getattr(manifest, key)
