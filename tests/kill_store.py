@@ -98,7 +98,7 @@ def main() -> None:
         swept = what_opens(store, old, new)
         if way == "exchange" and at_once != swept:
             raise SystemExit(f"step {kill_at}: {at_once} before the sweep, {swept} after it")
-        left = sorted(path.name for path in store.directory.glob("*") if path.name not in (".lock", "tiny"))
+        left = sorted(path.name for path in store.directory.glob("*") if path.name not in (".hearthd.lock", "tiny"))
         if left:
             raise SystemExit(f"step {kill_at}: {left} left after the sweep")
         outcomes[swept] += 1

@@ -36,7 +36,7 @@ def install_by(store: Store, write: Callable[[Path], object], *, name: str = "ti
 
 
 def content(store: Store) -> set[str]:
-    return {path.name for path in store.directory.iterdir()} - {".lock"}
+    return {path.name for path in store.directory.iterdir()} - {".hearthd.lock"}
 
 
 @pytest.fixture(params=["exchange", "two-renames"])
@@ -124,7 +124,7 @@ def test_second_writer_is_told_to_wait(store: Store) -> None:
     with store.installing("tiny") as directory:
         write_bundle(directory)
         second = Store(store.directory)
-        with pytest.raises(BuildError, match="another process is changing the models"):
+        with pytest.raises(BuildError, match="another process is at work"):
             second.remove("tiny")
         second.sweep()  # must not take the first one's work away
         assert directory.is_dir()
@@ -141,6 +141,15 @@ def test_sweep_puts_the_old_model_back_between_two_renames(store: Store) -> None
     store.sweep()
     assert store.open("tiny").manifest == before
     assert content(store) == {"tiny"}
+
+
+def test_temporary_files_beside_the_result_are_removed_with_it(store: Store) -> None:
+    with store.installing("tiny") as directory:
+        write_bundle(directory)
+        (directory.parent / "scratch").mkdir()
+        (directory.parent / "scratch" / "reference.data").write_bytes(b"1234")
+    assert content(store) == {"tiny"}
+    assert {path.name for path in store.path("tiny").iterdir()} == {*store.open("tiny").manifest.files, "manifest.json"}
 
 
 def test_sweep_of_a_store_that_is_not_there_makes_none(store: Store) -> None:
@@ -167,7 +176,7 @@ def test_every_file_is_written_through_before_the_rename(store: Store, monkeypat
     place = events.index("rename")
     files = {path.name for path in store.path("tiny").iterdir()}
     assert set(events[: place - 1]) == files
-    assert events[place - 1].startswith(".incoming-")
+    assert events[place - 1] == "tiny"
     assert events[place + 1 :] == ["models"]
 
 

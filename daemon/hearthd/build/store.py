@@ -4,9 +4,9 @@
     <models>/.incoming-*      one that is being written
     <models>/.replaced-<name> the old one, between two renames, where directories cannot be exchanged in one
     <models>/.removed-*       one that is being deleted
-    <models>/.lock            held by whoever changes anything
+    <models>/.hearthd.lock    held by whoever changes anything
 
-Everything that starts with a dot is swept at the next change or start. Knows bundles, and nothing of how one is built.
+Whatever was left behind is swept at the next change or start. Knows bundles, and nothing of how one is built.
 Called by `cli`, and by `__main__` before serving.
 """
 
@@ -14,13 +14,13 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import fcntl
 import os
 import secrets
 import shutil
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final
 
+from hearthd.build.directory_lock import exclusive
 from hearthd.bundle import Bundle
 from hearthd.errors import BuildError, ModelNotFoundError
 from hearthd.manifest import is_model_name
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 _INCOMING: Final = ".incoming-"
 _REPLACED: Final = ".replaced-"
 _REMOVED: Final = ".removed-"
-_LOCK: Final = ".lock"
 _AT_FDCWD: Final = -100  # fcntl.h
 _RENAME_EXCHANGE: Final = 2  # linux/fs.h
 
@@ -67,14 +66,18 @@ class Store:
     def installing(self, name: str) -> Iterator[Path]:
         """Give an empty directory to write a bundle to; install what is in it when the block ends without an error.
 
+        Beside the directory there may be temporary files, on the same file system; they are removed with it.
         Until then the model of that name stays as it is, and it stays for good when the block raises.
         Raises BundleError when what was written is no whole bundle, BuildError when another process is at work here.
         """
         if not is_model_name(name):
             raise BuildError(f"model name {ascii(name)[:80]} is not allowed; up to 64 of a-z, 0-9, '.', '_', '-' are")
-        with self._lock():
+        with exclusive(self.directory):
             self._sweep()
-            incoming = self._temporary(_INCOMING)
+            temporary = self._temporary(_INCOMING)
+            # One level down, so that what a build puts beside its result is swept with it.
+            incoming = temporary / name
+            incoming.mkdir(mode=0o755)
             try:
                 yield incoming
                 bundle = Bundle.open(incoming)
@@ -84,11 +87,11 @@ class Store:
                 self._put_in_place(incoming, name)
             finally:
                 # The old bundle after an exchange, or what was written of the new one before an error.
-                shutil.rmtree(incoming, ignore_errors=True)
+                shutil.rmtree(temporary, ignore_errors=True)
 
     def remove(self, name: str) -> None:
         """Remove a model. Raises ModelNotFoundError when it is not installed."""
-        with self._lock():
+        with exclusive(self.directory):
             self._sweep()
             doomed = self._temporary(_REMOVED)
             # One rename: a half-deleted model is never seen under its name.
@@ -101,7 +104,7 @@ class Store:
         if not self.directory.is_dir() or not os.access(self.directory, os.W_OK):
             return
         try:
-            with self._lock():
+            with exclusive(self.directory):
                 self._sweep()
         except BuildError:
             return
@@ -130,19 +133,6 @@ class Store:
         path = self.directory / f"{prefix}{secrets.token_hex(8)}"
         path.mkdir(mode=0o755)
         return path
-
-    @contextmanager
-    def _lock(self) -> Iterator[None]:
-        self.directory.mkdir(mode=0o755, parents=True, exist_ok=True)
-        descriptor = os.open(self.directory / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
-        try:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise BuildError(f"another process is changing the models in {self.directory}; wait for it") from None
-            yield
-        finally:
-            os.close(descriptor)
 
 
 def _exchange(one: Path, other: Path) -> bool:
