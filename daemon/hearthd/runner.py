@@ -1,7 +1,7 @@
 """Token ids and KV in, logits out: the only module of the serving side that imports ONNX Runtime.
 
-Knows the graph contract (`build/graph.py`), no sequences, no text. Owned by the inference thread: only `terminate` may be
-called from another one. The engine is written against `kv_cache.Runner`, which `OnnxRunner` fulfils.
+Knows the graph contract (`build/graph.py`), no sequences, no text. Owned by the inference thread: only `terminate`
+may be called from another one. The engine is written against `kv_cache.Runner`, which `OnnxRunner` fulfils.
 """
 
 from __future__ import annotations
@@ -17,12 +17,9 @@ from numpy.typing import NDArray
 
 from hearthd.bundle import Bundle
 from hearthd.errors import BundleError
+from hearthd.kv_cache import RunTerminated
 
-__all__ = ["DecoderShape", "OnnxRunner", "RunTerminatedError"]
-
-
-class RunTerminatedError(Exception):
-    """A run was stopped in the middle by `terminate`; its KV positions hold nothing of use."""
+__all__ = ["DecoderShape", "OnnxRunner"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +40,12 @@ class _Binding:
     """
 
     def __init__(
-        self, session: ort.InferenceSession, kv: Sequence[NDArray[np.float32]], rows: slice, length: int, vocab_size: int
+        self,
+        session: ort.InferenceSession,
+        kv: Sequence[NDArray[np.float32]],
+        rows: slice,
+        length: int,
+        vocab_size: int,
     ) -> None:
         num_rows = rows.stop - rows.start
         self.token_ids = np.zeros((num_rows, length), np.int64)
@@ -101,7 +103,8 @@ class OnnxRunner:
         options.log_severity_level = 3
         try:
             self._session = ort.InferenceSession(str(model_path), options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # noqa: BLE001 - ONNX Runtime raises its own types, which derive from Exception alone
+        # ONNX Runtime raises types of its own, which derive from Exception alone.
+        except Exception as error:
             raise BundleError(f"ONNX Runtime cannot load {model_path}: {str(error).splitlines()[0]}") from error
         self.num_slots = num_slots
         self.context_length = context_length
@@ -137,7 +140,7 @@ class OnnxRunner:
 
         token_ids: (B, S); row b goes to slot first_slot + b, at positions past_lengths[b] and on. Returns the logits of
         each row's last token, (B, vocab_size); they are valid until the next run of the same shape. Raises
-        RunTerminatedError if `terminate` stopped it.
+        RunTerminated if `terminate` stopped it.
         """
         num_rows, length = token_ids.shape
         assert int(past_lengths.max()) + length <= self.context_length, "a run beyond the KV buffer"
@@ -159,7 +162,7 @@ class OnnxRunner:
             self._session.run_with_iobinding(binding.io, run_options)
         except Exception as error:
             if run_options.terminate:
-                raise RunTerminatedError from error
+                raise RunTerminated from error
             raise
         finally:
             with self._lock:

@@ -1,7 +1,7 @@
 """What a checkpoint's configuration says about its decoder, in the few numbers that the graph needs.
 
-Knows no weights, no ONNX and no files. Called by `builder`; `graph` and `transform` read the result. An architecture is a
-row of `ARCHITECTURES`: which of the optional parts it has. Everything that is not in a row is refused by name.
+Knows no weights, no ONNX and no files. Called by `builder`; `graph` and `transform` read the result. An architecture
+is a row of `ARCHITECTURES`: which of the optional parts it has. Everything that is not in a row is refused by name.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "Qwen3ForCausalLM": Architecture(qkv_bias=None, o_bias=None, mlp_bias=False, qk_norm=True),
 }
 
+_HEAD_DIM_STEP = 16
 _ROPE_TYPES = ("default", "linear", "llama3")
 
 # A header may say anything: these bounds keep a hostile one from asking for all of the memory.
@@ -77,14 +78,19 @@ class DecoderSpec:
     rope_inverse_frequencies: tuple[float, ...]
 
     @property
+    def padded_head_dim(self) -> int:
+        """A head's features in the graph and in the KV buffers: ONNX Runtime's attention takes multiples of 16."""
+        return -(-self.head_dim // _HEAD_DIM_STEP) * _HEAD_DIM_STEP
+
+    @property
     def q_size(self) -> int:
-        """Features of all query heads together."""
-        return self.num_heads * self.head_dim
+        """Features of all query heads together, in the graph."""
+        return self.num_heads * self.padded_head_dim
 
     @property
     def kv_size(self) -> int:
-        """Features of all key heads together; as many as of all value heads."""
-        return self.num_kv_heads * self.head_dim
+        """Features of all key heads together, in the graph; as many as of all value heads."""
+        return self.num_kv_heads * self.padded_head_dim
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> DecoderSpec:
@@ -104,12 +110,12 @@ class DecoderSpec:
             )
         if config.get("head_dim") is None and hidden_size % num_heads:
             raise BuildError(
-                f"hidden_size {hidden_size} is no multiple of num_attention_heads {num_heads} and there is no head_dim: "
+                f"hidden_size {hidden_size} is no multiple of num_attention_heads {num_heads}; no head_dim: "
                 "this checkpoint's config.json is damaged"
             )
         head_dim = _size(config, "head_dim", default=hidden_size // num_heads)
-        if head_dim % 16:
-            raise BuildError(f"head_dim {head_dim} is not supported: ONNX Runtime's attention takes multiples of 16")
+        if head_dim % 2:
+            raise BuildError(f"head_dim {head_dim} is odd, which rotary positions cannot be: config.json is damaged")
         _refuse_unknown_parts(config, architecture)
         attention_bias = bool(config.get("attention_bias", False))
         mlp_bias = bool(config.get("mlp_bias", False))
@@ -134,8 +140,10 @@ class DecoderSpec:
 
 
 def rope_tables(spec: DecoderSpec, context_length: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Return cosines and sines of every position's angles, each float32 (context_length, head_dim / 2)."""
-    angles = np.outer(np.arange(context_length, dtype=np.float64), np.asarray(spec.rope_inverse_frequencies))
+    """Return cosines and sines of every position's angles, each float32 (context_length, padded_head_dim / 2)."""
+    frequencies = np.zeros(spec.padded_head_dim // 2)
+    frequencies[: spec.head_dim // 2] = spec.rope_inverse_frequencies
+    angles = np.outer(np.arange(context_length, dtype=np.float64), frequencies)
     return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
 
 
@@ -155,9 +163,7 @@ def _size(config: Mapping[str, Any], key: str, default: int | None = None) -> in
     if value is None:
         value = default
     if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= _MAX_SIZE[key]:
-        raise BuildError(
-            f"{key} is {value!r} in this checkpoint's configuration; it must be a whole number from 1 to {_MAX_SIZE[key]}"
-        )
+        raise BuildError(f"{key} is {value!r} in this checkpoint's configuration; 1 to {_MAX_SIZE[key]} is allowed")
     return value
 
 
@@ -169,7 +175,9 @@ def _refuse_unknown_parts(config: Mapping[str, Any], architecture: str) -> None:
         raise BuildError(f"use_sliding_window is not supported with {architecture}; full attention is")
     layer_types = config.get("layer_types")
     if layer_types and set(layer_types) != {"full_attention"}:
-        raise BuildError(f"layer types {sorted(set(layer_types))} are not supported with {architecture}; full_attention is")
+        raise BuildError(
+            f"layer types {sorted(set(layer_types))} are not supported with {architecture}; full_attention is"
+        )
     factor = config.get("partial_rotary_factor", 1.0)
     if factor != 1.0:
         raise BuildError(f"partial_rotary_factor {factor} is not supported with {architecture}; 1.0 is")
@@ -188,7 +196,9 @@ def _inverse_frequencies(config: Mapping[str, Any], head_dim: int) -> NDArray[np
     if factors is not None:
         divisors = np.asarray(factors, dtype=np.float64)
         if divisors.shape != frequencies.shape or not np.all(np.isfinite(divisors) & (divisors > 0)):
-            raise BuildError(f"rope_freqs has shape {divisors.shape} or values that are not positive; {frequencies.shape} is needed")
+            raise BuildError(
+                f"rope_freqs has shape {divisors.shape} or values that are not positive; {frequencies.shape} is needed"
+            )
         return frequencies / divisors
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind not in _ROPE_TYPES:

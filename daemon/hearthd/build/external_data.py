@@ -43,7 +43,8 @@ class ExternalData:
 
     def add(self, name: str, array: NDArray[np.generic]) -> str:
         """Write a tensor; returns its name."""
-        array = np.ascontiguousarray(array)
+        # Not ascontiguousarray, which would make a scalar an array of one.
+        array = np.asarray(array, order="C")
         if array.nbytes <= _INLINE_BYTES:
             self._initializers.append(onnx.numpy_helper.from_array(array, name))
             return name
@@ -56,6 +57,6 @@ class ExternalData:
         )
         for key, value in (("location", self._path.name), ("offset", self._file.tell()), ("length", array.nbytes)):
             tensor.external_data.add(key=key, value=str(value))
-        self._file.write(array.data if array.ndim else array.tobytes())
+        self._file.write(array.data)
         self._initializers.append(tensor)
         return name

@@ -1,6 +1,6 @@
 """How each matmul of a decoder is computed: the outcome of calibration, and what the graph is built from.
 
-Knows no weights and no ONNX. `calibrate` and `quantize` fill it in, `weights` and `graph` read it, the manifest keeps its
+Knows no weights and no ONNX. `calibrate` makes it, `weights` and `graph` read it, the manifest keeps its
 `to_json()`.
 """
 
@@ -8,10 +8,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-
-import numpy as np
-from numpy.typing import NDArray
+from dataclasses import dataclass
 
 __all__ = ["MatMulForm", "MatMulName", "MatMulRecipe", "Recipe"]
 
@@ -27,9 +24,9 @@ class MatMulForm(enum.Enum):
     FLOAT = "float"
     # uint8 activations, scale and zero point fixed by calibration: one kernel to quantise, one to multiply.
     STATIC = "static"
-    # int8 activations, scale from each row's own peak: exact where a few tokens are far larger than the others.
+    # 8-bit activations, scale from each row's own peak: exact where a few tokens are far larger than the others.
     PER_ROW = "per_row"
-    # The same and a second int8 term for the rounding error of the first, as further rows of the same multiplication:
+    # The same and a second 8-bit term for the rounding error of the first, as further rows of the same multiplication:
     # 15 bits of activation while the weights are read once.
     PER_ROW_TWO_TERMS = "per_row_two_terms"
 
@@ -54,36 +51,28 @@ class MatMulRecipe:
     zero_point: int = 0
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Recipe:
-    """A whole decoder's.
+    """A whole decoder's: the form of each matmul, and whether the residual stream is rotated (see `weights`)."""
 
-    smoothing: for each matmul the factors, float32 (input features,), that its inputs are divided by and the rows of its
-    weight multiplied with (SmoothQuant, Xiao et al. 2022). They are folded into what comes before: the norm's weight,
-    the rows of up, the rows of v. Missing means ones.
-    """
+    matmuls: Mapping[MatMulName, MatMulRecipe]
+    rotated: bool
 
-    matmuls: dict[MatMulName, MatMulRecipe] = field(default_factory=dict)
-    smoothing: dict[MatMulName, NDArray[np.float32]] = field(default_factory=dict)
-    notes: dict[str, object] = field(default_factory=dict)
+    @classmethod
+    def reference(cls) -> Recipe:
+        """Return the recipe that changes nothing: every matmul in float32."""
+        return cls({}, rotated=False)
 
     def of(self, name: MatMulName) -> MatMulRecipe:
         """Return the matmul's recipe; float where none was chosen."""
         return self.matmuls.get(name, MatMulRecipe(MatMulForm.FLOAT))
 
     def to_json(self) -> dict[str, object]:
-        """Return what the manifest keeps: forms and scales, the smoothing exponents in `notes`, not the factors."""
+        """Return what the manifest keeps."""
         forms: dict[str, object] = {}
         for name, matmul in sorted(self.matmuls.items()):
             row: dict[str, object] = {"form": matmul.form.value}
             if matmul.form is MatMulForm.STATIC:
                 row |= {"scale": float(f"{matmul.scale:.6g}"), "zero_point": matmul.zero_point}
             forms[str(name)] = row
-        return {"matmuls": forms, **self.notes}
-
-    def count_by_form(self) -> Mapping[str, int]:
-        """Return how many matmuls have each form."""
-        counts: dict[str, int] = {}
-        for matmul in self.matmuls.values():
-            counts[matmul.form.value] = counts.get(matmul.form.value, 0) + 1
-        return counts
+        return {"rotated": self.rotated, "matmuls": forms}

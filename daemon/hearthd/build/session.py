@@ -26,14 +26,18 @@ class GraphSession:
 
     def __init__(
         self,
-        model_path: Path,
+        model: bytes,
         spec: DecoderSpec,
         *,
+        data_directory: Path,
         context_length: int,
         num_threads: int,
         preset: NDArray[np.float32] | None = None,
     ) -> None:
-        """preset: KV of a document's first tokens, float32 (layers, 2, kv_heads, tokens, head_dim), instead of a run."""
+        """Load a graph whose weights stand in `data_directory`.
+
+        preset: KV of a document's first tokens, float32 (layers, 2, kv_heads, tokens, head_dim), instead of a run.
+        """
         options = ort.SessionOptions()
         options.intra_op_num_threads = num_threads
         options.inter_op_num_threads = 1
@@ -41,9 +45,10 @@ class GraphSession:
         options.log_severity_level = 3
         # Repacked weights are a second copy of them in memory: a reference of 540 MB would take 1.1 GB.
         options.add_session_config_entry("session.disable_prepacking", "1")
-        self._session = ort.InferenceSession(str(model_path), options, providers=["CPUExecutionProvider"])
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(data_directory))
+        self._session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         self._captures = [output.name for output in self._session.get_outputs() if output.name.startswith("capture.")]
-        cache = (1, spec.num_kv_heads, context_length, spec.head_dim)
+        cache = (1, spec.num_kv_heads, context_length, spec.padded_head_dim)
         self._kv = [np.zeros(cache, np.float32) for _ in range(2 * spec.num_layers)]
         self._preset = preset
 
@@ -56,10 +61,16 @@ class GraphSession:
         With `start` over 0 the preset gives the KV of what comes before.
         """
         if start:
-            assert self._preset is not None and self._preset.shape[3] >= start, "positions before start have no KV"
+            assert self._preset is not None, "positions before start have no KV"
             for index, array in enumerate(self._kv):
                 layer, part = divmod(index, 2)
                 array[0, :, :start] = self._preset[layer, part, :, :start]
+        return self.continue_from(token_ids, start, chunk=chunk)
+
+    def continue_from(
+        self, token_ids: Sequence[int], start: int, *, chunk: int = CHUNK
+    ) -> Iterator[tuple[NDArray[np.float32], Mapping[str, NDArray[np.float32]]]]:
+        """Run a document from `start` on after whatever is in the buffers before it. Yields what `run` yields."""
         for begin in range(start, len(token_ids), chunk):
             ids = np.asarray(token_ids[begin : begin + chunk], np.int64)[None]
             yield self._run_chunk(ids, begin)
@@ -94,4 +105,6 @@ class GraphSession:
         self._session.run_with_iobinding(binding)
         outputs = binding.get_outputs()[: len(names)]
         arrays = [output.numpy()[0] for output in outputs]
-        return arrays[0], {name.removeprefix("capture."): array for name, array in zip(names[1:], arrays[1:], strict=True)}
+        return arrays[0], {
+            name.removeprefix("capture."): array for name, array in zip(names[1:], arrays[1:], strict=True)
+        }

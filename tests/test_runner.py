@@ -1,0 +1,148 @@
+"""The runner on a real graph: chunks, batches, slots and termination change no number."""
+
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from decoders import CONTEXT, tiny_checkpoint, tiny_runner
+from hearthd.build.architecture import DecoderSpec
+from hearthd.build.calibrate import matmul_names
+from hearthd.build.recipe import MatMulForm, MatMulRecipe, Recipe
+from hearthd.errors import BundleError
+from hearthd.kv_cache import RunTerminated
+from hearthd.runner import DecoderShape, OnnxRunner
+
+PROMPTS = ([5, 9, 200, 31, 77, 12, 40], [8, 3], [60, 61, 62, 63, 64, 65, 66, 67, 68, 69, 70, 71, 72])
+
+
+def recipe_of(form: MatMulForm, spec: DecoderSpec) -> Recipe:
+    """Every matmul in one form; the static scale covers what random layers give."""
+    return Recipe({name: MatMulRecipe(form, 0.05, 128) for name in matmul_names(spec)}, rotated=True)
+
+
+@pytest.fixture(scope="module", params=list(MatMulForm), ids=lambda form: form.value)
+def runner(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> OnnxRunner:
+    directory = tmp_path_factory.mktemp("runner")
+    checkpoint = tiny_checkpoint(directory)
+    recipe = recipe_of(request.param, DecoderSpec.from_config(checkpoint.config))
+    return tiny_runner(directory / "graph", checkpoint, recipe)
+
+
+def prefill(runner: OnnxRunner, slot: int, ids: list[int], chunk: int = 64) -> np.ndarray:
+    for start in range(0, len(ids), chunk):
+        part = np.asarray([ids[start : start + chunk]], np.int64)
+        logits = runner.forward(part, slot, np.asarray([start], np.int32))
+    return logits[0].copy()
+
+
+def continue_alone(runner: OnnxRunner, slot: int, ids: list[int], steps: int) -> tuple[list[int], np.ndarray]:
+    token = int(prefill(runner, slot, ids).argmax())
+    tokens = [token]
+    for step in range(steps):
+        logits = runner.forward(np.asarray([[token]]), slot, np.asarray([len(ids) + step], np.int32))
+        token = int(logits[0].argmax())
+        tokens.append(token)
+    return tokens, logits[0].copy()
+
+
+def test_a_batch_gives_each_row_what_it_gets_alone(runner: OnnxRunner) -> None:
+    steps = 12
+    alone = [continue_alone(runner, 0, list(prompt), steps) for prompt in PROMPTS]
+    tokens = [int(prefill(runner, slot, list(prompt)).argmax()) for slot, prompt in enumerate(PROMPTS)]
+    together = [[token] for token in tokens]
+    for step in range(steps):
+        past = np.asarray([len(prompt) + step for prompt in PROMPTS], np.int32)
+        logits = runner.forward(np.asarray(tokens)[:, None], 0, past)
+        tokens = [int(row.argmax()) for row in logits]
+        for row, token in zip(together, tokens, strict=True):
+            row.append(token)
+    for row, (expected, last_logits) in enumerate(alone):
+        assert together[row] == expected
+        np.testing.assert_array_equal(logits[row], last_logits)
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 5])
+def test_chunks_give_the_logits_of_the_whole_prompt(runner: OnnxRunner, chunk: int) -> None:
+    prompt = list(PROMPTS[2])
+    # Attention adds up in another order: the last bits differ, and may take an int8 activation over its next step.
+    np.testing.assert_allclose(prefill(runner, 1, prompt, chunk), prefill(runner, 0, prompt), rtol=0, atol=0.02)
+
+
+def test_swapped_slots_continue_as_if_they_had_stayed(runner: OnnxRunner) -> None:
+    first, second = list(PROMPTS[0]), list(PROMPTS[2])
+    expected = [continue_alone(runner, 0, first, 1)[1], continue_alone(runner, 0, second, 1)[1]]
+    tokens = [int(prefill(runner, 0, first).argmax()), int(prefill(runner, 2, second).argmax())]
+    runner.swap_slots(0, 2, len(second))
+    for slot, prompt, token, logits in ((2, first, tokens[0], expected[0]), (0, second, tokens[1], expected[1])):
+        found = runner.forward(np.asarray([[token]]), slot, np.asarray([len(prompt)], np.int32))
+        np.testing.assert_array_equal(found[0], logits)
+
+
+def test_a_copied_slot_is_independent_of_its_source(runner: OnnxRunner) -> None:
+    prompt = list(PROMPTS[0])
+    expected = continue_alone(runner, 0, prompt, 1)[1]
+    token = int(prefill(runner, 0, prompt).argmax())
+    runner.copy_slot(0, 3, len(prompt))
+    prefill(runner, 0, list(PROMPTS[2]))
+    found = runner.forward(np.asarray([[token]]), 3, np.asarray([len(prompt)], np.int32))
+    np.testing.assert_array_equal(found[0], expected)
+
+
+def test_preset_tokens_need_no_run(tmp_path: Path) -> None:
+    checkpoint = tiny_checkpoint(tmp_path)
+    spec = DecoderSpec.from_config(checkpoint.config)
+    plain = tiny_runner(tmp_path / "graph", checkpoint, Recipe.reference())
+    prompt = list(PROMPTS[0])
+    expected = prefill(plain, 0, prompt)
+    runner = OnnxRunner(
+        tmp_path / "graph" / "model.onnx",
+        DecoderShape(spec.num_layers, spec.num_kv_heads, spec.padded_head_dim, spec.vocab_size),
+        num_slots=2,
+        context_length=CONTEXT,
+        num_threads=1,
+        preset_tokens=tuple(prompt[:2]),
+        preset=plain.read_slot(0, 2),
+    )
+    runner.load_preset(1)
+    found = runner.forward(np.asarray([prompt[2:]]), 1, np.asarray([2], np.int32))
+    np.testing.assert_allclose(found[0], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_terminate_stops_a_run_and_the_next_one_works(runner: OnnxRunner) -> None:
+    prompt = [7] * (CONTEXT - 1)
+    expected = prefill(runner, 0, prompt)
+    stop, terminated = threading.Event(), threading.Event()
+
+    def keep_terminating() -> None:
+        while not stop.is_set():
+            runner.terminate()
+
+    thread = threading.Thread(target=keep_terminating)
+    thread.start()
+    try:
+        for _ in range(200):
+            try:
+                prefill(runner, 0, prompt)
+            except RunTerminated:
+                terminated.set()
+                break
+    finally:
+        stop.set()
+        thread.join()
+    assert terminated.is_set()
+    np.testing.assert_array_equal(prefill(runner, 0, prompt), expected)
+
+
+def test_terminate_between_runs_stops_nothing(runner: OnnxRunner) -> None:
+    runner.terminate()
+    assert np.all(np.isfinite(prefill(runner, 0, [1, 2, 3])))
+
+
+def test_a_graph_that_onnx_runtime_refuses_is_one_clear_line(tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    path.write_bytes(b"not a graph")
+    with pytest.raises(BundleError, match=r"ONNX Runtime cannot load .*model\.onnx") as caught:
+        OnnxRunner(path, DecoderShape(1, 1, 16, 8), num_slots=1, context_length=8, num_threads=1)
+    assert "\n" not in str(caught.value)
