@@ -1,9 +1,22 @@
-"""Continuous batching: schedule, run, postprocess, collect."""
+"""Continuous batching: who runs, what is run, and what comes of it.
+
+A step admits waiting sequences to free slots, runs at most one chunk of one prompt, then one token of every sequence
+that is past its prompt, in one batch. So a long prompt delays running answers by one chunk at most, and whoever is
+removed stops costing time within one run of the model.
+
+One thread calls it. Knows no asyncio, no gRPC and no threads; time comes from the clock that it is given. Called by
+`worker`.
+"""
 
 import time
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections import deque
+from collections.abc import Callable, Iterable
 
+import numpy as np
+from numpy.typing import NDArray
+
+from hearthd.answer import Answer
+from hearthd.errors import InvalidRequestError
 from hearthd.events import (
     Delta,
     Event,
@@ -14,11 +27,11 @@ from hearthd.events import (
     TokenLogprob,
     TokenProbability,
 )
-from hearthd.kv_cache import Runner, RunTerminated
-from hearthd.sequence import Sequence
-
-if TYPE_CHECKING:
-    from hearthd.tokenizer import ChatTokenizer
+from hearthd.kv_cache import KVCache, Runner, RunTerminated
+from hearthd.logits import logprobs
+from hearthd.sampling import Sampler
+from hearthd.sequence import Sequence, SequenceState
+from hearthd.tokenizer import ChatTokenizer
 
 __all__ = [
     "Delta",
@@ -37,22 +50,30 @@ __all__ = [
 
 
 class Engine:
-    """Runs sequences. One thread calls it; it knows no asyncio, no gRPC and no threads."""
+    """Runs sequences on one model. What one of them does or suffers never changes another's tokens."""
 
     def __init__(
         self,
         runner: Runner,
-        tokenizer: "ChatTokenizer",
+        tokenizer: ChatTokenizer,
         *,
         prefill_chunk: int = 64,
         max_answer_seconds: float = 600.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """prefill_chunk: the most prompt tokens that one run takes. max_answer_seconds: from the slot to the end."""
         self._runner = runner
         self._tokenizer = tokenizer
         self._prefill_chunk = prefill_chunk
         self._max_answer_seconds = max_answer_seconds
         self._clock = clock
+        self._cache = KVCache(runner)
+        self._waiting: deque[Sequence] = deque()
+        self._prefilling: deque[Sequence] = deque()
+        # The sequence at place i holds slot i: a batch needs slots that stand side by side.
+        self._decoding: list[Sequence] = []
+        self._events: list[tuple[Sequence, Event]] = []
+        self._in_prefill: Sequence | None = None
 
     @property
     def num_slots(self) -> int:
@@ -67,26 +88,224 @@ class Engine:
     @property
     def num_running(self) -> int:
         """Sequences that hold a slot."""
-        raise NotImplementedError
+        return len(self._prefilling) + len(self._decoding)
 
     @property
     def num_waiting(self) -> int:
         """Sequences that wait for a slot."""
-        raise NotImplementedError
+        return len(self._waiting)
 
     @property
     def has_work(self) -> bool:
-        """Whether `step` would do anything."""
-        raise NotImplementedError
+        """Whether a step would do anything."""
+        return bool(self._waiting or self._prefilling or self._decoding)
+
+    @property
+    def prefilling(self) -> Sequence | None:
+        """The sequence of whose prompt a chunk is being run at this moment. For any thread to read."""
+        return self._in_prefill
 
     def add(self, sequence: Sequence) -> None:
-        """Queue a sequence. Raises InvalidRequestError if its prompt leaves no room for an answer."""
-        raise NotImplementedError
+        """Let a new sequence wait for a slot; the next step gives it one, or says how many are before it.
+
+        Raises InvalidRequestError if the prompt is empty or leaves no room for an answer.
+        """
+        if sequence.state is not SequenceState.NEW:
+            raise ValueError(f"sequence {sequence.request_id} was added before")
+        num_tokens = len(sequence.prompt_ids)
+        if not 0 < num_tokens < self.context_length:
+            raise InvalidRequestError(
+                "messages",
+                f"have {num_tokens} tokens; give 1 to {self.context_length - 1}, so that prompt and answer fit the "
+                f"context of {self.context_length}",
+            )
+        sequence.state = SequenceState.WAITING
+        self._waiting.append(sequence)
 
     def remove(self, sequence: Sequence) -> None:
-        """Drop a sequence and free its slot; it has no further event. Idempotent."""
-        raise NotImplementedError
+        """Take a sequence out, wherever it is; it has no further event. No effect on one that has ended."""
+        match sequence.state:
+            case SequenceState.WAITING:
+                self._waiting.remove(sequence)
+            case SequenceState.PREFILLING:
+                self._prefilling.remove(sequence)
+                self._cache.release(sequence.slot)
+            case SequenceState.DECODING:
+                self._leave_batch(sequence)
+            case SequenceState.NEW | SequenceState.ENDED:
+                pass
+        sequence.state = SequenceState.ENDED
 
     def step(self) -> list[tuple[Sequence, Event]]:
-        """Run at most one prefill chunk and one decode token of every running sequence; return what happened."""
-        raise NotImplementedError
+        """Schedule, run, collect: at most one chunk of one prompt, and one token of every running sequence.
+
+        Returns what happened, each sequence's events in their order. A run that `Runner.terminate` stopped has not
+        happened: the next step runs it again, with the sequences that are there then.
+        """
+        self._end_overdue()
+        self._admit()
+        self._announce_positions()
+        batch = list(self._decoding)
+        try:
+            self._prefill()
+            self._decode(batch)
+        except RunTerminated:
+            pass
+        events, self._events = self._events, []
+        return events
+
+    # Schedule.
+
+    def _end_overdue(self) -> None:
+        now = self._clock()
+        for sequence in [*self._waiting, *self._prefilling, *self._decoding]:
+            is_late = sequence.deadline is not None and now >= sequence.deadline
+            if is_late or (sequence.admitted is not None and now - sequence.admitted >= self._max_answer_seconds):
+                self._finish(sequence, FinishReason.TIME_LIMIT)
+
+    def _admit(self) -> None:
+        while self._waiting and self._cache.has_idle_slot:
+            sequence = self._waiting[0]
+            now = self._clock()
+            try:
+                sequence.sampler = Sampler(sequence.params, sequence.prompt_ids)
+                sequence.answer = Answer(self._tokenizer.decoder(), sequence.params.stop)
+                place = self._cache.acquire(sequence.prompt_ids, sequence.cache_identity)
+            except Exception as error:  # noqa: BLE001 - of this sequence alone; the others go on
+                self._fail(sequence, error)
+                continue
+            self._waiting.popleft()
+            sequence.slot = place.slot
+            sequence.num_cached = place.num_cached
+            sequence.admitted = now
+            sequence.state = SequenceState.PREFILLING
+            self._prefilling.append(sequence)
+
+    def _announce_positions(self) -> None:
+        for position, sequence in enumerate(self._waiting):
+            if sequence.queue_position != position:
+                sequence.queue_position = position
+                self._events.append((sequence, Queued(position)))
+
+    # Run.
+
+    def _prefill(self) -> None:
+        if not self._prefilling:
+            return
+        sequence = self._prefilling[0]
+        done = self._cache.num_tokens(sequence.slot)
+        chunk = sequence.prompt_ids[done : done + self._prefill_chunk]
+        self._in_prefill = sequence
+        try:
+            logits = self._run([chunk], sequence.slot, [done])
+        except RunTerminated:
+            raise
+        except Exception as error:  # noqa: BLE001 - of this sequence alone; the others go on
+            self._cache.forget(sequence.slot)
+            self._fail(sequence, error)
+            return
+        finally:
+            self._in_prefill = None
+        self._cache.extend(sequence.slot, chunk)
+        if done + len(chunk) == len(sequence.prompt_ids):
+            sequence.prefilled = self._clock()
+            self._prefilling.remove(sequence)
+            self._join_batch(sequence)
+            self._take_token(sequence, logits[0], sequence.prefilled)
+
+    def _decode(self, batch: list[Sequence]) -> None:
+        """Run the last token of the sequences in the first slots."""
+        if not batch:
+            return
+        lengths = [self._cache.num_tokens(sequence.slot) for sequence in batch]
+        try:
+            logits = self._run([sequence.output_ids[-1:] for sequence in batch], 0, lengths)
+        except RunTerminated:
+            raise
+        except Exception as error:  # noqa: BLE001 - of these sequences; the engine goes on
+            for sequence in batch:
+                self._cache.forget(sequence.slot)
+            for sequence in batch:
+                self._fail(sequence, error)
+            return
+        for sequence in batch:
+            self._cache.extend(sequence.slot, sequence.output_ids[-1:])
+        now = self._clock()
+        for row, sequence in enumerate(batch):
+            self._take_token(sequence, logits[row], now)
+
+    def _run(self, rows: list[Iterable[int]], first_slot: int, past_lengths: list[int]) -> NDArray[np.float32]:
+        return self._runner.forward(np.array(rows, np.int64), first_slot, np.array(past_lengths, np.int32))
+
+    # Collect.
+
+    def _take_token(self, sequence: Sequence, logits: NDArray[np.float32], now: float) -> None:
+        """Choose a sequence's next token. logits: float32 (V,)."""
+        try:
+            token_id = sequence.sampler.sample(logits)
+            is_end = token_id in self._tokenizer.eos_ids
+            logprob = None if is_end else self._logprob(sequence, logits, token_id)
+            delta = None if is_end else sequence.answer.push(token_id, logprob)
+        except Exception as error:  # noqa: BLE001 - of this sequence alone; the others go on
+            self._fail(sequence, error)
+            return
+        sequence.output_ids.append(token_id)
+        sequence.last_token = now
+        if sequence.first_token is None:
+            sequence.first_token = now
+        if delta is not None:
+            self._events.append((sequence, delta))
+        num_tokens = len(sequence.output_ids)
+        if is_end:
+            self._finish(sequence, FinishReason.END_OF_TURN)
+        elif sequence.answer.is_stopped:
+            self._finish(sequence, FinishReason.STOP_STRING)
+        elif num_tokens >= sequence.params.max_tokens or len(sequence.prompt_ids) + num_tokens >= self.context_length:
+            self._finish(sequence, FinishReason.LENGTH)
+
+    def _logprob(self, sequence: Sequence, logits: NDArray[np.float32], token_id: int) -> TokenLogprob | None:
+        num_top = sequence.params.top_logprobs
+        if num_top is None:
+            return None
+        text_of = self._tokenizer.token_bytes
+        chosen, top = logprobs(logits, token_id, num_top)
+        return TokenLogprob(
+            token_id, text_of(token_id), chosen, tuple(TokenProbability(other, text_of(other), p) for other, p in top)
+        )
+
+    def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
+        if sequence.admitted is not None:
+            rest = sequence.answer.end()
+            if rest is not None:
+                self._events.append((sequence, rest))
+            if sequence.answer.is_stopped:  # a stop string may have waited for a longer one that did not come
+                reason = FinishReason.STOP_STRING
+        self._events.append((sequence, sequence.finished(reason, self._clock())))
+        self.remove(sequence)
+
+    def _fail(self, sequence: Sequence, error: Exception) -> None:
+        self._events.append((sequence, Failed(error)))
+        self.remove(sequence)
+
+    # Slots.
+
+    def _join_batch(self, sequence: Sequence) -> None:
+        """Move a sequence to the slot behind the last one that decodes."""
+        target = len(self._decoding)
+        if sequence.slot != target:
+            for other in self._prefilling:
+                if other.slot == target:
+                    other.slot = sequence.slot
+            self._cache.swap(sequence.slot, target)
+            sequence.slot = target
+        sequence.state = SequenceState.DECODING
+        self._decoding.append(sequence)
+
+    def _leave_batch(self, sequence: Sequence) -> None:
+        """Give up a slot; the last one that decodes moves into it, so that no hole is left."""
+        last = self._decoding.pop()
+        if last is not sequence:
+            self._cache.swap(sequence.slot, last.slot)
+            self._decoding[sequence.slot] = last
+            sequence.slot, last.slot = last.slot, sequence.slot
+        self._cache.release(sequence.slot)

@@ -1,11 +1,19 @@
-"""Slots of KV positions."""
+"""Which token ids the KV of each slot holds, for whom, and what of it a new prompt can reuse.
 
+A slot that no sequence holds keeps its tokens, so that the next turn of a conversation finds them. Reuse is bound to an
+identity: by the time that a prompt takes, a caller could otherwise learn what others have asked.
+
+Knows no scheduling; moves KV only through `Runner`, the engine's view of a model. Called by `engine`.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["RunTerminated", "Runner"]
+__all__ = ["KVCache", "Place", "RunTerminated", "Runner"]
 
 
 class RunTerminated(Exception):  # noqa: N818 - not an error: somebody asked for it
@@ -55,3 +63,117 @@ class Runner(Protocol):
 
     def terminate(self) -> None:
         """Stop the forward that runs now, from any thread; it raises RunTerminated. The next forward works."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a sequence's KV goes, and what is there already."""
+
+    slot: int
+    num_past: int
+    """Positions that hold the prompt's first tokens; less than the prompt has."""
+    num_cached: int
+    """Those of them that an earlier sequence computed; the others came with the bundle."""
+
+
+@dataclass(slots=True)
+class _Slot:
+    tokens: list[int] = field(default_factory=list)
+    identity: str = ""
+    is_held: bool = False
+    last_used: int = 0
+
+
+class KVCache:
+    """The books of all slots. A slot is held by one sequence, or idle."""
+
+    def __init__(self, runner: Runner) -> None:
+        self._runner = runner
+        self._slots = [_Slot() for _ in range(runner.num_slots)]
+        self._num_releases = 0
+
+    @property
+    def has_idle_slot(self) -> bool:
+        """Whether `acquire` can give one."""
+        return any(not slot.is_held for slot in self._slots)
+
+    def num_tokens(self, slot: int) -> int:
+        """Positions of a slot that hold a token's KV."""
+        return len(self._slots[slot].tokens)
+
+    def acquire(self, prompt_ids: Sequence[int], identity: str) -> Place:
+        """Take an idle slot, with as much of the prompt's KV in it as can be had without computing.
+
+        At least one token of the prompt is left to run, since its logits are wanted. There must be an idle slot.
+        """
+        source, num_shared = self._longest_shared(prompt_ids, identity)
+        target = self._least_valuable()
+        preset = self._runner.preset_tokens
+        num_preset = min(len(preset), len(prompt_ids) - 1) if tuple(prompt_ids[: len(preset)]) == preset else 0
+        num_cached = 0
+        if num_shared > num_preset:
+            num_past = num_cached = num_shared
+            num_lost = self.num_tokens(source) - num_shared
+            if not self._slots[source].is_held and num_lost <= self.num_tokens(target):
+                target = source  # going on there throws away less than copying over another slot would
+            else:
+                self._slots[target].tokens = []
+                self._runner.copy_slot(source, target, num_shared)
+        else:
+            num_past = num_preset
+            self._slots[target].tokens = []
+            if num_preset:
+                self._runner.load_preset(target)
+        slot = self._slots[target]
+        slot.tokens = list(prompt_ids[:num_past])
+        slot.identity = identity
+        slot.is_held = True
+        return Place(target, num_past, num_cached)
+
+    def extend(self, slot: int, token_ids: Iterable[int]) -> None:
+        """Note that the KV of further tokens was written behind those that are there."""
+        self._slots[slot].tokens.extend(token_ids)
+
+    def release(self, slot: int) -> None:
+        """Let a slot go idle. It keeps its tokens for prompts of the same identity."""
+        self._num_releases += 1
+        self._slots[slot].is_held = False
+        self._slots[slot].last_used = self._num_releases
+
+    def forget(self, slot: int) -> None:
+        """Note that a slot holds nothing of use: a run over it failed."""
+        self._slots[slot].tokens = []
+
+    def swap(self, a: int, b: int) -> None:
+        """Exchange two slots, with all that is known of them."""
+        num_a, num_b = self.num_tokens(a), self.num_tokens(b)
+        if num_a and num_b:
+            self._runner.swap_slots(a, b, max(num_a, num_b))
+        elif num_a:
+            self._runner.copy_slot(a, b, num_a)
+        elif num_b:
+            self._runner.copy_slot(b, a, num_b)
+        self._slots[a], self._slots[b] = self._slots[b], self._slots[a]
+
+    def _longest_shared(self, prompt_ids: Sequence[int], identity: str) -> tuple[int, int]:
+        """Find the slot that shares most tokens with a prompt's beginning; also one that runs, which can be copied."""
+        best, most = 0, 0
+        for number, slot in enumerate(self._slots):
+            if slot.identity == identity:
+                num_shared = _num_shared(slot.tokens, prompt_ids)
+                # Equal ones: rather one that can be taken as it is.
+                if num_shared > most or (num_shared == most and self._slots[best].is_held):
+                    best, most = number, num_shared
+        return best, min(most, len(prompt_ids) - 1)
+
+    def _least_valuable(self) -> int:
+        """Choose the idle slot that is empty, or else was used least recently."""
+        idle = [number for number, slot in enumerate(self._slots) if not slot.is_held]
+        return min(idle, key=lambda number: (bool(self._slots[number].tokens), self._slots[number].last_used))
+
+
+def _num_shared(a: Sequence[int], b: Sequence[int]) -> int:
+    for place, (left, right) in enumerate(zip(a, b, strict=False)):
+        if left != right:
+            return place
+    return min(len(a), len(b))

@@ -1,22 +1,76 @@
-"""One request's state while the engine works on it."""
+"""One request's state, from its arrival to its end.
 
-from dataclasses import dataclass
+Made by `service`, owned by `engine` from `Engine.add` on. Knows no engine and no model.
+"""
 
-from hearthd.sampling import SamplingParams
+import enum
+from dataclasses import dataclass, field
 
-__all__ = ["Sequence"]
+from hearthd.answer import Answer
+from hearthd.events import Finished, FinishReason
+from hearthd.sampling import Sampler, SamplingParams
+
+__all__ = ["Sequence", "SequenceState"]
 
 
-@dataclass(slots=True, eq=False, kw_only=True)
+class SequenceState(enum.Enum):
+    """Where a sequence is."""
+
+    NEW = "new"
+    WAITING = "waiting"
+    """For a slot."""
+    PREFILLING = "prefilling"
+    DECODING = "decoding"
+    ENDED = "ended"
+
+
+# No repr: a prompt must not reach the journal with some message.
+@dataclass(slots=True, eq=False, repr=False, kw_only=True)
 class Sequence:
-    """One request: made by the caller, then owned by the engine. Compared by identity."""
+    """One request. Compared by identity. Times are seconds by the engine's monotonic clock."""
 
     request_id: str
     prompt_ids: tuple[int, ...]
     params: SamplingParams
+    """Have passed `sampling.validate`."""
     cache_identity: str
     """KV is reused only between sequences of equal identity."""
     arrived: float
-    """By the engine's monotonic clock, seconds."""
     deadline: float | None = None
-    """By the same clock; the answer ends with TIME_LIMIT when it passes."""
+    """When it passes, the answer ends with TIME_LIMIT."""
+
+    # The engine's from here on.
+    state: SequenceState = field(init=False, default=SequenceState.NEW)
+    queue_position: int | None = field(init=False, default=None)
+    """The last one that was announced."""
+    slot: int = field(init=False)
+    """Of a sequence that prefills or decodes."""
+    sampler: Sampler = field(init=False)
+    answer: Answer = field(init=False)
+    output_ids: list[int] = field(init=False, default_factory=list)
+    num_cached: int = field(init=False, default=0)
+    """Prompt tokens whose KV came from an earlier sequence."""
+    admitted: float | None = field(init=False, default=None)
+    prefilled: float | None = field(init=False, default=None)
+    first_token: float | None = field(init=False, default=None)
+    last_token: float | None = field(init=False, default=None)
+
+    def finished(self, reason: FinishReason, now: float) -> Finished:
+        """Sum up. A phase that was not completed has lasted until now, one that was not begun took no time."""
+        prefill_seconds = 0.0
+        if self.admitted is not None:
+            prefill_seconds = (now if self.prefilled is None else self.prefilled) - self.admitted
+        time_to_first_token = decode_seconds = 0.0
+        if self.first_token is not None and self.last_token is not None:
+            time_to_first_token = self.first_token - self.arrived
+            decode_seconds = self.last_token - self.first_token
+        return Finished(
+            reason=reason,
+            prompt_tokens=len(self.prompt_ids),
+            cached_prompt_tokens=self.num_cached,
+            completion_tokens=len(self.output_ids),
+            queue_seconds=(now if self.admitted is None else self.admitted) - self.arrived,
+            prefill_seconds=prefill_seconds,
+            time_to_first_token_seconds=time_to_first_token,
+            decode_seconds=decode_seconds,
+        )
