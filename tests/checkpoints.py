@@ -75,7 +75,7 @@ def _model(
         "num_key_value_heads": 2,
         "head_dim": 16,
         "hidden_act": "silu",
-        "max_position_embeddings": 256,
+        "max_position_embeddings": 2048,
         "rms_norm_eps": 1e-5,
         "rope_theta": 10_000.0,
         "rope_scaling": None,
@@ -131,7 +131,7 @@ def tiny_models() -> dict[str, TinyModel]:
             rope_theta=1_000_000.0,
             rms_norm_eps=1e-6,
             use_sliding_window=False,
-            sliding_window=256,
+            sliding_window=2048,
             max_window_layers=3,
             generation={"temperature": 0.7, "top_k": 20, "top_p": 0.8, "repetition_penalty": 1.1},
         ),
@@ -184,6 +184,9 @@ def random_weights(config: Mapping[str, Any], seed: int = 0) -> Weights:
         weights[f"{prefix}.mlp.gate_proj.weight"] = matrix(inner, hidden)
         weights[f"{prefix}.mlp.up_proj.weight"] = matrix(inner, hidden)
         weights[f"{prefix}.mlp.down_proj.weight"] = matrix(hidden, inner)
+        if config.get("mlp_bias", False):
+            for name, rows in (("gate", inner), ("up", inner), ("down", hidden)):
+                weights[f"{prefix}.mlp.{name}_proj.bias"] = vector(rows, 0.0)
     weights["model.norm.weight"] = vector(hidden, 1.0)
     if not config["tie_word_embeddings"]:
         weights["lm_head.weight"] = matrix(config["vocab_size"], hidden)

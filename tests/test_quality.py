@@ -1,0 +1,137 @@
+"""The quality figures: nothing between a graph and itself, the right numbers by hand, and a gate that closes."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from checkpoints import tiny_models, write_huggingface
+from decoders import tiny_checkpoint
+from hearthd.build import builder, corpus
+from hearthd.build.architecture import DecoderSpec
+from hearthd.build.builder import build_bundle, measure_quality
+from hearthd.build.checkpoint import open_checkpoint
+from hearthd.build.corpus import Document
+from hearthd.build.documents import TokenDocument, first_tokens, tokenize
+from hearthd.build.graph import GraphOptions, write_graph
+from hearthd.build.quality import Reference, compare
+from hearthd.build.recipe import Recipe
+from hearthd.build.weights import DecoderWeights
+from hearthd.bundle import Bundle
+from hearthd.errors import BuildError
+from hearthd.tokenizer import ChatTokenizer, Message
+
+DOCUMENTS = (TokenDocument("prose", tuple(range(20, 90))), TokenDocument("code", (5, 4, 3, 2, 9)))
+
+
+def silent(stage: str, share: float) -> None:
+    """Report nothing."""
+
+
+def test_a_graph_does_not_differ_from_itself(tmp_path: Path) -> None:
+    checkpoint = tiny_checkpoint(tmp_path)
+    spec = DecoderSpec.from_config(checkpoint.config)
+    (tmp_path / "reference").mkdir()
+    (tmp_path / "bundle").mkdir()
+    reference = Reference(checkpoint, spec, tmp_path / "reference", context_length=128, num_threads=1)
+    weights = DecoderWeights(checkpoint, spec, rotated=False)
+    write_graph(tmp_path / "bundle", spec, weights, Recipe.reference(), GraphOptions(128))
+    figures = compare(
+        reference, tmp_path / "bundle", spec, DOCUMENTS, preset=None, num_threads=1, report=lambda share: None
+    )
+    assert figures.kl_mean == pytest.approx(0, abs=1e-6)
+    assert figures.top1_agreement == 1
+    assert figures.perplexity_int8 == pytest.approx(figures.perplexity_fp32, rel=1e-5)
+    # The last token of a document predicts nothing.
+    assert figures.tokens == 69 + 4
+    assert set(figures.kl_by_kind) == {"prose", "code"}
+
+
+def test_figures_are_those_of_the_definition(tmp_path: Path) -> None:
+    """Against float64 sums over the logits of two different checkpoints."""
+    checkpoint = tiny_checkpoint(tmp_path / "a")
+    model = tiny_models()["smollm2"]
+    write_huggingface(tmp_path / "b", model, weights=model.weights(seed=1))
+    other = open_checkpoint(tmp_path / "b")
+    spec = DecoderSpec.from_config(checkpoint.config)
+    sessions = []
+    for name, source in (("expected", checkpoint), ("found", other)):
+        (tmp_path / name).mkdir()
+        sessions.append(Reference(source, spec, tmp_path / name, context_length=128, num_threads=1))
+    ids = DOCUMENTS[1].token_ids
+    expected, found = (
+        np.concatenate([logits for logits, _ in each.session.run(ids)]).astype(np.float64)[:-1] for each in sessions
+    )
+    p = np.exp(expected) / np.exp(expected).sum(axis=1, keepdims=True)
+    q = np.exp(found) / np.exp(found).sum(axis=1, keepdims=True)
+    (tmp_path / "bundle").mkdir()
+    write_graph(
+        tmp_path / "bundle", spec, DecoderWeights(other, spec, rotated=False), Recipe.reference(), GraphOptions(128)
+    )
+    figures = compare(
+        sessions[0], tmp_path / "bundle", spec, DOCUMENTS[1:], preset=None, num_threads=1, report=lambda share: None
+    )
+    rows, targets = np.arange(4), list(ids[1:])
+    assert figures.kl_mean == pytest.approx(float((p * np.log(p / q)).sum(axis=1).mean()), rel=1e-3)
+    assert figures.perplexity_fp32 == pytest.approx(float(np.exp(-np.log(p[rows, targets]).mean())), rel=1e-3)
+    assert figures.perplexity_int8 == pytest.approx(float(np.exp(-np.log(q[rows, targets]).mean())), rel=1e-3)
+    assert figures.top1_agreement == pytest.approx(float((p.argmax(axis=1) == q.argmax(axis=1)).mean()))
+
+
+@pytest.mark.parametrize("name", sorted(tiny_models()))
+def test_every_architecture_builds_to_a_bundle_that_opens(tmp_path: Path, name: str) -> None:
+    checkpoint = tiny_checkpoint(tmp_path, name)
+    directory = tmp_path / "bundle"
+    directory.mkdir()
+    # Random layers exaggerate errors, so the gate may close on them; the figures are what is tested here.
+    manifest = build_bundle(checkpoint, directory, name=name, force=True, report=silent)
+    bundle = Bundle.open(directory)
+    assert bundle.manifest == manifest
+    assert manifest.quality["kl_mean"] < 0.2
+    assert manifest.quality["tokens"] > 1_000
+    assert manifest.parameter_count == sum(each.size for each in tiny_models()[name].weights().values())
+    again = measure_quality(
+        bundle, checkpoint, corpus.load("evaluation"), max_tokens=600, scratch=tmp_path, report=silent
+    )
+    assert again.kl_mean == pytest.approx(float(manifest.quality["kl_mean"]), rel=0.5)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["bundle", name]), "scratch files are left"
+
+
+def test_an_unfaithful_build_fails_and_writes_no_manifest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = tiny_checkpoint(tmp_path)
+    directory = tmp_path / "bundle"
+    directory.mkdir()
+    monkeypatch.setattr(builder, "MAX_KL", 1e-9)
+    with pytest.raises(BuildError, match=r"mean KL \d\.\d{4} to the float32 graph, at most 1e-09 .* --force"):
+        build_bundle(checkpoint, directory, name="tiny", report=silent)
+    assert not (directory / "manifest.json").exists()
+
+
+def test_every_document_begins_as_a_chat_begins(tmp_path: Path) -> None:
+    checkpoint = tiny_checkpoint(tmp_path)
+    tokenizer = ChatTokenizer(
+        checkpoint.tokenizer_json, checkpoint.chat_template, eos_ids=checkpoint.config["eos_token_id"]
+    )
+    begin = first_tokens(tokenizer)
+    assert begin == (tokenizer.encode_chat([Message("user", "x")])[0],)
+    documents = tokenize(corpus.load("evaluation"), tokenizer, max_tokens=1_200, per_kind=True)
+    assert all(document.token_ids[:1] == begin for document in documents)
+    by_kind = {kind: sum(len(d.token_ids) for d in documents if d.kind == kind) for kind in corpus.KINDS}
+    assert all(0 < tokens <= 200 for tokens in by_kind.values()), json.dumps(by_kind)
+
+
+def test_a_text_too_short_to_judge_on_is_refused(tmp_path: Path) -> None:
+    checkpoint = tiny_checkpoint(tmp_path)
+    directory = tmp_path / "bundle"
+    directory.mkdir()
+    build_bundle(checkpoint, directory, name="tiny", force=True, report=silent)
+    with pytest.raises(BuildError, match="too short"):
+        measure_quality(
+            Bundle.open(directory),
+            checkpoint,
+            (Document("text", text=""),),
+            max_tokens=10,
+            scratch=tmp_path,
+            report=silent,
+        )
