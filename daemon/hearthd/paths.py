@@ -9,7 +9,15 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-__all__ = ["configuration_file", "model_directory", "runtime_directory", "state_directory", "token_file", "unix_socket"]
+__all__ = [
+    "cache_directory",
+    "configuration_file",
+    "model_directory",
+    "runtime_directory",
+    "state_directory",
+    "token_file",
+    "unix_socket",
+]
 
 
 def _absolute(environment: Mapping[str, str], name: str) -> Path | None:
@@ -41,6 +49,18 @@ def state_directory(environment: Mapping[str, str] = os.environ, *, is_root: boo
 def model_directory(environment: Mapping[str, str] = os.environ, *, is_root: bool | None = None) -> Path:
     """Return the directory that holds one directory for each installed model."""
     return state_directory(environment, is_root=is_root) / "models"
+
+
+def cache_directory(environment: Mapping[str, str] = os.environ, *, is_root: bool | None = None) -> Path:
+    """Return the directory for what can be fetched again: checkpoints."""
+    if found := _absolute(environment, "CACHE_DIRECTORY"):
+        return found
+    if found := _absolute(environment, "STATE_DIRECTORY"):
+        # A service that was given a state directory only can write nowhere else.
+        return found / "cache"
+    if os.geteuid() == 0 if is_root is None else is_root:
+        return Path("/var/cache/hearth")
+    return (_absolute(environment, "XDG_CACHE_HOME") or _home(environment) / ".cache") / "hearth"
 
 
 def token_file(environment: Mapping[str, str] = os.environ, *, is_root: bool | None = None) -> Path:

