@@ -144,14 +144,14 @@ def _list(arguments: argparse.Namespace) -> int:
         except BundleError as error:
             damaged[name] = str(error)
     if arguments.json:
-        errors = [{"name": name, "error": error} for name, error in damaged.items()]
+        errors = [{"name": name, "error": message} for name, message in damaged.items()]
         presentation.write_json({"models": [*map(presentation.summary, manifests), *errors]})
     elif manifests:
         presentation.write_manifests(manifests)
     elif not damaged:
         print(f"No model is installed in {store.directory}. `hearthd model list --available` shows what can be added.")
-    for error in damaged.values():
-        print(error, file=sys.stderr)
+    for message in damaged.values():
+        print(message, file=sys.stderr)
     return 1 if damaged else 0
 
 
