@@ -1,0 +1,235 @@
+"""The daemon's configuration: one frozen tree from a TOML file and the environment, validated once.
+
+`deploy/hearthd.toml` shows every key with its meaning and default. HEARTHD_<SECTION>_<KEY> in the environment comes
+before the file. Whatever is not known is refused: a misspelt limit must not silently be none.
+
+Opens the one file that it is told to, resolves no host name and reads no certificate: `listeners` and `tls` do that.
+Called by `__main__`; every other module of the serving side gets the section that it needs.
+"""
+
+import difflib
+import os
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Annotated, Any, Final, get_type_hints
+
+from hearthd import paths
+from hearthd.errors import ConfigError
+from hearthd.setting import FileMode, Flag, Kind, Number, Place, Strings, Text, Whole, Word
+
+__all__ = [
+    "AuthConfig",
+    "Config",
+    "EngineConfig",
+    "LimitsConfig",
+    "LogConfig",
+    "ModelConfig",
+    "ServerConfig",
+    "TlsConfig",
+    "load_config",
+    "settings",
+]
+
+_PREFIX: Final = "HEARTHD_"
+# Not a key: it names the file.
+_FILE_VARIABLE: Final = "HEARTHD_CONFIG"
+_MAX_FILE_BYTES: Final = 2**20
+# sun_path holds 108 bytes, the last of them zero (unix(7)).
+_MAX_SOCKET_PATH_BYTES: Final = 107
+# Fields whose default in a file is not the default of the dataclass, because it depends on the environment.
+_AUTO: Final = frozenset({("server", "unix_socket"), ("model", "directory")})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerConfig:
+    """Where the daemon listens, and how long it waits for whom."""
+
+    unix_socket: Annotated[Path | None, Place(auto=paths.unix_socket, max_bytes=_MAX_SOCKET_PATH_BYTES)] = None
+    unix_socket_mode: Annotated[int, FileMode()] = 0o660
+    tcp: Annotated[tuple[str, ...], Strings(16)] = ("127.0.0.1:50051",)
+    allow_insecure_lan: Annotated[bool, Flag()] = False
+    max_connections: Annotated[int, Whole(1, 4096)] = 64
+    write_timeout_seconds: Annotated[float, Number(0.1, 600.0)] = 10.0
+    stream_backlog_bytes: Annotated[int, Whole(4096, 16 * 2**20)] = 256 * 1024
+    drain_grace_seconds: Annotated[float, Number(0.0, 3600.0)] = 20.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TlsConfig:
+    """Certificate chain and private key, PEM; both or none. For every TCP address."""
+
+    certificate: Annotated[Path | None, Place()] = None
+    key: Annotated[Path | None, Place()] = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AuthConfig:
+    """Who may call."""
+
+    token_file: Annotated[Path | None, Place(auto=paths.token_file)] = None
+    unix_needs_token: Annotated[bool, Flag()] = False
+    health_open: Annotated[bool, Flag()] = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """Which model is served."""
+
+    directory: Annotated[Path, Place(auto=paths.model_directory, may_be_none=False)]
+    # The alphabet that `manifest` demands of a bundle's name: no path can be meant.
+    name: Annotated[str, Text(r"[a-z0-9][a-z0-9._-]{0,63}", "up to 64 of a-z, 0-9, '.', '_', '-'")] = "smollm2-135m"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """How the model runs."""
+
+    slots: Annotated[int, Whole(1, 64)] = 4
+    context_length: Annotated[int, Whole(64, 131072)] = 2048
+    threads: Annotated[int, Whole(0, 256)] = 0
+    prefill_chunk: Annotated[int, Whole(1, 512)] = 64
+    max_answer_seconds: Annotated[float, Number(1.0, 86400.0)] = 600.0
+
+    @property
+    def num_threads(self) -> int:
+        """Threads of ONNX Runtime; where the key is 0, the CPUs that this process may use."""
+        return self.threads or len(os.sched_getaffinity(0))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LimitsConfig:
+    """What a request may ask for, and how many may wait."""
+
+    max_queued: Annotated[int, Whole(0, 1024)] = 16
+    default_max_tokens: Annotated[int, Whole(1, 131072)] = 512
+    max_messages: Annotated[int, Whole(1, 4096)] = 256
+    max_request_bytes: Annotated[int, Whole(1024, 4 * 2**20)] = 256 * 1024
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LogConfig:
+    """What is told."""
+
+    level: Annotated[str, Word(("debug", "info", "warning", "error"))] = "info"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """The whole configuration."""
+
+    model: ModelConfig
+    server: ServerConfig = field(default_factory=ServerConfig)
+    tls: TlsConfig = field(default_factory=TlsConfig)
+    auth: AuthConfig = field(default_factory=AuthConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    limits: LimitsConfig = field(default_factory=LimitsConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+
+def load_config(file: Path | None = None, environment: Mapping[str, str] = os.environ) -> Config:
+    """Read the configuration.
+
+    file: must exist. None: the one that HEARTHD_CONFIG names, which must exist too, else the usual one if it exists.
+    Raises ConfigError: one line with the key, the value and what is allowed.
+    """
+    if file is None and environment.get(_FILE_VARIABLE):
+        file = Path(environment[_FILE_VARIABLE])
+    if file is None:
+        usual = paths.configuration_file(environment)
+        file = usual if usual.exists() else None
+    tables = _parse(file) if file else {}
+    kinds = {name: get_type_hints(section, include_extras=True) for name, section in get_type_hints(Config).items()}
+    _refuse_unknown(tables, kinds, str(file), "section")
+    _refuse_unknown(
+        (name for name in environment if name.startswith(_PREFIX)),
+        [_FILE_VARIABLE, *(_variable(section, key) for section, keys in kinds.items() for key in keys)],
+        "the environment",
+        "variable",
+    )
+    sections = {}
+    for name, section in get_type_hints(Config).items():
+        table = tables.get(name, {})
+        if not isinstance(table, dict):
+            raise ConfigError(f"{file}: {name} is {_shown(table)}; it is a section: write [{name}] and its keys below")
+        _refuse_unknown(table, kinds[name], f"{file}: [{name}]", "key")
+        values = {}
+        for key, hint in kinds[name].items():
+            kind: Kind = hint.__metadata__[0]
+            if (variable := _variable(name, key)) in environment:
+                text = environment[variable]
+                values[key] = _read(kind, kind.from_text(text), environment, variable, text)
+            elif key in table:
+                values[key] = _read(kind, table[key], environment, f"{file}: {name}.{key}", table[key])
+            elif (name, key) in _AUTO:
+                values[key] = _read(kind, "auto", environment, f"{name}.{key}", "auto")
+        sections[name] = section(**values)
+    config = Config(**sections)
+    _check_together(config)
+    return config
+
+
+def settings(config: Config) -> dict[str, object]:
+    """Return every key with its value, `section.key` to value, in the order of the tree."""
+    return {
+        f"{section.name}.{key.name}": getattr(getattr(config, section.name), key.name)
+        for section in fields(config)
+        for key in fields(getattr(config, section.name))
+    }
+
+
+def _read(kind: Kind, value: object, environment: Mapping[str, str], where: str, written: object) -> object:
+    if value == "auto" and isinstance(kind, Place) and kind.auto:
+        value = os.fspath(kind.auto(environment))
+    try:
+        return kind.read(value)
+    except ValueError as error:
+        raise ConfigError(f"{where} is {_shown(written)}; {error}") from None
+
+
+def _parse(file: Path) -> dict[str, Any]:
+    try:
+        with file.open("rb") as opened:
+            data = opened.read(_MAX_FILE_BYTES + 1)
+    except OSError as error:
+        raise ConfigError(f"{file} cannot be read: {error.strerror}; name another file with --config") from None
+    if len(data) > _MAX_FILE_BYTES:
+        raise ConfigError(f"{file} has more than {_MAX_FILE_BYTES} bytes; it is not a configuration")
+    try:
+        return tomllib.loads(data.decode())
+    except (ValueError, RecursionError) as error:  # TOMLDecodeError and UnicodeDecodeError are ValueErrors
+        raise ConfigError(f"{file} is not TOML: {error}") from None
+
+
+def _variable(section: str, key: str) -> str:
+    return f"{_PREFIX}{section}_{key}".upper()
+
+
+def _refuse_unknown(found: Iterable[str], known: Iterable[str], where: str, noun: str) -> None:
+    names = list(known)
+    for name in found:
+        if name not in names:
+            nearest = difflib.get_close_matches(name, names, n=1, cutoff=0)
+            raise ConfigError(f"{where}: there is no {noun} {_shown(name)}; did you mean {nearest[0]}?")
+
+
+def _shown(value: object) -> str:
+    written = repr(value)
+    return written if len(written) <= 80 else f"{written[:77]}..."
+
+
+def _check_together(config: Config) -> None:
+    """Raise ConfigError for values that are right alone and wrong together."""
+    if config.server.unix_socket is None and not config.server.tcp:
+        raise ConfigError("server.unix_socket and server.tcp are both empty; give at least one address to listen on")
+    if (config.tls.certificate is None) != (config.tls.key is None):
+        missing = "key" if config.tls.key is None else "certificate"
+        raise ConfigError(f"tls.{missing} is missing; give both tls.certificate and tls.key, or none")
+    if config.auth.unix_needs_token and config.auth.token_file is None:
+        raise ConfigError("auth.unix_needs_token is true and auth.token_file is empty; name the file with the tokens")
+    if config.engine.prefill_chunk > config.engine.context_length:
+        raise ConfigError(
+            f"engine.prefill_chunk is {config.engine.prefill_chunk}; give at most engine.context_length, "
+            f"{config.engine.context_length}"
+        )

@@ -1,0 +1,96 @@
+"""Where the daemon listens: addresses as a person writes them, resolved, and refused where they expose too much.
+
+A host name is resolved here, once, and gRPC gets the addresses: what was checked is what is bound, and gRPC's own
+resolver would go on without an error when only some of a name's addresses can be bound.
+
+Binds nothing. Called by `server`, and by `__main__` for check-config.
+"""
+
+import ipaddress
+import os
+import re
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+from urllib.parse import quote
+
+from hearthd.config import AuthConfig, ServerConfig, TlsConfig
+from hearthd.errors import ConfigError
+
+__all__ = ["Listener", "find_listeners"]
+
+_FORMS: Final = "write host:port or [IPv6 address]:port, for example 127.0.0.1:50051"
+
+
+@dataclass(frozen=True, slots=True)
+class Listener:
+    """One socket to listen on."""
+
+    text: str
+    """For people: `unix:///run/hearth/hearthd.sock`, `127.0.0.1:50051`."""
+    target: str
+    """For gRPC."""
+    socket_path: Path | None = None
+    """Of a Unix socket; None for TCP."""
+    is_exposed: bool = False
+    """Whether other machines can reach it."""
+
+
+def find_listeners(server: ServerConfig, tls: TlsConfig, auth: AuthConfig) -> tuple[Listener, ...]:
+    """Resolve the addresses of a configuration.
+
+    Asks the resolver if one of them is a host name. Raises ConfigError for an address that cannot be used, and for one
+    that other machines can reach without TLS and tokens, unless `allow_insecure_lan` says that this is meant.
+    """
+    listeners = []
+    if server.unix_socket:
+        listeners.append(_unix_listener(server.unix_socket))
+    # A name and its address may both be given; the second bind would fail.
+    tcp = {listener.target: listener for address in server.tcp for listener in _tcp_listeners(address)}
+    listeners.extend(tcp.values())
+    _refuse_exposure(listeners, server, tls, auth)
+    return tuple(listeners)
+
+
+def _refuse_exposure(listeners: Sequence[Listener], server: ServerConfig, tls: TlsConfig, auth: AuthConfig) -> None:
+    missing = [] if tls.certificate else ["tls.certificate", "tls.key"]
+    missing += [] if auth.token_file else ["auth.token_file"]
+    if not missing or server.allow_insecure_lan:
+        return
+    for listener in listeners:
+        if listener.is_exposed:
+            raise ConfigError(
+                f"server.tcp has {listener.text}, which other machines can reach, without {', '.join(missing)}: set "
+                "what is missing, or listen on 127.0.0.1 alone, or set server.allow_insecure_lan = true to let "
+                "everybody on the network use the model and read what is said"
+            )
+
+
+def _unix_listener(path: Path) -> Listener:
+    # gRPC takes the path for a part of a URI: unquoted, `%41` would name another file.
+    return Listener(f"unix://{path}", f"unix:{quote(os.fsencode(path))}", socket_path=path)
+
+
+def _tcp_listeners(address: str) -> list[Listener]:
+    match = re.fullmatch(r"(?:\[(?P<ipv6>[^\[\]]+)\]|(?P<host>[^\[\]:/]+)):(?P<port>[0-9]{1,5})", address)
+    if not match or int(match["port"]) > 65535:
+        raise ConfigError(f"server.tcp has {address!r}; {_FORMS}")
+    host, port = match["ipv6"] or match["host"], int(match["port"])
+    flags = socket.AI_PASSIVE | (socket.AI_NUMERICHOST if match["ipv6"] else 0)
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=flags)
+    except (OSError, UnicodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is no host name"
+        raise ConfigError(f"server.tcp has {address!r}, whose host cannot be resolved: {reason}; {_FORMS}") from None
+    listeners = []
+    for _, _, _, _, sockaddr in found:
+        literal = str(sockaddr[0])
+        ip = ipaddress.ip_address(literal)
+        if ip.is_unspecified:
+            # [M] gRPC binds [::] with IPv4 on top of it for either spelling, so they are one socket.
+            literal = "::"
+        target = f"[{literal}]:{port}" if ":" in literal else f"{literal}:{port}"
+        listeners.append(Listener(address, target, is_exposed=not ip.is_loopback))
+    return listeners
