@@ -1,0 +1,218 @@
+"""The token file: who may call, by the SHA-256 of a random token.
+
+One line for each token: name, digest, when it was created. Lines that start with # are comments. A token is 256 random
+bits, so nobody can find it by trying a dictionary, and a slow, salted hash would only cost every call; a hash at all is
+there so that a copy of the file lets nobody in.
+
+Changes are written to a new file that takes the old one's place, under a lock. `TokenFile` looks at each use whether
+another file stands there, so a revocation holds from the next call on.
+
+Knows no gRPC. Called by `auth` and by `__main__`.
+"""
+
+import datetime
+import fcntl
+import hashlib
+import hmac
+import logging
+import os
+import re
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from hearthd.errors import ConfigError
+
+__all__ = ["Token", "TokenFile", "create_token", "list_tokens", "revoke_token"]
+
+_logger = logging.getLogger(__name__)
+
+# Lets scanners for leaked secrets, and people, see what the string is.
+_PREFIX: Final = "hearth_"
+_RANDOM_BYTES: Final = 32
+_MAX_FILE_BYTES: Final = 2**20
+_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_LINE: Final = re.compile(rf"({_NAME.pattern}) ([0-9a-f]{{64}}) ([0-9TZ:.+-]{{1,40}})")
+_HEADER: Final = "# Hearth's tokens: name, SHA-256 of the token, created. Written by `hearthd token`.\n"
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """One line of a token file."""
+
+    name: str
+    digest: str
+    """SHA-256 of the token, hexadecimal."""
+    created: str
+    """ISO 8601, UTC."""
+
+    @property
+    def identity(self) -> str:
+        """Names this token and no later one of the same name."""
+        return f"{self.name}/{self.digest[:16]}"
+
+
+def create_token(path: Path, name: str) -> str:
+    """Add a token to the file, which is made if it is missing, and return the token: it stands nowhere else.
+
+    Raises ConfigError if the name is taken or malformed, or the file cannot be read or written.
+    """
+    if not _NAME.fullmatch(name):
+        raise ConfigError(f"token name {name[:80]!r}: give up to 64 of A-Z, a-z, 0-9, '.', '_', '-'")
+    with _changing(path) as tokens:
+        if any(token.name == name for token in tokens):
+            raise ConfigError(f"token name {name!r} is taken in {path}; choose another, or revoke that one first")
+        secret = _PREFIX + secrets.token_urlsafe(_RANDOM_BYTES)
+        now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+        tokens.append(Token(name, _digest(secret), now))
+    return secret
+
+
+def revoke_token(path: Path, name: str) -> None:
+    """Take a token out of the file. Raises ConfigError if there is none of that name."""
+    with _changing(path) as tokens:
+        kept = [token for token in tokens if token.name != name]
+        if len(kept) == len(tokens):
+            raise ConfigError(f"there is no token {name[:80]!r} in {path}; see `hearthd token list`")
+        tokens[:] = kept
+
+
+def list_tokens(path: Path) -> list[Token]:
+    """Read the file. Raises ConfigError if it cannot be read, is open to others, or has a line that is not a token."""
+    try:
+        text, mode = _read(path)
+    except FileNotFoundError:
+        raise ConfigError(f"there is no token file {path}; `hearthd token create NAME` makes it") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"token file {path} cannot be read: {_reason(error)}") from None
+    if mode & 0o077:
+        raise ConfigError(f"token file {path} has mode {mode:04o}, so that others may use it; run: chmod 600 {path}")
+    tokens, bad_lines = _parse(text)
+    if bad_lines:
+        raise ConfigError(
+            f"token file {path}, line {bad_lines[0]}, is not a name, a SHA-256 and a time; take the line out"
+        )
+    return tokens
+
+
+class TokenFile:
+    """The tokens of a file, read anew whenever another file takes its place. One thread uses it."""
+
+    def __init__(self, path: Path) -> None:
+        """Read the file. Raises ConfigError as `list_tokens` does."""
+        self._path = path
+        self._seen = self._stat()
+        self._tokens = list_tokens(path)
+
+    def __len__(self) -> int:
+        return len(self._tokens)
+
+    def find(self, secret: str) -> Token | None:
+        """Return the token, or None if the file does not have it now."""
+        self._refresh()
+        digest = _digest(secret)
+        found = None
+        for token in self._tokens:
+            # Every line is compared, each in constant time, so that the time says nothing about any of them.
+            if hmac.compare_digest(token.digest, digest):
+                found = token
+        return found
+
+    def _stat(self) -> tuple[int, ...] | None:
+        try:
+            found = self._path.stat()
+        except OSError:
+            return None
+        return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+    def _refresh(self) -> None:
+        seen = self._stat()
+        if seen == self._seen:
+            return
+        # What cannot be read lets nobody in: a revocation must not depend on a well-formed file.
+        self._seen, self._tokens = seen, []
+        try:
+            text, _ = _read(self._path)
+        except (OSError, ValueError) as error:
+            _logger.error("token file %s cannot be read, no token is valid: %s", self._path, _reason(error))
+            return
+        self._tokens, bad_lines = _parse(text)
+        if bad_lines:
+            _logger.error("token file %s: lines %s are no tokens and let nobody in", self._path, bad_lines[:10])
+        _logger.info("token file %s read again: %d tokens", self._path, len(self._tokens))
+
+
+def _digest(secret: str) -> str:
+    return hashlib.sha256(secret.encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def _reason(error: Exception) -> str:
+    return (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
+
+
+def _read(path: Path) -> tuple[str, int]:
+    """Return text and permission bits. Raises OSError, or ValueError for what is no text file of a sane size."""
+    with path.open("rb") as file:
+        data = file.read(_MAX_FILE_BYTES + 1)
+        mode = os.fstat(file.fileno()).st_mode & 0o777
+    if len(data) > _MAX_FILE_BYTES:
+        raise ValueError(f"it has more than {_MAX_FILE_BYTES} bytes")
+    return data.decode("ascii", "replace"), mode
+
+
+def _parse(text: str) -> tuple[list[Token], list[int]]:
+    """Return the tokens and the numbers of the lines that are none."""
+    tokens, bad_lines = [], []
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip() or line.startswith("#"):
+            continue
+        match = _LINE.fullmatch(line.strip())
+        if match:
+            tokens.append(Token(match[1], match[2], match[3]))
+        else:
+            bad_lines.append(number)
+    return tokens, bad_lines
+
+
+@contextmanager
+def _changing(path: Path) -> Iterator[list[Token]]:
+    """Give the file's tokens to be changed, and write them when the block ends without an error."""
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        # Beside the file, not the file itself: that one is replaced, and a lock on the old one keeps nobody out.
+        lock = os.open(f"{path}.lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            tokens = list_tokens(path) if path.exists() else []
+            yield tokens
+            _replace(path, tokens)
+        finally:
+            os.close(lock)
+    except OSError as error:
+        raise ConfigError(f"token file {path} cannot be written: {_reason(error)}") from None
+
+
+def _replace(path: Path, tokens: list[Token]) -> None:
+    """Write a new file durably in place of the old one: whole, or not at all, whenever the power goes."""
+    temporary = Path(f"{path}.new")
+    temporary.unlink(missing_ok=True)
+    # Mode and O_EXCL from the start: at no moment can another user read it or have made it.
+    descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    with open(descriptor, "w", encoding="ascii") as file:
+        if os.geteuid() == 0:
+            # `sudo hearthd token create` writes into the service's directory; the service must be able to read it.
+            owner = path.stat() if path.exists() else path.parent.stat()
+            os.fchown(descriptor, owner.st_uid, owner.st_gid)
+        file.write(_HEADER)
+        file.writelines(f"{token.name} {token.digest} {token.created}\n" for token in tokens)
+        file.flush()
+        os.fsync(descriptor)
+    temporary.replace(path)
+    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
