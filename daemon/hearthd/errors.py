@@ -9,10 +9,11 @@
     ├── ModelNotFoundError   no model of that name              -> NOT_FOUND
     ├── QueueFullError       too many chats wait                -> RESOURCE_EXHAUSTED
     ├── SlowReaderError      the caller does not read           -> RESOURCE_EXHAUSTED
-    └── NotServingError      loading or draining                -> UNAVAILABLE
+    ├── NotServingError      loading or draining                -> UNAVAILABLE
+    └── EngineCrashedError   the inference thread is dead       -> INTERNAL; the daemon exits
 
 Each message is one line: what was wrong, the value, the limit, the remedy. No message holds a caller's text: it may
-reach the journal. `service` maps these to gRPC statuses; nothing else does.
+reach the journal. `statuses` maps these to gRPC statuses; nothing else does.
 """
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "BuildError",
     "BundleError",
     "ConfigError",
+    "EngineCrashedError",
     "HearthdError",
     "InvalidRequestError",
     "ModelNotFoundError",
@@ -57,6 +59,8 @@ class InvalidRequestError(HearthdError):
         super().__init__(f"{field}: {message}")
         self.field = field
         self.message = message
+        self.others: tuple[InvalidRequestError, ...] = ()
+        """What else is wrong with the same request."""
 
 
 class ModelNotFoundError(HearthdError):
@@ -78,3 +82,12 @@ class SlowReaderError(HearthdError):
 
 class NotServingError(HearthdError):
     """The daemon is loading or draining."""
+
+
+class EngineCrashedError(HearthdError):
+    """An exception ended the inference thread. The daemon answers nothing any more and exits."""
+
+    def __init__(self, incident: str) -> None:
+        """`incident` is the id under which the journal has the exception."""
+        super().__init__(f"the inference thread crashed, incident {incident}; the log has it")
+        self.incident = incident

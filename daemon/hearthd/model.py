@@ -1,0 +1,110 @@
+"""The model that a daemon serves: engine, tokenizer, and what is said about it.
+
+`load_model` makes it from a bundle, in the inference thread, which owns the engine from then on: `__main__` hands it to
+`server`, which hands it to `worker`.
+"""
+
+import time
+from dataclasses import dataclass
+from typing import Final
+
+from hearthd.bundle import Bundle
+from hearthd.chat_template import Message
+from hearthd.config import Config
+from hearthd.engine import Engine
+from hearthd.errors import BundleError
+from hearthd.events import Failed, Finished
+from hearthd.kv_cache import Runner
+from hearthd.sampling import SamplingParams
+from hearthd.sequence import Sequence
+from hearthd.tokenizer import ChatTokenizer
+
+__all__ = ["Model", "load_model", "prove"]
+
+_PROOF: Final = (Message("user", "Hello"),)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Model:
+    """One model, ready to be asked."""
+
+    name: str
+    engine: Engine
+    """Of the inference thread alone."""
+    runner: Runner
+    """The engine's; only `terminate` may be called from elsewhere."""
+    tokenizer: ChatTokenizer
+    default_sampling: SamplingParams
+    """What a request gets that sets nothing; its max_tokens is the configured default."""
+    architecture: str
+    parameter_count: int
+    quantization: str
+    size_bytes: int
+    license: str
+    source: str
+
+
+def load_model(bundle: Bundle, config: Config) -> Model:
+    """Load a bundle that has been verified. Raises BundleError if it cannot be run."""
+    # In the inference thread, at its time: a second instance must be told within moments that it is one, and this
+    # import alone takes longer.
+    from hearthd.runner import OnnxRunner
+
+    manifest = bundle.manifest
+    runner = OnnxRunner.from_bundle(
+        bundle,
+        num_slots=config.engine.slots,
+        context_length=min(config.engine.context_length, manifest.context_length),
+        num_threads=config.engine.num_threads,
+    )
+    tokenizer = ChatTokenizer.from_bundle(bundle)
+    engine = Engine(
+        runner,
+        tokenizer,
+        prefill_chunk=config.engine.prefill_chunk,
+        max_answer_seconds=config.engine.max_answer_seconds,
+    )
+    return Model(
+        name=config.model.name,
+        engine=engine,
+        runner=runner,
+        tokenizer=tokenizer,
+        default_sampling=_default_sampling(bundle.generation(), config.limits.default_max_tokens),
+        architecture=manifest.architecture,
+        parameter_count=manifest.parameter_count,
+        quantization=manifest.quantization,
+        size_bytes=bundle.size_bytes,
+        license=manifest.license,
+        source=manifest.source,
+    )
+
+
+def prove(model: Model) -> None:
+    """Let the engine generate one real token. Whatever it raises means that it cannot serve."""
+    sequence = Sequence(
+        request_id="start-up",
+        prompt_ids=tuple(model.tokenizer.encode_chat(_PROOF)),
+        params=SamplingParams(max_tokens=1, temperature=0.0),
+        cache_identity="start-up",
+        arrived=time.monotonic(),
+    )
+    model.engine.add(sequence)
+    while model.engine.has_work:
+        for _, event in model.engine.step():
+            if isinstance(event, Failed):
+                raise event.error
+            if isinstance(event, Finished) and event.completion_tokens == 1:
+                return
+    raise BundleError(f"model {model.name} loads, and generates no token; build it again")
+
+
+def _default_sampling(generation: dict[str, float], default_max_tokens: int) -> SamplingParams:
+    base = SamplingParams(max_tokens=default_max_tokens)
+    return SamplingParams(
+        max_tokens=default_max_tokens,
+        temperature=generation.get("temperature", base.temperature),
+        top_k=int(generation.get("top_k", base.top_k)),
+        top_p=generation.get("top_p", base.top_p),
+        min_p=generation.get("min_p", base.min_p),
+        repetition_penalty=generation.get("repetition_penalty", base.repetition_penalty),
+    )

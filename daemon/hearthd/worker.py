@@ -1,0 +1,298 @@
+"""The inference thread, and the books of who waits for it.
+
+One thread owns the model: it loads it, proves it, and then runs step after step. The event loop decides at once who is
+admitted; sequences cross to the thread through a queue, between two steps, and events come back by
+`call_soon_threadsafe`, one call for each step. Whoever leaves (cancelled, too late, gone, too slow) is taken out of the
+engine before its next step; if its prompt is being read at that moment, that run is stopped in the middle.
+
+Knows no gRPC. Called by `service` (chats) and `server` (life).
+"""
+
+import asyncio
+import enum
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+from hearthd.errors import EngineCrashedError, HearthdError, NotServingError, QueueFullError
+from hearthd.events import Event, Failed, Finished
+from hearthd.logs import log_incident
+from hearthd.model import Model, prove
+from hearthd.sequence import Sequence
+from hearthd.stream import ChatStream
+
+__all__ = ["Counts", "State", "Worker"]
+
+# Bounds of what a refused caller is told to wait.
+_MIN_RETRY_SECONDS: Final = 1.0
+_MAX_RETRY_SECONDS: Final = 60.0
+_NUM_REMEMBERED: Final = 32
+
+
+class State(enum.Enum):
+    """What the worker can do."""
+
+    LOADING = "loading"
+    SERVING = "serving"
+    DRAINING = "draining"
+    """Finishes what it has; admits nothing."""
+    ENDED = "ended"
+
+
+@dataclass(slots=True)
+class Counts:
+    """Since the start."""
+
+    finished: int = 0
+    cancelled: int = 0
+    refused: int = 0
+    failed: int = 0
+    prompt_tokens: int = 0
+    cached_prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+
+class Worker:
+    """The inference thread as the event loop sees it. All methods belong to the loop that called `start`."""
+
+    def __init__(self, load: Callable[[], Model], *, max_queued: int, stream_backlog_bytes: int) -> None:
+        """load: called in the inference thread."""
+        self._load = load
+        self._max_queued = max_queued
+        self._stream_backlog_bytes = stream_backlog_bytes
+        self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="inference", daemon=True)
+        self._chats: set[ChatStream] = set()
+        self._streams: dict[Sequence, ChatStream] = {}
+        self._recent_seconds: deque[float] = deque(maxlen=_NUM_REMEMBERED)
+        self._no_chats = asyncio.Event()
+        self._no_chats.set()
+        self._model: Model | None = None
+        self._must_stop = False
+        self._progress = 0
+        self.state = State.LOADING
+        self.counts = Counts()
+
+    async def start(self) -> Model:
+        """Load and prove the model. Raises whatever that raises; the thread has ended then."""
+        self._loop = asyncio.get_running_loop()
+        self._loaded: asyncio.Future[Model] = self._loop.create_future()
+        self._ended: asyncio.Future[None] = self._loop.create_future()
+        for future in (self._loaded, self._ended):
+            # asyncio complains of an error that nobody has asked for; a daemon that is told to stop does not ask.
+            future.add_done_callback(lambda done: done.exception())
+        self._thread.start()
+        model = await asyncio.shield(self._loaded)
+        self._model = model
+        if self.state is State.LOADING:
+            self.state = State.SERVING
+        return model
+
+    @property
+    def model(self) -> Model:
+        """The model. Raises NotServingError until it is loaded and proven."""
+        if self._model is None:
+            raise NotServingError("the daemon is still loading the model; try again in a few seconds")
+        return self._model
+
+    @property
+    def num_chats(self) -> int:
+        """Chats that are admitted and have not ended."""
+        return len(self._chats)
+
+    @property
+    def max_queued(self) -> int:
+        """Chats that may wait."""
+        return self._max_queued
+
+    @property
+    def progress(self) -> int:
+        """A number that moves with each step of the engine. Any thread."""
+        return self._progress
+
+    def admit(self) -> ChatStream:
+        """Give a chat a place, or refuse it at once.
+
+        Raises QueueFullError with a time to wait, NotServingError while loading and draining.
+        """
+        model = self.model
+        if self.state is not State.SERVING:
+            raise NotServingError("the daemon is shutting down; try again in a few seconds, or ask another one")
+        limit = model.engine.num_slots + self._max_queued
+        if len(self._chats) >= limit:
+            self.counts.refused += 1
+            raise QueueFullError(
+                f"the queue is full: {model.engine.num_slots} chats run and {self._max_queued} wait; try again later",
+                self._retry_seconds(model.engine.num_slots),
+            )
+        chat = ChatStream(max_backlog_bytes=self._stream_backlog_bytes, submit=self._submit, leave=self._leave)
+        self._chats.add(chat)
+        self._no_chats.clear()
+        return chat
+
+    async def ping(self) -> None:
+        """Return when a no-op has crossed the inference queue; never, if the thread is stuck or dead."""
+        crossed = self._loop.create_future()
+
+        def answer() -> None:
+            self._call_loop(lambda: None if crossed.done() else crossed.set_result(None))
+
+        self._commands.put(answer)
+        await crossed
+
+    def begin_drain(self) -> None:
+        """Admit no more chats."""
+        if self.state is not State.ENDED:
+            self.state = State.DRAINING
+
+    async def wait_until_idle(self) -> None:
+        """Return when no admitted chat is left."""
+        await self._no_chats.wait()
+
+    def fail_chats(self, error: Exception) -> None:
+        """End every chat with an error, as fast as the thread can be reached."""
+        for chat in list(self._chats):
+            self._remove(chat)
+            chat.fail(error)
+
+    async def wait_until_ended(self) -> None:
+        """Return when the thread has ended; raise EngineCrashedError if an exception ended it."""
+        await asyncio.shield(self._ended)
+
+    async def wait_until_gone(self) -> None:
+        """Return when the thread has ended, however it did, or if it never began."""
+        if self._thread.ident is not None:
+            await asyncio.wait((self._ended,))
+
+    def stop(self) -> None:
+        """Let the thread end after the step that runs now; stop a run in the middle."""
+        self._must_stop = True
+        self._commands.put(lambda: None)
+        if self._model is not None:
+            self._model.runner.terminate()
+
+    # On the loop.
+
+    def _submit(self, chat: ChatStream, sequence: Sequence) -> None:
+        if self.state is State.ENDED:
+            chat.fail(NotServingError("the daemon is shutting down; try again in a few seconds, or ask another one"))
+            return
+        self._streams[sequence] = chat
+        self._commands.put(lambda: self._add(sequence))
+
+    def _leave(self, chat: ChatStream) -> None:
+        if chat.finished is not None:
+            self._remember(chat.finished)
+        elif chat.error is not None:
+            self.counts.failed += 1
+        elif chat.sequence is not None:
+            self.counts.cancelled += 1
+        self._remove(chat)
+        self._chats.discard(chat)
+        if not self._chats:
+            self._no_chats.set()
+
+    def _remember(self, finished: Finished) -> None:
+        self.counts.finished += 1
+        self.counts.prompt_tokens += finished.prompt_tokens
+        self.counts.cached_prompt_tokens += finished.cached_prompt_tokens
+        self.counts.completion_tokens += finished.completion_tokens
+        self._recent_seconds.append(finished.prefill_seconds + finished.decode_seconds)
+
+    def _retry_seconds(self, num_slots: int) -> float:
+        """Estimate when the next of the running chats ends, from how long the last ones ran."""
+        if not self._recent_seconds:
+            return _MIN_RETRY_SECONDS
+        mean = sum(self._recent_seconds) / len(self._recent_seconds)
+        return min(max(mean / num_slots, _MIN_RETRY_SECONDS), _MAX_RETRY_SECONDS)
+
+    def _remove(self, chat: ChatStream) -> None:
+        sequence = chat.sequence
+        if sequence is None or self._streams.pop(sequence, None) is None or self._model is None:
+            return
+        model = self._model
+        self._commands.put(lambda: model.engine.remove(sequence))
+        if model.engine.prefilling is sequence:
+            # Half a second of a board's time for a chunk that nobody will read. Should the run have ended between
+            # these two lines, another one is stopped, and the engine runs that again.
+            model.runner.terminate()
+
+    def _deliver(self, events: list[tuple[Sequence, Event]]) -> None:
+        for sequence, event in events:
+            chat = self._streams.get(sequence)
+            if chat is None:
+                continue  # it left while the step ran
+            chat.push(event)
+            if isinstance(event, Finished | Failed):
+                del self._streams[sequence]
+            elif chat.has_ended:  # too slow
+                self._remove(chat)
+
+    def _end(self, error: EngineCrashedError | None) -> None:
+        self.state = State.ENDED
+        for chat in list(self._chats):
+            chat.fail(error or NotServingError("the daemon is shutting down; try again in a few seconds"))
+        self._streams.clear()
+        if error is None:
+            self._ended.set_result(None)
+        else:
+            self._ended.set_exception(error)
+
+    # In the inference thread.
+
+    def _run(self) -> None:
+        try:
+            model = self._load()
+            prove(model)
+        except BaseException as error:  # noqa: BLE001 - whatever it is, `start` must not wait for ever
+            self._call_loop(lambda error=error: self._fail_to_load(error))  # type: ignore[misc]
+            return
+        self._engine = model.engine
+        self._call_loop(lambda: self._loaded.set_result(model))
+        try:
+            while not self._must_stop:
+                self._step()
+        except BaseException as error:  # noqa: BLE001 - nobody may wait for a dead thread
+            crash = EngineCrashedError(log_incident("the inference thread crashed", error))
+            self._call_loop(lambda: self._end(crash))
+        else:
+            self._call_loop(lambda: self._end(None))
+
+    def _step(self) -> None:
+        self._take_commands()
+        if self._must_stop or not self._engine.has_work:
+            return
+        events = self._engine.step()
+        self._progress += 1
+        if events:
+            self._call_loop(lambda: self._deliver(events))
+
+    def _take_commands(self) -> None:
+        """Run what the loop has asked for; wait for something to be asked if there is nothing to do."""
+        try:
+            self._commands.get(block=not self._engine.has_work)()
+            while True:
+                self._commands.get_nowait()()
+        except queue.Empty:
+            pass
+
+    def _add(self, sequence: Sequence) -> None:
+        try:
+            self._engine.add(sequence)
+        except HearthdError as error:
+            failed = Failed(error)
+            self._call_loop(lambda: self._deliver([(sequence, failed)]))
+
+    def _call_loop(self, callback: Callable[[], object]) -> None:
+        try:
+            self._loop.call_soon_threadsafe(callback)
+        except RuntimeError:  # the loop is closed: the daemon has gone on without this thread
+            self._must_stop = True
+
+    def _fail_to_load(self, error: BaseException) -> None:
+        self.state = State.ENDED
+        self._loaded.set_exception(error)
+        self._ended.set_result(None)
