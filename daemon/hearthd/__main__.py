@@ -1,0 +1,220 @@
+"""The daemon's command line: serve, check-config, token, model.
+
+Exit codes:
+    0   done; for `serve`, told to stop and stopped
+    1   failed: a token that is not there, a model that cannot be built; a hard exit, where shutting down took too long
+    2   wrong usage of the command line
+    69  another program serves the address (EX_UNAVAILABLE)
+    70  a fault of the daemon itself (EX_SOFTWARE); systemd starts it again
+    78  the configuration or the model's bundle cannot be used (EX_CONFIG); starting it again does not help
+
+Errors are one line on standard error. Imports of gRPC and of the model's parts wait until a command needs them.
+"""
+
+import argparse
+import asyncio
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from hearthd import paths
+from hearthd.config import Config, load_config, settings
+from hearthd.errors import AddressInUseError, BuildError, BundleError, ConfigError, HearthdError, ModelNotFoundError
+from hearthd.version import daemon_version
+
+if TYPE_CHECKING:
+    from hearthd.model import Model
+
+__all__ = ["main"]
+
+EXIT_OK: Final = 0
+EXIT_FAILED: Final = 1
+EXIT_USAGE: Final = 2
+EXIT_IN_USE: Final = 69
+EXIT_FAULT: Final = 70
+EXIT_CONFIG: Final = 78
+
+_logger = logging.getLogger("hearthd")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; return its exit code."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    # gRPC's core writes to standard error by itself; what matters of it comes back as an error.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    try:
+        parsed = _parser(words).parse_args(words)
+        command: Callable[[argparse.Namespace], int | None] = parsed.run
+        return command(parsed) or EXIT_OK
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # Whoever read our output has seen enough. Python would complain once more while it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_FAILED
+    except HearthdError as error:
+        print(f"hearthd: {error}", file=sys.stderr)
+        return exit_code(error)
+
+
+def exit_code(error: BaseException) -> int:
+    """Return the exit code that an error ends a command with."""
+    match error:
+        case ConfigError() | BundleError() | ModelNotFoundError():
+            return EXIT_CONFIG
+        case AddressInUseError():
+            return EXIT_IN_USE
+        case BuildError():
+            return EXIT_FAILED
+        case _:
+            return EXIT_FAULT
+
+
+def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="hearthd", description="Serves a small chat model over gRPC.")
+    parser.add_argument("--version", action="version", version=f"hearthd {daemon_version()}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    serve = commands.add_parser("serve", help="serve the model until told to stop")
+    _add_config(serve)
+    serve.set_defaults(run=_serve)
+
+    check = commands.add_parser("check-config", help="check the configuration and print what it comes to")
+    _add_config(check)
+    check.set_defaults(run=_check_config)
+
+    token = commands.add_parser("token", help="make, list and revoke callers' tokens")
+    actions = token.add_subparsers(required=True, metavar="ACTION")
+    create = actions.add_parser("create", help="make a token and print it, once")
+    create.add_argument("name", metavar="NAME", help="who will use it")
+    create.set_defaults(run=_create_token)
+    listing = actions.add_parser("list", help="list the names")
+    listing.set_defaults(run=_list_tokens)
+    revoke = actions.add_parser("revoke", help="make a token invalid, from the next call on")
+    revoke.add_argument("name", metavar="NAME")
+    revoke.set_defaults(run=_revoke_token)
+    for action in (create, listing, revoke):
+        _add_config(action)
+        action.add_argument(
+            "--token-file", type=Path, metavar="FILE", help="instead of the configuration's auth.token_file"
+        )
+
+    if next((word for word in words if not word.startswith("-")), None) in ("model", None):
+        # Brings what builds models, which takes longer to import than serving may take to begin.
+        from hearthd.build.cli import add_parser
+
+        add_parser(commands)
+    else:
+        commands.add_parser("model", help="build, list and remove models")
+    return parser
+
+
+def _add_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="TOML file; without it HEARTHD_CONFIG, else /etc/hearth/hearthd.toml or ~/.config/hearth/hearthd.toml",
+    )
+
+
+def _load_model(config: Config) -> "Model":
+    """Verify and load the configured model. Runs in the inference thread, where its imports cost nobody any time."""
+    from hearthd.build.store import Store
+    from hearthd.model import load_model
+
+    return load_model(Store(config.model.directory).open(config.model.name), config)
+
+
+def _serve(parsed: argparse.Namespace) -> int:
+    from hearthd.logs import configure_logging
+
+    config = load_config(parsed.config)
+    configure_logging(config.log.level)
+    code = run_server(config, partial(_load_model, config))
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Not by way of the interpreter's end: a thread that is still inside of ONNX Runtime would crash there.
+    os._exit(code)
+
+
+def run_server(config: Config, load: "Callable[[], Model]") -> int:
+    """Serve until a signal comes; return the exit code. Errors are logged in one line."""
+    from hearthd.logs import log_incident
+    from hearthd.notify import Notifier
+    from hearthd.server import CLOSE_SECONDS, Server
+    from hearthd.signals import listen_for_stop
+
+    async def run() -> None:
+        loop = asyncio.get_running_loop()
+        server = Server(config, load, Notifier())
+        listen_for_stop(
+            partial(loop.call_soon_threadsafe, server.stop),
+            hard_exit_seconds=config.server.drain_grace_seconds + 2 * CLOSE_SECONDS,
+        )
+        await server.run()
+
+    try:
+        asyncio.run(run())
+    except HearthdError as error:
+        _logger.critical("%s", error)
+        return exit_code(error)
+    except Exception as error:  # noqa: BLE001 - one line with an id, no traceback: it could quote a prompt
+        log_incident("the daemon failed", error)
+        return EXIT_FAULT
+    return EXIT_OK
+
+
+def _check_config(parsed: argparse.Namespace) -> None:
+    from hearthd.listeners import find_listeners
+    from hearthd.tls import read_certificate
+    from hearthd.tokens import list_tokens
+
+    config = load_config(parsed.config)
+    listeners = find_listeners(config.server, config.tls, config.auth)
+    if config.tls.certificate and config.tls.key:
+        read_certificate(config.tls.certificate, config.tls.key)
+    if config.auth.token_file:
+        list_tokens(config.auth.token_file)
+    for key, value in settings(config).items():
+        shown = f"0{value:o}" if key == "server.unix_socket_mode" else "" if value is None else value
+        print(f"{key} = {list(shown) if isinstance(shown, tuple) else shown}")
+    print(f"good: would listen on {', '.join(listener.text for listener in listeners)}")
+
+
+def _token_file(parsed: argparse.Namespace) -> Path:
+    if parsed.token_file:
+        return Path(os.path.abspath(parsed.token_file))
+    return load_config(parsed.config).auth.token_file or paths.token_file()
+
+
+def _create_token(parsed: argparse.Namespace) -> None:
+    from hearthd.tokens import create_token
+
+    path = _token_file(parsed)
+    print(create_token(path, parsed.name))
+    print(f"hearthd: this is the only time that the token is shown; its hash stands in {path}", file=sys.stderr)
+
+
+def _list_tokens(parsed: argparse.Namespace) -> None:
+    from hearthd.tokens import list_tokens
+
+    for token in list_tokens(_token_file(parsed)):
+        print(f"{token.name}\t{token.created}")
+
+
+def _revoke_token(parsed: argparse.Namespace) -> None:
+    from hearthd.tokens import revoke_token
+
+    path = _token_file(parsed)
+    revoke_token(path, parsed.name)
+    print(f"hearthd: {parsed.name} is revoked in {path}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,207 @@
+"""Messages of the protocol to the engine's values and back. Pure functions; no gRPC, no waiting.
+
+Whatever a request says is checked here, before anything is computed, and all that is wrong with it is told at once.
+Called by `service`.
+"""
+
+import re
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Final
+
+from hearth.v1 import chat_pb2
+from hearthd.chat_template import Message, Role, validate_messages
+from hearthd.errors import InvalidRequestError
+from hearthd.events import Delta, Event, Finished, FinishReason, Queued, TokenLogprob
+from hearthd.model import Model
+from hearthd.sampling import SamplingParams, validate
+
+__all__ = [
+    "ChatCall",
+    "fit_to_context",
+    "read_chat",
+    "read_conversation",
+    "to_chat_response",
+    "to_sampling_options",
+]
+
+_REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._:-]{0,64}")
+_ROLES: Final[dict[int, Role]] = {
+    chat_pb2.ROLE_SYSTEM: "system",
+    chat_pb2.ROLE_USER: "user",
+    chat_pb2.ROLE_ASSISTANT: "assistant",
+}
+_FINISH_REASONS: Final = {
+    FinishReason.END_OF_TURN: chat_pb2.FINISH_REASON_END_OF_TURN,
+    FinishReason.STOP_STRING: chat_pb2.FINISH_REASON_STOP_STRING,
+    FinishReason.LENGTH: chat_pb2.FINISH_REASON_LENGTH,
+    FinishReason.TIME_LIMIT: chat_pb2.FINISH_REASON_TIME_LIMIT,
+}
+_OPTIONS: Final = (
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "seed",
+    "max_tokens",
+    "top_logprobs",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ChatCall:
+    """A ChatRequest that is well-formed; whether it fits the context, its tokens will tell."""
+
+    request_id: str
+    messages: tuple[Message, ...]
+    params: SamplingParams
+    sets_max_tokens: bool
+
+
+def read_chat(request: chat_pb2.ChatRequest, model: Model, max_messages: int) -> ChatCall:
+    """Check a request. Raises InvalidRequestError; its `others` hold what else is wrong."""
+    problems: list[InvalidRequestError] = []
+    messages: tuple[Message, ...] = ()
+    try:
+        messages = read_conversation(request.messages, max_messages)
+    except InvalidRequestError as error:
+        problems.append(error)
+    params = _read_sampling(request.sampling, model, problems)
+    if not _REQUEST_ID.fullmatch(request.request_id):
+        problems.append(
+            InvalidRequestError(
+                "request_id", f"has {len(request.request_id)} characters; give at most 64 of A-Z a-z 0-9 . _ : -"
+            )
+        )
+    if problems:
+        problems[0].others = tuple(problems[1:])
+        raise problems[0]
+    return ChatCall(
+        request_id=request.request_id or secrets.token_hex(8),
+        messages=messages,
+        params=params,
+        sets_max_tokens=request.sampling.HasField("max_tokens"),
+    )
+
+
+def read_conversation(
+    messages: Sequence[chat_pb2.Message], max_messages: int, *, must_end_with_user: bool = True
+) -> tuple[Message, ...]:
+    """Check messages. Raises InvalidRequestError for the first thing that is wrong."""
+    if len(messages) > max_messages:
+        raise InvalidRequestError("messages", f"has {len(messages)} messages; give at most {max_messages}")
+    converted = []
+    for place, message in enumerate(messages):
+        role = _ROLES.get(message.role)
+        if role is None:
+            raise InvalidRequestError(
+                f"messages[{place}].role", f"is {message.role}; give ROLE_SYSTEM, ROLE_USER or ROLE_ASSISTANT"
+            )
+        converted.append(Message(role, message.content))
+    validate_messages(converted, must_end_with_user=must_end_with_user)
+    return tuple(converted)
+
+
+def _read_sampling(
+    options: chat_pb2.SamplingOptions, model: Model, problems: list[InvalidRequestError]
+) -> SamplingParams:
+    """Return the model's defaults with what the request sets; note what is out of range."""
+    params = model.default_sampling
+    given: dict[str, object] = {name: getattr(options, name) for name in _OPTIONS if options.HasField(name)}
+    if options.stop:
+        given["stop"] = tuple(options.stop)
+    for name, value in given.items():
+        # One at a time, so that `validate`, which stops at the first, finds each.
+        candidate = replace(params, **{name: value})  # type: ignore[arg-type]
+        try:
+            validate(candidate, model.runner.vocab_size)
+        except InvalidRequestError as error:
+            problems.append(error)
+        else:
+            params = candidate
+    return params
+
+
+def fit_to_context(call: ChatCall, num_prompt_tokens: int, context_length: int) -> SamplingParams:
+    """Return the call's sampling with the most tokens that its answer may have.
+
+    Raises InvalidRequestError if prompt and answer do not fit: nothing is ever cut short silently.
+    """
+    room = context_length - num_prompt_tokens
+    if room < 1:
+        raise InvalidRequestError(
+            "messages",
+            f"prompt_tokens {num_prompt_tokens} leave no room in the context_length {context_length}; send fewer or "
+            "shorter messages",
+        )
+    max_tokens = call.params.max_tokens
+    if call.sets_max_tokens and max_tokens > room:
+        raise InvalidRequestError(
+            "sampling.max_tokens",
+            f"prompt_tokens {num_prompt_tokens} + max_tokens {max_tokens} exceed the context_length {context_length}; "
+            f"give at most {room}, or send fewer or shorter messages",
+        )
+    return replace(call.params, max_tokens=min(max_tokens, room))
+
+
+def to_chat_response(event: Event, request_id: str, model_name: str) -> chat_pb2.ChatResponse:
+    """Return what the caller sees of an event. A Failed is no response, and must not come here."""
+    match event:
+        case Queued():
+            return chat_pb2.ChatResponse(queued=chat_pb2.Queued(position=event.position))
+        case Delta():
+            return chat_pb2.ChatResponse(
+                delta=chat_pb2.TextDelta(text=event.text, token_logprobs=map(_to_logprob, event.token_logprobs))
+            )
+        case Finished():
+            return chat_pb2.ChatResponse(final=_to_final(event, request_id, model_name))
+        case _:
+            raise TypeError(f"{type(event).__name__} is no response")
+
+
+def _to_logprob(logprob: TokenLogprob) -> chat_pb2.TokenLogprob:
+    return chat_pb2.TokenLogprob(
+        chosen=chat_pb2.TokenProbability(token_id=logprob.token_id, text=logprob.text, logprob=logprob.logprob),
+        top=(
+            chat_pb2.TokenProbability(token_id=each.token_id, text=each.text, logprob=each.logprob)
+            for each in logprob.top
+        ),
+    )
+
+
+def _to_final(event: Finished, request_id: str, model_name: str) -> chat_pb2.Final:
+    decoded = event.completion_tokens - 1
+    return chat_pb2.Final(
+        finish_reason=_FINISH_REASONS[event.reason],
+        usage=chat_pb2.Usage(
+            prompt_tokens=event.prompt_tokens,
+            cached_prompt_tokens=event.cached_prompt_tokens,
+            completion_tokens=event.completion_tokens,
+        ),
+        timings=chat_pb2.Timings(
+            queue_ms=event.queue_seconds * 1000,
+            prefill_ms=event.prefill_seconds * 1000,
+            time_to_first_token_ms=event.time_to_first_token_seconds * 1000,
+            decode_ms=event.decode_seconds * 1000,
+            decode_tokens_per_second=decoded / event.decode_seconds if decoded > 0 and event.decode_seconds > 0 else 0,
+        ),
+        request_id=request_id,
+        model=model_name,
+    )
+
+
+def to_sampling_options(params: SamplingParams) -> chat_pb2.SamplingOptions:
+    """Return a model's defaults as a request would set them, without seed and max_tokens."""
+    return chat_pb2.SamplingOptions(
+        temperature=params.temperature,
+        top_k=params.top_k,
+        top_p=params.top_p,
+        min_p=params.min_p,
+        repetition_penalty=params.repetition_penalty,
+        presence_penalty=params.presence_penalty,
+        frequency_penalty=params.frequency_penalty,
+    )

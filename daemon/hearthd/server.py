@@ -1,0 +1,266 @@
+"""The daemon's life: lock, bind, load, prove, serve, drain, end.
+
+Callers can connect from the moment that the addresses are bound; until the model has generated one real token they
+hear that it is loading. Called by `__main__`.
+"""
+
+import asyncio
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from typing import Any, Final
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from hearth.v1 import chat_pb2, chat_pb2_grpc, model_pb2, model_pb2_grpc, status_pb2, status_pb2_grpc
+from hearthd.auth import TokenInterceptor
+from hearthd.config import Config
+from hearthd.errors import AddressInUseError, NotServingError
+from hearthd.health import HealthService
+from hearthd.instance_lock import hold_socket
+from hearthd.listeners import Listener, find_listeners
+from hearthd.logs import describe_exception
+from hearthd.model import Model
+from hearthd.notify import Notifier, feed_watchdog
+from hearthd.service import ChatService, ModelService, StatusService, Tokenising
+from hearthd.statuses import ErrorBoundary
+from hearthd.tls import server_credentials
+from hearthd.tokens import TokenFile
+from hearthd.transport import transport_options
+from hearthd.worker import Worker
+
+__all__ = ["CLOSE_SECONDS", "Server"]
+
+_logger = logging.getLogger(__name__)
+
+# After the grace: for chats to hear UNAVAILABLE, connections to close and the thread to end.
+CLOSE_SECONDS: Final = 2.0
+# systemd is asked for more time this often, each time for three times as much.
+_EXTEND_SECONDS: Final = 10.0
+# A model that is not ready by then never will be; systemd may then end the wait.
+_MAX_LOAD_SECONDS: Final = 900.0
+_SERVICES: Final = tuple(
+    module.DESCRIPTOR.services_by_name[name].full_name
+    for module, name in ((chat_pb2, "ChatService"), (model_pb2, "ModelService"), (status_pb2, "StatusService"))
+)
+_HEALTH: Final = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
+
+
+class Server:
+    """One daemon. `run` is its whole life; `stop` ends it."""
+
+    def __init__(self, config: Config, load: Callable[[], Model], notifier: Notifier | None = None) -> None:
+        """load: called in the inference thread. Raises ConfigError if the configuration cannot be used."""
+        self._config = config
+        self._notifier = notifier or Notifier({})
+        self._listeners = find_listeners(config.server, config.tls, config.auth)
+        self._tokens = TokenFile(config.auth.token_file) if config.auth.token_file else None
+        self._worker = Worker(
+            load, max_queued=config.limits.max_queued, stream_backlog_bytes=config.server.stream_backlog_bytes
+        )
+        self._health = HealthService((*_SERVICES, _HEALTH))
+        self._tokenising = Tokenising()
+        self._services = self._make_services()
+        self._servers: list[grpc.aio.Server] = []
+        self._must_stop = asyncio.Event()
+        self._must_hurry = asyncio.Event()
+        self.addresses: list[str] = []
+        """Where it listens, once it does: `unix:///path`, `host:port`."""
+        self.is_ready = asyncio.Event()
+
+    def stop(self) -> None:
+        """Begin to drain; called once more, end without waiting for running answers. Of the event loop."""
+        if self._must_stop.is_set():
+            self._must_hurry.set()
+        self._must_stop.set()
+
+    async def run(self) -> None:
+        """Serve until `stop` is called.
+
+        Raises AddressInUseError, ConfigError or whatever `load` raises before it is ready, EngineCrashedError after.
+        """
+        asyncio.get_running_loop().set_exception_handler(_log_loop_error)
+        with ExitStack() as held:
+            try:
+                self._bind(held)
+                for server in self._servers:
+                    await server.start()
+                _logger.info("listening on %s", ", ".join(self.addresses))
+                if await self._load():
+                    await self._serve()
+            finally:
+                await self._close()
+
+    # Binding.
+
+    def _bind(self, held: ExitStack) -> None:
+        """Bind all addresses. Unix and TCP get a gRPC server each: a flood of connections to one leaves the other."""
+        unix = [listener for listener in self._listeners if listener.socket_path]
+        tcp = [listener for listener in self._listeners if not listener.socket_path]
+        for listeners in (unix, tcp):
+            if not listeners:
+                continue
+            server = self._make_server(is_unix=listeners is unix)
+            self._servers.append(server)
+            for listener in listeners:
+                if listener.socket_path:
+                    held.enter_context(hold_socket(listener.socket_path))
+                self._add_address(server, listener)
+
+    def _make_server(self, *, is_unix: bool) -> grpc.aio.Server:
+        auth = self._config.auth
+        tokens = TokenInterceptor(
+            self._tokens, is_required=auth.unix_needs_token or not is_unix, is_health_open=auth.health_open
+        )
+        server = grpc.aio.server(
+            interceptors=[tokens, ErrorBoundary()],
+            options=transport_options(self._config.server, self._config.limits),
+        )
+        for add, servicer in self._services:
+            add(servicer, server)
+        reflection.enable_server_reflection((*_SERVICES, _HEALTH, reflection.SERVICE_NAME), server)
+        return server
+
+    def _make_services(self) -> list[tuple[Callable[[Any, grpc.aio.Server], None], object]]:
+        config, worker, tokenising = self._config, self._worker, self._tokenising
+        chat = ChatService(worker, config.limits, tokenising, write_timeout_seconds=config.server.write_timeout_seconds)
+        status = StatusService(worker, model_name=config.model.name, max_running=config.engine.slots)
+        return [
+            (chat_pb2_grpc.add_ChatServiceServicer_to_server, chat),
+            (model_pb2_grpc.add_ModelServiceServicer_to_server, ModelService(worker, config.limits, tokenising)),
+            (status_pb2_grpc.add_StatusServiceServicer_to_server, status),
+            (health_pb2_grpc.add_HealthServicer_to_server, self._health),
+        ]
+
+    def _add_address(self, server: grpc.aio.Server, listener: Listener) -> None:
+        tls = self._config.tls
+        try:
+            if listener.socket_path:
+                with _umask(0o777 & ~self._config.server.unix_socket_mode):
+                    server.add_insecure_port(listener.target)
+                self.addresses.append(listener.text)
+                return
+            if tls.certificate and tls.key:
+                port = server.add_secure_port(listener.target, server_credentials(tls.certificate, tls.key))
+            else:
+                port = server.add_insecure_port(listener.target)
+            # The kernel chooses a port for 0.
+            self.addresses.append(f"{listener.target.rpartition(':')[0]}:{port}")
+        except RuntimeError:  # gRPC's only word for all that can go wrong with a bind
+            raise AddressInUseError(
+                f"{listener.text} cannot be bound: another program listens there, or it is no address of this machine; "
+                "stop that program, or change server.tcp"
+            ) from None
+
+    # Loading.
+
+    async def _load(self) -> bool:
+        """Load and prove the model. Returns whether to go on: not if `stop` came first."""
+        self._notifier.status(f"loading {self._config.model.name}")
+        loading = asyncio.create_task(self._worker.start())
+        stopping = asyncio.create_task(self._must_stop.wait())
+        extending = asyncio.create_task(self._extend_timeout(_MAX_LOAD_SECONDS))
+        try:
+            await asyncio.wait((loading, stopping), return_when=asyncio.FIRST_COMPLETED)
+            if not loading.done():
+                return False
+            model = await loading
+        finally:
+            await _cancel(loading, stopping, extending)
+        _logger.info(
+            "serving %s: %d slots, context %d, %d waiting at most",
+            model.name,
+            model.engine.num_slots,
+            model.engine.context_length,
+            self._worker.max_queued,
+        )
+        return True
+
+    async def _extend_timeout(self, longest_seconds: float) -> None:
+        for _ in range(int(longest_seconds / _EXTEND_SECONDS)):
+            self._notifier.extend_timeout(3 * _EXTEND_SECONDS)
+            await asyncio.sleep(_EXTEND_SECONDS)
+
+    # Serving.
+
+    async def _serve(self) -> None:
+        """Serve until told to stop, or until the inference thread ends by itself; then drain."""
+        await self._health.set_serving(True)
+        self._notifier.ready(f"serving {self._config.model.name} on {', '.join(self.addresses)}")
+        self.is_ready.set()
+        stopping = asyncio.create_task(self._must_stop.wait())
+        crashing = asyncio.create_task(self._worker.wait_until_ended())
+        feeding = (
+            [asyncio.create_task(self._feed_watchdog(seconds))] if (seconds := self._notifier.watchdog_seconds) else []
+        )
+        try:
+            await asyncio.wait((stopping, crashing), return_when=asyncio.FIRST_COMPLETED)
+            await self._health.set_serving(False)
+            if crashing.done():
+                crashing.result()
+            await self._drain(crashing)
+            if crashing.done():
+                crashing.result()
+        finally:
+            await _cancel(stopping, crashing, *feeding)
+
+    async def _feed_watchdog(self, seconds: float) -> None:
+        await feed_watchdog(self._notifier, seconds, lambda: self._worker.progress, self._worker.ping)
+
+    async def _drain(self, crashing: "asyncio.Task[None]") -> None:
+        """Let running answers finish, within the grace; fail the others."""
+        grace = self._config.server.drain_grace_seconds
+        self._worker.begin_drain()
+        self._notifier.stopping(f"shutting down: {self._worker.num_chats} chats may finish within {grace:g} s")
+        self._notifier.extend_timeout(grace + 2 * CLOSE_SECONDS)
+        _logger.info("shutting down: %d chats may finish within %g s", self._worker.num_chats, grace)
+        await self._health.end_watches()
+        idle = asyncio.create_task(self._worker.wait_until_idle())
+        hurry = asyncio.create_task(self._must_hurry.wait())
+        try:
+            await asyncio.wait((idle, hurry, crashing), timeout=grace, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            await _cancel(idle, hurry)
+        if self._worker.num_chats:
+            _logger.warning("%d chats did not finish within the grace", self._worker.num_chats)
+            self._worker.fail_chats(NotServingError("the daemon is shutting down; try again in a few seconds"))
+
+    # Ending.
+
+    async def _close(self) -> None:
+        """Close connections and end the thread, within CLOSE_SECONDS or so, however far `run` has come."""
+        await self._health.set_serving(False)
+        await self._health.end_watches()
+        self._worker.stop()
+        # Not `stop(None)`: chats that have just failed must still be able to say so.
+        await asyncio.gather(*(server.stop(CLOSE_SECONDS / 2) for server in self._servers))
+        self._tokenising.close()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(CLOSE_SECONDS / 2):
+                await self._worker.wait_until_gone()
+
+
+@contextmanager
+def _umask(mask: int) -> Iterator[None]:
+    """Give what is created in the block its mode from the start: a chmod would come a moment too late."""
+    before = os.umask(mask)
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
+async def _cancel(*tasks: "asyncio.Task[Any]") -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _log_loop_error(_loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    # asyncio's own handler would print the exception with its message, and the task with its result.
+    error = context.get("exception")
+    described = describe_exception(error) if isinstance(error, BaseException) else "no exception"
+    _logger.error("the event loop reports %s: %s", str(context.get("message"))[:200], described)

@@ -1,0 +1,259 @@
+"""The three services of hearth.v1: what a call does, from its request to its last message.
+
+A handler checks, asks the worker, and converts; what goes wrong it raises, and `statuses` answers. Nothing that a
+person says to the model, and nothing that it answers, goes into the log. Called by gRPC; made by `server`.
+"""
+
+import asyncio
+import logging
+import os
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Final, TypeVar
+
+import grpc
+
+from hearth.v1 import chat_pb2, chat_pb2_grpc, model_pb2, model_pb2_grpc, status_pb2, status_pb2_grpc
+from hearthd.auth import caller_identity, caller_name
+from hearthd.config import LimitsConfig
+from hearthd.convert import (
+    ChatCall,
+    fit_to_context,
+    read_chat,
+    read_conversation,
+    to_chat_response,
+    to_sampling_options,
+)
+from hearthd.errors import InvalidRequestError, ModelNotFoundError, SlowReaderError
+from hearthd.model import Model
+from hearthd.sampling import MAX_STOP_STRING_CHARS, MAX_STOP_STRINGS, MAX_TOP_LOGPROBS
+from hearthd.sequence import Sequence
+from hearthd.stream import ChatStream
+from hearthd.version import daemon_version
+from hearthd.worker import State, Worker
+
+__all__ = ["ChatService", "ModelService", "StatusService", "Tokenising"]
+
+_logger = logging.getLogger(__name__)
+
+_Result = TypeVar("_Result")
+
+_STATES: Final = {
+    State.LOADING: status_pb2.DAEMON_STATE_LOADING,
+    State.SERVING: status_pb2.DAEMON_STATE_SERVING,
+    State.DRAINING: status_pb2.DAEMON_STATE_DRAINING,
+    State.ENDED: status_pb2.DAEMON_STATE_DRAINING,
+}
+
+
+class Tokenising:
+    """Turns texts into token ids beside the event loop, which a quarter of a megabyte would hold up for long.
+
+    Two threads: one long text does not keep a short one waiting, and the inference thread still gets its share.
+    """
+
+    def __init__(self) -> None:
+        self._executor = ThreadPoolExecutor(max_workers=2, thread_name_prefix="tokenise")
+
+    async def run(self, function: Callable[[], _Result]) -> _Result:
+        """Call a function in one of the threads."""
+        return await asyncio.get_running_loop().run_in_executor(self._executor, function)
+
+    def close(self) -> None:
+        """Begin nothing more."""
+        self._executor.shutdown(wait=False, cancel_futures=True)
+
+
+def _find_model(worker: Worker, name: str) -> Model:
+    model = worker.model
+    if name not in ("", model.name):
+        # The name that was asked for is the caller's text, so it is not repeated.
+        raise ModelNotFoundError(f"there is no model of that name; this daemon serves {model.name}")
+    return model
+
+
+class ChatService(chat_pb2_grpc.ChatServiceServicer):
+    """hearth.v1.ChatService."""
+
+    def __init__(
+        self, worker: Worker, limits: LimitsConfig, tokenising: Tokenising, *, write_timeout_seconds: float
+    ) -> None:
+        self._worker = worker
+        self._limits = limits
+        self._tokenising = tokenising
+        self._write_timeout_seconds = write_timeout_seconds
+
+    async def Chat(  # noqa: N802
+        self, request: chat_pb2.ChatRequest, context: grpc.aio.ServicerContext
+    ) -> None:
+        """Answer a conversation, message by message."""
+        arrived = time.monotonic()
+        model = _find_model(self._worker, request.model)
+        call = read_chat(request, model, self._limits.max_messages)
+        with self._worker.admit() as chat:
+            try:
+                prompt_ids = await self._tokenising.run(lambda: model.tokenizer.encode_chat(call.messages))
+                seconds_left = context.time_remaining()
+                chat.submit(
+                    Sequence(
+                        request_id=call.request_id,
+                        prompt_ids=tuple(prompt_ids),
+                        params=fit_to_context(call, len(prompt_ids), model.engine.context_length),
+                        cache_identity=caller_identity(context),
+                        arrived=arrived,
+                        deadline=None if seconds_left is None else time.monotonic() + seconds_left,
+                    )
+                )
+                async for event in chat:
+                    await self._write(context, chat, to_chat_response(event, call.request_id, model.name))
+            finally:
+                _log_end(chat, call, arrived)
+
+    async def _write(
+        self, context: grpc.aio.ServicerContext, chat: ChatStream, response: chat_pb2.ChatResponse
+    ) -> None:
+        try:
+            async with asyncio.timeout(self._write_timeout_seconds):
+                await context.write(response)
+        except TimeoutError:
+            error = SlowReaderError(
+                f"the caller took nothing for {self._write_timeout_seconds:g} seconds, the limit; read faster"
+            )
+            chat.fail(error)
+            raise error from None
+
+
+def _log_end(chat: ChatStream, call: ChatCall, arrived: float) -> None:
+    """Log how a chat ended: counts and times, no text."""
+    if chat.sequence is None:
+        return  # refused; its caller knows why
+    finished = chat.finished
+    if finished is not None:
+        _logger.info(
+            "chat %s of %s: %s, prompt %d (cached %d), answer %d tokens, first after %.0f ms, %.2f s",
+            call.request_id,
+            caller_name(),
+            finished.reason.value,
+            finished.prompt_tokens,
+            finished.cached_prompt_tokens,
+            finished.completion_tokens,
+            finished.time_to_first_token_seconds * 1000,
+            time.monotonic() - arrived,
+        )
+    else:
+        how = "cancelled" if chat.error is None else f"ended by {type(chat.error).__name__}"
+        _logger.info("chat %s of %s: %s, %.2f s", call.request_id, caller_name(), how, time.monotonic() - arrived)
+
+
+class ModelService(model_pb2_grpc.ModelServiceServicer):
+    """hearth.v1.ModelService."""
+
+    def __init__(self, worker: Worker, limits: LimitsConfig, tokenising: Tokenising) -> None:
+        self._worker = worker
+        self._limits = limits
+        self._tokenising = tokenising
+
+    async def ListModels(  # noqa: N802
+        self,
+        request: model_pb2.ListModelsRequest,  # noqa: ARG002
+        context: grpc.aio.ServicerContext,  # noqa: ARG002
+    ) -> model_pb2.ListModelsResponse:
+        """List the one model."""
+        return model_pb2.ListModelsResponse(models=[self._describe(self._worker.model)])
+
+    async def GetModel(  # noqa: N802
+        self,
+        request: model_pb2.GetModelRequest,
+        context: grpc.aio.ServicerContext,  # noqa: ARG002
+    ) -> model_pb2.GetModelResponse:
+        """Describe a model."""
+        return model_pb2.GetModelResponse(model=self._describe(_find_model(self._worker, request.name)))
+
+    async def CountTokens(  # noqa: N802
+        self,
+        request: model_pb2.CountTokensRequest,
+        context: grpc.aio.ServicerContext,  # noqa: ARG002
+    ) -> model_pb2.CountTokensResponse:
+        """Count the tokens of a text or a conversation."""
+        tokenizer = _find_model(self._worker, request.model).tokenizer
+        match request.WhichOneof("input"):
+            case "text":
+                ids = await self._tokenising.run(lambda: tokenizer.encode_text(request.text))
+            case "conversation":
+                messages = read_conversation(
+                    request.conversation.messages, self._limits.max_messages, must_end_with_user=False
+                )
+                ids = await self._tokenising.run(lambda: tokenizer.encode_chat(messages))
+            case _:
+                raise InvalidRequestError("input", "is not set; give text or conversation")
+        return model_pb2.CountTokensResponse(token_count=len(ids))
+
+    def _describe(self, model: Model) -> model_pb2.Model:
+        return model_pb2.Model(
+            name=model.name,
+            architecture=model.architecture,
+            context_length=model.engine.context_length,
+            parameter_count=model.parameter_count,
+            quantization=model.quantization,
+            size_bytes=model.size_bytes,
+            license=model.license,
+            limits=model_pb2.Limits(
+                max_total_tokens=model.engine.context_length,
+                default_max_tokens=self._limits.default_max_tokens,
+                max_messages=self._limits.max_messages,
+                max_request_bytes=self._limits.max_request_bytes,
+                max_stop_strings=MAX_STOP_STRINGS,
+                max_stop_string_chars=MAX_STOP_STRING_CHARS,
+                max_top_logprobs=MAX_TOP_LOGPROBS,
+                max_running=model.engine.num_slots,
+                max_queued=self._worker.max_queued,
+            ),
+            default_sampling=to_sampling_options(model.default_sampling),
+            source=model.source,
+        )
+
+
+class StatusService(status_pb2_grpc.StatusServiceServicer):
+    """hearth.v1.StatusService. Answers while the model loads, and waits for nothing."""
+
+    def __init__(self, worker: Worker, *, model_name: str, max_running: int) -> None:
+        """model_name, max_running: as configured, for the time before the model is there."""
+        self._worker = worker
+        self._model_name = model_name
+        self._max_running = max_running
+        self._started = time.monotonic()
+        self._version = daemon_version()
+
+    async def GetStatus(  # noqa: N802
+        self,
+        request: status_pb2.GetStatusRequest,  # noqa: ARG002
+        context: grpc.aio.ServicerContext,  # noqa: ARG002
+    ) -> status_pb2.GetStatusResponse:
+        """Describe the daemon."""
+        worker, counts = self._worker, self._worker.counts
+        num_running = min(worker.num_chats, self._max_running)
+        return status_pb2.GetStatusResponse(
+            state=_STATES[worker.state],
+            version=self._version,
+            uptime_ms=round((time.monotonic() - self._started) * 1000),
+            running_count=num_running,
+            max_running=self._max_running,
+            queued_count=worker.num_chats - num_running,
+            max_queued=worker.max_queued,
+            resident_bytes=_resident_bytes(),
+            chats_finished_count=counts.finished,
+            chats_cancelled_count=counts.cancelled,
+            chats_refused_count=counts.refused,
+            chats_failed_count=counts.failed,
+            prompt_tokens_count=counts.prompt_tokens,
+            cached_prompt_tokens_count=counts.cached_prompt_tokens,
+            completion_tokens_count=counts.completion_tokens,
+            model=self._model_name,
+        )
+
+
+def _resident_bytes() -> int:
+    # proc(5): the second number of statm is the resident pages.
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")

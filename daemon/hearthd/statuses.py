@@ -1,0 +1,184 @@
+"""Errors become gRPC statuses here, and nowhere else.
+
+`ErrorBoundary` stands around every method. Whatever a handler raises on purpose (`errors`) goes out as the status that
+the protos promise, with its details; whatever else it raises goes out as INTERNAL with an incident's id, and the
+journal has type and place under the same id. gRPC itself would send the exception's text to the caller.
+
+`server` puts the boundary in front of each gRPC server.
+"""
+
+import asyncio
+import inspect
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any, Final, NoReturn
+
+import grpc
+from google.protobuf import any_pb2, duration_pb2
+from google.protobuf.message import Message as ProtoMessage
+from google.rpc import error_details_pb2, status_pb2
+
+from hearthd.errors import (
+    EngineCrashedError,
+    InvalidRequestError,
+    ModelNotFoundError,
+    NotServingError,
+    QueueFullError,
+    SlowReaderError,
+)
+from hearthd.logs import log_incident
+
+__all__ = ["ErrorBoundary", "RpcStatus", "status_of"]
+
+# Details travel as metadata, of which callers take 8 KiB; a violation has some 200 bytes.
+_MAX_VIOLATIONS: Final = 16
+
+
+@dataclass(frozen=True, slots=True)
+class RpcStatus:
+    """What a failed call answers."""
+
+    code: grpc.StatusCode
+    message: str
+    detail: ProtoMessage | None = None
+    retry_after_ms: int | None = None
+
+    def trailers(self) -> tuple[tuple[str, str | bytes], ...]:
+        """Return the metadata that carries what does not fit code and message."""
+        trailers: list[tuple[str, str | bytes]] = []
+        if self.detail is not None:
+            packed = any_pb2.Any()
+            packed.Pack(self.detail)
+            status = status_pb2.Status(code=self.code.value[0], message=self.message, details=[packed])
+            trailers.append(("grpc-status-details-bin", status.SerializeToString()))
+        if self.retry_after_ms is not None:
+            # gRPC's own retry policy obeys this and does not read RetryInfo (gRFC A6).
+            trailers.append(("grpc-retry-pushback-ms", str(self.retry_after_ms)))
+        return tuple(trailers)
+
+
+def status_of(error: Exception) -> RpcStatus:
+    """Return the status for an error; log it if it is a fault of the daemon."""
+    match error:
+        case InvalidRequestError():
+            violations = (error, *error.others)[:_MAX_VIOLATIONS]
+            detail = error_details_pb2.BadRequest(
+                field_violations=[
+                    error_details_pb2.BadRequest.FieldViolation(field=each.field, description=each.message)
+                    for each in violations
+                ]
+            )
+            return RpcStatus(grpc.StatusCode.INVALID_ARGUMENT, "; ".join(map(str, violations)), detail)
+        case ModelNotFoundError():
+            return RpcStatus(grpc.StatusCode.NOT_FOUND, str(error))
+        case QueueFullError():
+            milliseconds = round(error.retry_after_seconds * 1000)
+            delay = duration_pb2.Duration(seconds=milliseconds // 1000, nanos=milliseconds % 1000 * 1_000_000)
+            detail = error_details_pb2.RetryInfo(retry_delay=delay)
+            return RpcStatus(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error), detail, milliseconds)
+        case SlowReaderError():
+            return RpcStatus(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
+        case NotServingError():
+            return RpcStatus(grpc.StatusCode.UNAVAILABLE, str(error))
+        case EngineCrashedError():
+            incident = error.incident
+        case _:
+            incident = log_incident("a call failed", error)
+    return RpcStatus(grpc.StatusCode.INTERNAL, f"a fault of the daemon, incident {incident}; its journal says more")
+
+
+class ErrorBoundary(grpc.aio.ServerInterceptor):  # type: ignore[misc]
+    """Lets nothing out of a handler but answers and statuses."""
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler | None]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler | None:
+        """Return the method's handler with the boundary around it; None if there is no such method."""
+        handler = await continuation(handler_call_details)
+        return None if handler is None else _guarded(handler)
+
+
+class _MalformedRequest:
+    """Stands for a request that cannot be parsed until there is a context to say so."""
+
+
+def _guarded(handler: grpc.RpcMethodHandler) -> grpc.RpcMethodHandler:
+    serializers = {
+        "request_deserializer": _guarded_deserializer(handler),
+        "response_serializer": handler.response_serializer,
+    }
+    if handler.response_streaming:
+        behavior = handler.stream_stream or handler.unary_stream
+        factory = (
+            grpc.stream_stream_rpc_method_handler if handler.request_streaming else grpc.unary_stream_rpc_method_handler
+        )
+        return factory(_guarded_stream(behavior), **serializers)
+    behavior = handler.stream_unary or handler.unary_unary
+    factory = grpc.stream_unary_rpc_method_handler if handler.request_streaming else grpc.unary_unary_rpc_method_handler
+    return factory(_guarded_unary(behavior), **serializers)
+
+
+def _guarded_deserializer(handler: grpc.RpcMethodHandler) -> Callable[[bytes], Any]:
+    deserialize = handler.request_deserializer
+
+    def guarded(data: bytes) -> Any:
+        try:
+            return deserialize(data)
+        except Exception:  # noqa: BLE001 - protobuf's implementations raise different types
+            if handler.request_streaming:  # raised into the handler, inside of the boundary
+                raise _malformed() from None
+            return _MalformedRequest()
+
+    return guarded
+
+
+def _malformed() -> InvalidRequestError:
+    return InvalidRequestError("request", "is not a message of this method's request type")
+
+
+def _guarded_unary(behavior: Callable[[Any, grpc.aio.ServicerContext], Awaitable[Any]]) -> Callable[..., Any]:
+    async def guarded(request: Any, context: grpc.aio.ServicerContext) -> Any:
+        try:
+            _refuse_malformed(request)
+            return await behavior(request, context)
+        except BaseException as error:  # noqa: BLE001 - nothing may pass unseen
+            await _abort(context, error)
+
+    return guarded
+
+
+def _guarded_stream(behavior: Callable[[Any, grpc.aio.ServicerContext], Any]) -> Callable[..., Any]:
+    async def guarded(request: Any, context: grpc.aio.ServicerContext) -> None:
+        try:
+            _refuse_malformed(request)
+            if inspect.isasyncgenfunction(behavior):
+                responses: AsyncIterator[Any] = behavior(request, context)
+                async for response in responses:
+                    await context.write(response)
+            else:
+                await behavior(request, context)
+        except BaseException as error:  # noqa: BLE001 - nothing may pass unseen
+            await _abort(context, error)
+
+    return guarded
+
+
+def _refuse_malformed(request: object) -> None:
+    if isinstance(request, _MalformedRequest):
+        raise _malformed()
+
+
+async def _abort(context: grpc.aio.ServicerContext, error: BaseException) -> NoReturn:
+    if isinstance(error, asyncio.CancelledError):
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            raise error  # the caller is gone, or its deadline has passed
+        # Nobody cancelled this call: a CancelledError from elsewhere would leave the caller waiting (grpc#29248).
+        error = RuntimeError("a CancelledError of another task")
+    elif isinstance(error, grpc.aio.AbortError) or not isinstance(error, Exception):
+        raise error
+    status = status_of(error)
+    await context.abort(status.code, status.message, status.trailers())
+    raise AssertionError("abort returned")
