@@ -48,7 +48,8 @@ def parse_address(text: str) -> Address:
         if ":" in host:
             raise ConfigurationError(f"address {text!r}: more than one colon; {FORMS}")
     if not bracket:
-        raise ConfigurationError(f"address {text!r}: the port is missing, for example {text}:{DEFAULT_PORT}; {FORMS}")
+        example = f"{text}:{DEFAULT_PORT}"
+        raise ConfigurationError(f"address {text!r}: the port is missing, for example {example!r}; {FORMS}")
     if not (port_text.isascii() and port_text.isdigit() and 1 <= int(port_text[:6]) <= 65535 and len(port_text) < 6):
         raise ConfigurationError(f"address {text!r}: the port is not a number from 1 to 65535")
     is_loopback = _parse_ipv6(text, host).is_loopback if text.startswith("[") else _is_loopback_name(text, host)

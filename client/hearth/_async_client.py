@@ -67,8 +67,10 @@ class AsyncClient:
         self._is_closed = True
         for wakeup in self._waiting:
             wakeup.set()
-        if self._opened is not None:
-            await self._opened.close()
+        # A closed channel of grpc.aio goes on connecting for as long as anything holds it.
+        opened, self._opened = self._opened, None
+        if opened is not None:
+            await opened.close()
 
     async def chat(
         self, messages: str | Iterable[Message], *, timeout: float | None = None, **options: Unpack[ChatOptions]
@@ -147,6 +149,9 @@ class AsyncClient:
 
     async def _wait(self, wakeup: asyncio.Event, seconds: float) -> None:
         """Return after `seconds`, or as soon as `wakeup` is set or the client is closed."""
+        # Closed between the failure and this: nobody would wake it.
+        if self._is_closed:
+            return
         self._waiting.add(wakeup)
         try:
             async with asyncio.timeout(seconds):
@@ -205,6 +210,11 @@ class AsyncChatStream:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         await self.aclose()
+
+    def __del__(self) -> None:
+        # gRPC's own tasks keep a call alive that nobody reads any more; a synchronous one ends by itself.
+        if getattr(self, "_call", None) is not None and self._answer is None:
+            self._call.cancel()
 
     def __aiter__(self) -> AsyncIterator[Delta]:
         return self

@@ -60,6 +60,7 @@ _REASONS = (
     _Reason(r"Hostname Verification|not in peer certificate", "its certificate is for another name or address", False),
     _Reason(r"CERTIFICATE_VERIFY_FAILED", "its certificate is not signed by that of the CA file", False),
     _Reason(r"Expected SETTINGS frame", "it does not speak gRPC, or wants TLS: then name the CA file", False),
+    _Reason(r"Socket closed|[Cc]onnection reset", "it hangs up at once; if it wants TLS, name the CA file", True),
     _Reason(r"before receiving SETTINGS", "it takes connections and stays silent", True),
     _Reason(r"timed out|timeout was reached", "it does not answer", True),
 )
