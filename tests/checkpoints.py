@@ -301,7 +301,7 @@ def write_huggingface(
     tokenizer_config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": bos,
-        "eos_token": {"content": eos},
+        "eos_token": {"__type": "AddedToken", "content": eos, "normalized": False, "special": True},
         # transformers would otherwise take blanks before punctuation out of decoded text.
         "clean_up_tokenization_spaces": False,
     }

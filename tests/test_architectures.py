@@ -116,3 +116,35 @@ def test_rope_positions_reach_the_whole_context(tmp_path: Path) -> None:
     runner = tiny_runner(tmp_path / "graph", checkpoint, Recipe.reference())
     ids = np.asarray([[(7 * at) % 200 for at in range(CONTEXT)]])
     assert np.all(np.isfinite(runner.forward(ids, 0, np.asarray([0], np.int32))))
+
+
+@pytest.mark.reference
+@pytest.mark.parametrize("name", sorted(tiny_models()))
+def test_greedy_answer_after_a_chunked_prefill_is_that_of_transformers(tmp_path: Path, name: str) -> None:
+    checkpoint = tiny_checkpoint(tmp_path, name)
+    torch = pytest.importorskip("torch", reason="`make test` installs the reference group")
+    transformers = pytest.importorskip("transformers", reason="`make test` installs the reference group")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=torch.float32)
+    ids = torch.tensor([IDS])
+    # Nothing of generation_config.json, which may have a repetition penalty.
+    greedy = transformers.GenerationConfig(
+        max_new_tokens=24, min_new_tokens=24, do_sample=False, pad_token_id=0, eos_token_id=list(checkpoint.eos_ids)
+    )
+    model.generation_config = greedy
+    answer = model.generate(ids, attention_mask=torch.ones_like(ids))
+    expected = answer[0, len(IDS) :].tolist()
+
+    runner = tiny_runner(tmp_path / "graph", checkpoint, Recipe.reference())
+    end_of_turn = list(checkpoint.eos_ids)
+    found: list[int] = []
+    waiting, past = list(IDS), 0
+    while len(found) < len(expected):
+        chunk, waiting = waiting[:5], waiting[5:]
+        logits = runner.forward(np.asarray([chunk]), 0, np.asarray([past], np.int32))[0].copy()
+        past += len(chunk)
+        if not waiting:
+            # As min_new_tokens does: the answer does not end.
+            logits[end_of_turn] = -np.inf
+            found.append(int(logits.argmax()))
+            waiting = [found[-1]]
+    assert found == expected

@@ -1,7 +1,9 @@
 """`hearthd model` does what it says from a checkpoint to a removed model, and with --json says it in one object."""
 
 import argparse
+import errno
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -148,6 +150,23 @@ def test_refused_checkpoint_leaves_the_installed_model(tmp_path: Path, state: Pa
     with pytest.raises(BuildError, match="cut off"):
         run("build", tmp_path / "tiny.gguf", "--name", "tiny")
     assert (path / "manifest.json").read_bytes() == before
+
+
+def test_full_disk_is_one_line_and_leaves_the_installed_model(
+    tmp_path: Path, state: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_gguf(tmp_path / "tiny.gguf", tiny_models()["smollm2"])
+    path = installed(state)
+    before = (path / "manifest.json").read_bytes()
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "model.data")
+
+    monkeypatch.setattr("hearthd.build.builder.build_bundle", full)
+    with pytest.raises(BuildError, match=r"model\.data: No space left on device; check free space"):
+        run("build", tmp_path / "tiny.gguf", "--quiet")
+    assert (path / "manifest.json").read_bytes() == before
+    assert {each.name for each in (state / "models").iterdir()} == {".hearthd.lock", "tiny"}
 
 
 def test_files_only_needs_no_checkpoint(state: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,6 +14,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -62,8 +63,19 @@ def _add_command(
     parser.add_argument(
         "--models", type=Path, metavar="DIRECTORY", help="directory of the models (default: the daemon's own)"
     )
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=partial(_run, run))
     return parser
+
+
+def _run(command: Callable[[argparse.Namespace], int], arguments: argparse.Namespace) -> int:
+    """Run a command; what the file system refuses becomes one line, a full disk above all."""
+    try:
+        return command(arguments)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        where = error.filename or "the disk"
+        raise BuildError(f"{where}: {error.strerror or error}; check free space and permissions") from error
 
 
 def _add_build(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
