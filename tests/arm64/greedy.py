@@ -1,6 +1,10 @@
 """Answer one fixed conversation greedily through the daemon's real engine, and print what happened as JSON.
 
-    python greedy.py BUNDLE MAX_TOKENS
+    python greedy.py BUNDLE MAX_TOKENS LOGITS.npy [REFERENCE.json]
+
+The logits, float32 (tokens, vocab_size), are those along the reference's answer, which is this program's own
+output on another machine; without one, along the answer just made. Two answers that part at a near tie can be compared
+token by token no further, but the same path can.
 
 Runs on this machine and, under qemu, on the emulated boards: the same bundle, engine, tokenizer and graph. Knows
 nothing of either; `compare` starts it and reads what it prints.
@@ -9,7 +13,12 @@ nothing of either; `compare` starts it and reads what it prints.
 import json
 import sys
 import time
+from collections.abc import Sequence as Several
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from hearthd.bundle import Bundle
 from hearthd.engine import Delta, Engine, Failed, Finished, Sequence, TokenLogprob
@@ -23,14 +32,34 @@ CONVERSATION = (
 )
 
 
+PREFILL_CHUNK = 64
+
+
+def follow(runner: OnnxRunner, prompt_ids: Several[int], answer_ids: Several[int]) -> NDArray[np.float32]:
+    """Return the logits before each token of an answer, (tokens, vocab_size), whatever the model prefers."""
+    past = len(runner.preset_tokens)
+    if tuple(prompt_ids[:past]) == runner.preset_tokens:
+        runner.load_preset(0)
+    else:
+        past = 0
+    chunks = [list(prompt_ids[start : start + PREFILL_CHUNK]) for start in range(past, len(prompt_ids), PREFILL_CHUNK)]
+    rows = []
+    for index, chunk in enumerate([*chunks, *([token_id] for token_id in answer_ids[:-1])]):
+        logits = runner.forward(np.array([chunk], np.int64), 0, np.array([past], np.int32))
+        past += len(chunk)
+        if index >= len(chunks) - 1:
+            rows.append(logits[0].copy())
+    return np.array(rows, np.float32)
+
+
 def main() -> None:
-    """Print one JSON object: token_ids, text, gaps, prefill_seconds, decode_seconds."""
-    path, max_tokens = Path(sys.argv[1]), int(sys.argv[2])
+    """Print one JSON object, the fields of `compare.Answer`."""
+    path, max_tokens, logits_path = Path(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
     started = time.monotonic()
     bundle = Bundle.open(path)
     runner = OnnxRunner.from_bundle(bundle, num_slots=1, context_length=512, num_threads=1)
     tokenizer = ChatTokenizer.from_bundle(bundle)
-    engine = Engine(runner, tokenizer, prefill_chunk=64)
+    engine = Engine(runner, tokenizer, prefill_chunk=PREFILL_CHUNK)
     load_seconds = time.monotonic() - started
     sequence = Sequence(
         request_id="greedy",
@@ -53,12 +82,11 @@ def main() -> None:
                 finished = event
     if finished is None:
         raise RuntimeError("the engine has no work left and the answer has no end")
-    result = {
+    result: dict[str, Any] = {
         "prompt_ids": sequence.prompt_ids,
         "token_ids": [token.token_id for token in tokens],
         # How far the chosen token led before the next likeliest, in nats: a difference of logits.
-        "gaps": [token.top[0].logprob - token.top[1].logprob for token in tokens],
-        "logprobs": [token.logprob for token in tokens],
+        "leads": [token.top[0].logprob - token.top[1].logprob for token in tokens],
         "text": text,
         "reason": finished.reason.value,
         "load_seconds": load_seconds,
@@ -66,6 +94,10 @@ def main() -> None:
         "decode_seconds": finished.decode_seconds,
         "completion_tokens": finished.completion_tokens,
     }
+    reference: dict[str, Any] = (
+        json.loads(Path(sys.argv[4]).read_text(encoding="utf-8")) if len(sys.argv) > 4 else result
+    )
+    np.save(logits_path, follow(runner, reference["prompt_ids"], reference["token_ids"]))
     print(json.dumps(result))
 
 

@@ -3,15 +3,15 @@
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
-from compare import MAX_NOISE, Answer, compare, table
+from compare import MAX_KL, Answer, compare, mean_kl, table
 from rig import RASPBERRY_PI_4, RASPBERRY_PI_5
 
 REFERENCE = Answer(
     prompt_ids=[1, 2, 3],
     token_ids=[10, 11, 12],
-    gaps=[2.0, 0.01, 3.0],
-    logprobs=[-0.5, -1.0, -0.25],
+    leads=[2.0, 0.01, 3.0],
     text="a b c",
     reason="length",
     load_seconds=1.0,
@@ -22,36 +22,43 @@ REFERENCE = Answer(
 
 
 def test_an_equal_answer_is_accepted() -> None:
-    found = compare(REFERENCE, replace(REFERENCE, logprobs=[-0.5, -1.125, -0.25]))
-    assert (found.num_same_tokens, found.noise, found.is_accepted) == (3, 0.125, True)
+    found = compare(REFERENCE, REFERENCE, 0.01)
+    assert (found.num_same_tokens, found.kl_mean, found.finding, found.is_accepted) == (3, 0.01, "same", True)
 
 
 def test_two_nearly_equal_logits_may_change_places() -> None:
-    found = compare(REFERENCE, replace(REFERENCE, token_ids=[10, 99, 98], gaps=[2.0, 0.02, 5.0], text="a x y"))
+    found = compare(REFERENCE, replace(REFERENCE, token_ids=[10, 99, 98], leads=[2.0, 0.02, 5.0], text="a x y"), 0.01)
     assert found.num_same_tokens == 1
     assert found.is_accepted
-    assert "token 1 is 99, here 11; leads 0.0200 and 0.0100" in found.finding
+    assert found.finding == "token 1 is 99, here 11 with a lead of 0.0100"
 
 
 @pytest.mark.parametrize(
-    "changed",
+    ("changed", "kl_mean"),
     [
-        {"prompt_ids": [1, 2, 4]},
-        {"token_ids": [99, 11, 12], "text": "x b c"},
-        {"token_ids": [10, 99, 12], "gaps": [2.0, MAX_NOISE + 0.1, 3.0]},
-        {"token_ids": [10, 11], "logprobs": [-0.5, -1.0], "gaps": [2.0, 0.01], "text": "a b"},
-        {"text": "a b"},
-        {"reason": "end_of_turn"},
-        {"logprobs": [-0.5, -1.0 - MAX_NOISE - 0.1, -0.25]},
+        ({"prompt_ids": [1, 2, 4]}, 0.0),
+        ({"token_ids": [99, 11, 12], "text": "x b c"}, 0.0),
+        ({"token_ids": [10, 11], "text": "a b"}, 0.0),
+        ({"text": "a b"}, 0.0),
+        ({"reason": "end_of_turn"}, 0.0),
+        ({}, MAX_KL * 1.01),
+        ({}, float("nan")),
     ],
-    ids=["prompt", "sure token", "sure there", "shorter", "text", "end", "noise"],
+    ids=["prompt", "sure token", "shorter", "text", "end", "far", "no number"],
 )
-def test_any_other_difference_is_refused(changed: dict[str, Any]) -> None:
-    assert not compare(REFERENCE, replace(REFERENCE, **changed)).is_accepted
+def test_any_other_difference_is_refused(changed: dict[str, Any], kl_mean: float) -> None:
+    assert not compare(REFERENCE, replace(REFERENCE, **changed), kl_mean).is_accepted
+
+
+def test_the_divergence_is_the_mean_over_tokens() -> None:
+    ours = np.log(np.array([[0.5, 0.5], [0.5, 0.5]], np.float32))
+    theirs = np.log(np.array([[2.0, 2.0], [0.25, 0.75]], np.float32))  # logits: the first row is the same at any height
+    # The second row alone: 0.5 ln 2 + 0.5 ln (2/3) = 0.14384.
+    assert mean_kl(ours, theirs) == pytest.approx(0.14384 / 2, abs=1e-5)
 
 
 def test_the_table_names_every_processor() -> None:
-    lines = table([("here", REFERENCE, None), ("board", REFERENCE, compare(REFERENCE, REFERENCE))]).splitlines()
+    lines = table([("here", REFERENCE, None), ("board", REFERENCE, compare(REFERENCE, REFERENCE, 0.0))]).splitlines()
     assert len(lines) == 3
     assert (lines[1].split()[0], lines[1].split()[-1]) == ("here", "reference")
     assert (lines[2].split()[0], lines[2].split()[-1]) == ("board", "same")
