@@ -115,7 +115,7 @@ def test_every_document_begins_as_a_chat_begins(tmp_path: Path) -> None:
     )
     begin = first_tokens(tokenizer)
     assert begin == (tokenizer.encode_chat([Message("user", "x")])[0],)
-    documents = tokenize(corpus.load("evaluation"), tokenizer, max_tokens=1_200, per_kind=True)
+    documents = tokenize(corpus.load("evaluation"), tokenizer, max_tokens=1_200)
     assert all(document.token_ids[:1] == begin for document in documents)
     by_kind = {kind: sum(len(d.token_ids) for d in documents if d.kind == kind) for kind in corpus.KINDS}
     assert all(0 < tokens <= 200 for tokens in by_kind.values()), json.dumps(by_kind)

@@ -124,7 +124,7 @@ def measure_quality(
             reference,
             bundle.path,
             spec,
-            tokenize(documents, tokenizer, max_tokens=max_tokens, per_kind=False),
+            tokenize(documents, tokenizer, max_tokens=max_tokens),
             preset=bundle.preset(),
             num_threads=parts.num_threads,
             report=lambda share: report("quality", share),
@@ -139,7 +139,7 @@ def _reference(parts: _Parts, name: str) -> Reference:
 
 
 def _calibrated(parts: _Parts, preset: NDArray[np.float32] | None, report: Report) -> Recipe:
-    documents = tokenize(corpus.load("calibration"), parts.tokenizer, max_tokens=_CALIBRATION_TOKENS, per_kind=True)
+    documents = tokenize(corpus.load("calibration"), parts.tokenizer, max_tokens=_CALIBRATION_TOKENS)
     directory = parts.scratch / "calibration"
     directory.mkdir()
     return calibrate(
@@ -156,7 +156,7 @@ def _calibrated(parts: _Parts, preset: NDArray[np.float32] | None, report: Repor
 def _judged(
     parts: _Parts, reference: Reference, directory: Path, preset: NDArray[np.float32] | None, report: Report
 ) -> QualityFigures:
-    documents = tokenize(corpus.load("evaluation"), parts.tokenizer, max_tokens=_EVALUATION_TOKENS, per_kind=True)
+    documents = tokenize(corpus.load("evaluation"), parts.tokenizer, max_tokens=_EVALUATION_TOKENS)
     return compare(
         reference,
         directory,

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from hearthd.build.corpus import KINDS, Document
+from hearthd.build.corpus import Document
 from hearthd.tokenizer import ChatTokenizer, Message
 
 __all__ = ["MAX_DOCUMENT_TOKENS", "TokenDocument", "first_tokens", "tokenize"]
@@ -37,17 +37,12 @@ def first_tokens(tokenizer: ChatTokenizer) -> tuple[int, ...]:
     return tuple(plain[:1]) if plain[:1] == instructed[:1] else ()
 
 
-def tokenize(
-    documents: Iterable[Document], tokenizer: ChatTokenizer, *, max_tokens: int, per_kind: bool
-) -> tuple[TokenDocument, ...]:
-    """Encode documents, at most `max_tokens` in all; `per_kind` gives each kind its equal share of them."""
-    begin = first_tokens(tokenizer)
-    encoded = list(_encoded(documents, tokenizer, begin))
-    if not per_kind:
-        return tuple(_up_to(encoded, max_tokens))
-    share = max_tokens // len(KINDS)
-    by_kind = [[document for document in encoded if document.kind == kind] for kind in KINDS]
-    return tuple(document for of_kind in by_kind for document in _up_to(of_kind, share))
+def tokenize(documents: Iterable[Document], tokenizer: ChatTokenizer, *, max_tokens: int) -> tuple[TokenDocument, ...]:
+    """Encode documents, at most `max_tokens` in all, of which each kind of text has an equal share."""
+    encoded = list(_encoded(documents, tokenizer, first_tokens(tokenizer)))
+    kinds = list(dict.fromkeys(document.kind for document in encoded))
+    of_kinds = [[document for document in encoded if document.kind == kind] for kind in kinds]
+    return tuple(document for of_kind in of_kinds for document in _up_to(of_kind, max_tokens // len(kinds)))
 
 
 def _encoded(
