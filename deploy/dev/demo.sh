@@ -7,7 +7,7 @@
 # running and nothing behind, also when interrupted; exits with 0 only if the daemon answered and stopped cleanly.
 set -eu
 state=${1:?"usage: deploy/dev/demo.sh STATE_DIRECTORY [QUESTION]"}
-question=${2:-"Why is the sky blue? Answer in two sentences."}
+question=${2:-"What is the capital of France, and what is it known for?"}
 cd -- "$(dirname -- "$0")/../.."
 exec </dev/null # the question is an argument; `hearth ask` would read a piped one
 
@@ -50,8 +50,9 @@ mkfifo "$run/alive"
 STATE_DIRECTORY=$state .venv/bin/hearthd serve --config "$run/hearthd.toml" >"$run/log" 2>&1 8>"$run/alive" &
 daemon=$!
 printf '\n$ hearth ask "%s"\n\n' "$question"
-# Waits for the daemon to be ready, then streams.
-.venv/bin/hearth ask --address "unix://$run/hearthd.sock" "$question" &
+# Waits until the daemon is ready, which takes a board some seconds, then streams. The likeliest words, so that everyone
+# sees the same first answer.
+.venv/bin/hearth ask --address "unix://$run/hearthd.sock" --wait 300 --temperature 0 --max-tokens 150 "$question" &
 asking=$!
 {
     cat "$run/alive" >/dev/null
