@@ -30,6 +30,8 @@ __all__ = ["Counts", "State", "Worker"]
 _MIN_RETRY_SECONDS: Final = 1.0
 _MAX_RETRY_SECONDS: Final = 60.0
 _NUM_REMEMBERED: Final = 32
+# The engine outlives a failed run; one that fails run after run is broken, and a new process may not be.
+_MAX_FAILURES_IN_A_ROW: Final = 8
 
 
 class State(enum.Enum):
@@ -73,6 +75,7 @@ class Worker:
         self._model: Model | None = None
         self._must_stop = False
         self._progress = 0
+        self._num_failures = 0
         self.state = State.LOADING
         self.counts = Counts()
 
@@ -267,8 +270,19 @@ class Worker:
             return
         events = self._engine.step()
         self._progress += 1
+        self._judge(events)
         if events:
             self._call_loop(lambda: self._deliver(events))
+
+    def _judge(self, events: list[tuple[Sequence, Event]]) -> None:
+        """Raise the error of an engine that does nothing but fail."""
+        for _, event in events:
+            if not isinstance(event, Failed):
+                self._num_failures = 0
+            elif not isinstance(event.error, HearthdError):
+                self._num_failures += 1
+                if self._num_failures >= _MAX_FAILURES_IN_A_ROW:
+                    raise event.error
 
     def _take_commands(self) -> None:
         """Run what the loop has asked for; wait for something to be asked if there is nothing to do."""

@@ -1,0 +1,391 @@
+"""The inference thread: admission, order, and that whoever leaves costs no further step."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+
+from fakes import FakeRunner
+from hearthd.errors import (
+    BundleError,
+    EngineCrashedError,
+    InvalidRequestError,
+    NotServingError,
+    QueueFullError,
+    SlowReaderError,
+)
+from hearthd.events import Delta, Event, Finished, FinishReason, Queued
+from hearthd.model import Model
+from hearthd.sampling import SamplingParams
+from hearthd.sequence import Sequence
+from hearthd.worker import State, Worker
+from serving import asynchronous, make_model, make_runner
+
+# Of one "Hello" with prefill chunks of 16 tokens: two chunks, the second of which gives the proof's token.
+PROOF_FORWARDS = 2
+
+
+@asynccontextmanager
+async def working(
+    runner: FakeRunner, *, max_queued: int = 2, backlog: int = 2**20, load: Callable[[], Model] | None = None
+) -> AsyncIterator[Worker]:
+    worker = Worker(load or (lambda: make_model(runner)), max_queued=max_queued, stream_backlog_bytes=backlog)
+    runner.allow(PROOF_FORWARDS)
+    await worker.start()
+    try:
+        yield worker
+    finally:
+        runner.open_gate()
+        worker.stop()
+        await worker.wait_until_gone()
+
+
+def sequence(length: int = 4, **options: Any) -> Sequence:
+    params = {"max_tokens": 4, "temperature": 0.0, "top_logprobs": None} | {
+        name: options.pop(name) for name in ("max_tokens", "top_logprobs") if name in options
+    }
+    return Sequence(
+        request_id="test",
+        prompt_ids=tuple(range(1, length + 1)),
+        params=SamplingParams(**params),
+        arrived=time.monotonic(),
+        **({"cache_identity": "test"} | options),
+    )
+
+
+async def begun(runner: FakeRunner, count: int) -> None:
+    await asyncio.to_thread(runner.wait_for_forwards, PROOF_FORWARDS + count)
+
+
+@asynchronous
+async def test_a_chat_gets_its_events_in_order() -> None:
+    async with working(make_runner()) as worker:
+        with worker.admit() as chat:
+            chat.submit(sequence())
+            events = [event async for event in chat]
+    assert [type(event) for event in events[-1:]] == [Finished]
+    assert all(isinstance(event, Delta) for event in events[:-1])
+    assert worker.counts.finished == 1
+    assert (worker.counts.prompt_tokens, worker.counts.completion_tokens) == (4, 4)
+
+
+@asynchronous
+async def test_the_same_prompt_gets_the_same_answer_alone_and_in_company() -> None:
+    async def text(worker: Worker, length: int) -> str:
+        with worker.admit() as chat:
+            chat.submit(sequence(length, max_tokens=20))
+            return "".join([event.text async for event in chat if isinstance(event, Delta)])
+
+    async with working(make_runner(num_slots=3), max_queued=9) as worker:
+        alone = [await text(worker, length) for length in range(4, 10)]
+        together = await asyncio.gather(*(text(worker, length) for length in range(4, 10)))
+    assert alone == together
+    assert all(alone)
+
+
+@asynchronous
+async def test_a_full_queue_refuses_at_once_and_says_when_to_come_again() -> None:
+    runner = make_runner(is_gated=True)
+    async with working(runner, max_queued=1) as worker:
+        chats = [worker.admit() for _ in range(3)]
+        with pytest.raises(QueueFullError, match="2 chats run and 1 wait") as caught:
+            worker.admit()
+        assert caught.value.retry_after_seconds == 1.0
+        assert worker.counts.refused == 1
+        with chats[0]:
+            pass
+        with worker.admit(), chats[1], chats[2]:
+            pass
+        assert worker.num_chats == 0
+
+
+@asynchronous
+async def test_the_time_to_wait_comes_from_how_long_chats_took() -> None:
+    async with working(make_runner(), max_queued=0) as worker:
+        finished = Finished(FinishReason.LENGTH, 1, 0, 1, 9.0, 2.0, 11.0, 6.0)
+        for _ in range(3):
+            with worker.admit() as chat:
+                chat.push(finished)
+        chats = [worker.admit(), worker.admit()]
+        with pytest.raises(QueueFullError) as caught:
+            worker.admit()
+        # Eight seconds each, in two slots: one ends every four. The time in the queue does not count.
+        assert caught.value.retry_after_seconds == 4.0
+        for chat in chats:
+            with chat:
+                pass
+
+
+@asynchronous
+async def test_waiting_chats_hear_their_places() -> None:
+    runner = make_runner(is_gated=True)
+    async with working(runner) as worker:
+        chats = [worker.admit() for _ in range(4)]
+        for chat in chats:
+            chat.submit(sequence())
+        runner.allow()
+        assert await anext(chats[2]) == Queued(0)
+        assert await anext(chats[3]) == Queued(1)
+        with chats[0]:
+            pass
+        runner.open_gate()
+        events = [event async for event in chats[3]]
+        assert events[0] == Queued(0)
+        assert isinstance(events[-1], Finished)
+        for chat in chats[1:]:
+            with chat:
+                pass
+
+
+@asynchronous
+async def test_a_chat_that_is_left_costs_no_further_step() -> None:
+    runner = make_runner(is_gated=True)
+    async with working(runner) as worker:
+        with worker.admit() as chat:
+            chat.submit(sequence(max_tokens=100))
+            runner.allow(3)
+            await begun(runner, 4)
+        runner.allow()  # the step that runs now
+        await worker.ping()
+        assert runner.num_forwards == PROOF_FORWARDS + 4
+        assert worker.counts.cancelled == 1
+        assert worker.num_chats == 0
+
+
+@asynchronous
+async def test_a_chat_that_is_left_while_its_prompt_is_read_stops_that_run() -> None:
+    runner = make_runner(is_gated=True)
+    async with working(runner) as worker:
+        with worker.admit() as chat:
+            chat.submit(sequence(100))
+            await begun(runner, 1)
+        # Nothing lets the forward pass, and yet the thread comes back.
+        await worker.ping()
+        assert runner.num_forwards == PROOF_FORWARDS + 1
+
+
+@asynchronous
+async def test_leaving_a_queue_stops_nobody_elses_run() -> None:
+    runner = make_runner(is_gated=True, num_slots=1)
+    async with working(runner) as worker:
+        with worker.admit() as running:
+            running.submit(sequence(100, max_tokens=2))
+            await begun(runner, 1)
+            for _ in range(10):
+                with worker.admit() as waiting:
+                    waiting.submit(sequence(100))
+            assert runner.num_forwards == PROOF_FORWARDS + 1
+            runner.open_gate()
+            assert isinstance([event async for event in running][-1], Finished)
+        # 100 tokens in chunks of 16, the last of which gives the first of two tokens: none was run twice.
+        assert runner.num_forwards == PROOF_FORWARDS + 7 + 1
+
+
+@asynchronous
+async def test_a_chat_that_is_left_before_it_begins_gives_its_place_back() -> None:
+    async with working(make_runner(), max_queued=0) as worker:
+        for _ in range(50):
+            with worker.admit():
+                pass
+        assert worker.num_chats == 0
+        assert worker.counts.cancelled == 0
+
+
+@asynchronous
+async def test_a_deadline_ends_the_answer() -> None:
+    runner = make_runner(is_gated=True)
+    async with working(runner) as worker:
+        with worker.admit() as chat:
+            chat.submit(sequence(max_tokens=100, deadline=time.monotonic()))
+            runner.open_gate()
+            events = [event async for event in chat]
+    assert isinstance(events[-1], Finished)
+    assert events[-1].reason is FinishReason.TIME_LIMIT
+
+
+@asynchronous
+async def test_a_reader_that_leaves_too_much_unread_is_ended_and_the_others_go_on() -> None:
+    async with working(make_runner(), backlog=4096) as worker:
+        with worker.admit() as slow, worker.admit() as good:
+            slow.submit(sequence(max_tokens=200, top_logprobs=20))
+            good.submit(sequence(max_tokens=200))
+            events = [event async for event in good]
+            assert isinstance(events[-1], Finished)
+            with pytest.raises(SlowReaderError, match="the limit is 4096"):
+                await anext(slow)
+        assert (worker.counts.finished, worker.counts.failed) == (1, 1)
+
+
+@asynchronous
+async def test_a_prompt_that_the_engine_refuses_fails_alone() -> None:
+    async with working(make_runner()) as worker:
+        with worker.admit() as chat:
+            chat.submit(sequence(1000))
+            with pytest.raises(InvalidRequestError):
+                await anext(chat)
+        with worker.admit() as chat:
+            chat.submit(sequence())
+            assert isinstance([event async for event in chat][-1], Finished)
+
+
+@asynchronous
+async def test_a_failed_run_fails_its_chats_and_the_engine_goes_on() -> None:
+    runner = make_runner()
+    async with working(runner) as worker:
+        runner.fail_next = OSError("canary")
+        with worker.admit() as chat:
+            chat.submit(sequence())
+            with pytest.raises(OSError, match="canary"):
+                await anext(chat)
+        with worker.admit() as chat:
+            chat.submit(sequence())
+            assert isinstance([event async for event in chat][-1], Finished)
+        assert worker.state is State.SERVING
+
+
+@asynchronous
+async def test_an_engine_that_only_fails_counts_as_crashed() -> None:
+    def broken(history: Any) -> Any:
+        raise OSError("canary")
+
+    runner = make_runner()
+    async with working(runner) as worker:
+        runner.logits_after = broken
+        errors = []
+        while worker.state is State.SERVING:
+            with worker.admit() as chat:
+                chat.submit(sequence())
+                try:
+                    await anext(chat)
+                except (OSError, EngineCrashedError) as error:
+                    errors.append(error)
+        with pytest.raises(EngineCrashedError):
+            await worker.wait_until_ended()
+    assert 7 <= len(errors) <= 8
+
+
+@asynchronous
+async def test_a_crash_of_the_engine_fails_every_chat_with_one_id(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    runner = make_runner(is_gated=True)
+    async with working(runner) as worker:
+        with worker.admit() as first, worker.admit() as second, worker.admit() as third:
+            for chat in (first, second):
+                chat.submit(sequence(max_tokens=100))
+            await begun(runner, 1)
+
+            def crash() -> list[tuple[Sequence, Event]]:
+                raise RuntimeError("canary")
+
+            monkeypatch.setattr(worker.model.engine, "step", crash)
+            runner.open_gate()
+            with pytest.raises(EngineCrashedError) as caught:
+                await worker.wait_until_ended()
+            for chat in (first, second, third):
+                with pytest.raises(EngineCrashedError) as failed:
+                    [event async for event in chat]
+                assert failed.value.incident == caught.value.incident
+        assert worker.state is State.ENDED
+        with pytest.raises(NotServingError):
+            worker.admit()
+    assert f"incident {caught.value.incident}: builtins.RuntimeError" in caplog.text
+    assert "canary" not in caplog.text
+
+
+@asynchronous
+async def test_a_ping_crosses_the_queue_and_waits_for_a_stuck_run() -> None:
+    runner = make_runner(is_gated=True)
+    async with working(runner) as worker:
+        await worker.ping()
+        with worker.admit() as chat:
+            chat.submit(sequence())
+            await begun(runner, 1)
+            ping = asyncio.create_task(worker.ping())
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(0.1):
+                    await asyncio.shield(ping)
+            runner.allow()
+            await ping
+
+
+@asynchronous
+async def test_progress_moves_with_each_step_and_rests_with_the_engine() -> None:
+    async with working(make_runner()) as worker:
+        before = worker.progress
+        with worker.admit() as chat:
+            chat.submit(sequence(max_tokens=4))
+            async for _ in chat:
+                pass
+        await worker.ping()
+        after = worker.progress
+        assert after - before == 4
+        await worker.ping()
+        assert worker.progress == after
+
+
+@asynchronous
+async def test_draining_admits_nobody_and_waits_for_the_last() -> None:
+    runner = make_runner(is_gated=True)
+    async with working(runner) as worker:
+        with worker.admit() as chat:
+            chat.submit(sequence())
+            await begun(runner, 1)
+            worker.begin_drain()
+            with pytest.raises(NotServingError, match="shutting down"):
+                worker.admit()
+            idle = asyncio.create_task(worker.wait_until_idle())
+            runner.open_gate()
+            assert isinstance([event async for event in chat][-1], Finished)
+            assert not idle.done()
+        await idle
+
+
+@asynchronous
+async def test_before_the_model_is_loaded_everybody_hears_so() -> None:
+    worker = Worker(lambda: make_model(make_runner()), max_queued=1, stream_backlog_bytes=4096)
+    with pytest.raises(NotServingError, match="still loading"):
+        worker.admit()
+    with pytest.raises(NotServingError, match="still loading"):
+        _ = worker.model
+    worker.stop()
+    await worker.wait_until_gone()
+
+
+@asynchronous
+async def test_a_model_that_does_not_load_raises_where_it_was_asked_for() -> None:
+    def load() -> Model:
+        raise BundleError("model.data is damaged")
+
+    worker = Worker(load, max_queued=1, stream_backlog_bytes=4096)
+    with pytest.raises(BundleError, match=r"model\.data is damaged"):
+        await worker.start()
+    await worker.wait_until_gone()
+
+
+@asynchronous
+async def test_a_model_that_generates_nothing_is_not_served() -> None:
+    runner = make_runner()
+    runner.fail_next = OSError("broken")
+    worker = Worker(lambda: make_model(runner), max_queued=1, stream_backlog_bytes=4096)
+    with pytest.raises(OSError, match="broken"):
+        await worker.start()
+    await worker.wait_until_gone()
+
+
+@asynchronous
+async def test_a_thread_is_stopped_in_the_middle_of_a_prompt() -> None:
+    runner = make_runner(is_gated=True)
+    worker = Worker(lambda: make_model(runner), max_queued=1, stream_backlog_bytes=4096)
+    runner.allow(PROOF_FORWARDS)
+    await worker.start()
+    with worker.admit() as chat:
+        chat.submit(sequence(100))
+        await begun(runner, 1)
+        worker.stop()
+        await worker.wait_until_gone()
+        with pytest.raises(NotServingError):
+            await anext(chat)
