@@ -79,17 +79,22 @@ def test_built_model_is_listed_shown_verified_and_removed(
     assert "quality: kl_mean" in capsys.readouterr().out
 
     (tmp_path / "own.txt").write_text("Where is the kettle? It stands on the stove. " * 40)
-    run("verify", name, "--checkpoint", checkpoint, "--text", tmp_path / "own.txt", "--json", "--quiet")
+    verify = ("verify", name, "--checkpoint", checkpoint, "--json", "--quiet")
+    run(*verify, "--text", tmp_path / "own.txt", "--tokens", "200")
     captured = capsys.readouterr()
     verified = one_object(captured.out)
     assert captured.err == ""
-    assert verified["tokens"] > 100
+    assert 100 < verified["tokens"] <= 200
     assert verified["text"] == "own.txt"
     assert 0.0 <= verified["kl_mean"] < 1.0
     assert 0.0 <= verified["top1_agreement"] <= 1.0
     assert verified["perplexity_fp32"] > 1.0
     assert verified["perplexity_int8"] > 1.0
     assert list((state / "cache").iterdir()) == []
+
+    # On the shipped text and as many tokens the figures are those of the build.
+    run(*verify, "--tokens", "4800")
+    assert one_object(capsys.readouterr().out)["kl_mean"] == pytest.approx(built["quality"]["kl_mean"], rel=1e-3)
 
     assert run("remove", name, "--json") == 0
     assert one_object(capsys.readouterr().out) == {"removed": name}
@@ -167,6 +172,21 @@ def test_full_disk_is_one_line_and_leaves_the_installed_model(
         run("build", tmp_path / "tiny.gguf", "--quiet")
     assert (path / "manifest.json").read_bytes() == before
     assert {each.name for each in (state / "models").iterdir()} == {".hearthd.lock", "tiny"}
+
+
+def test_listing_finishes_what_a_killed_process_left(state: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = installed(state)
+    path.rename(path.with_name(".replaced-tiny"))
+    assert run("list", "--json") == 0
+    assert [model["name"] for model in one_object(capsys.readouterr().out)["models"]] == ["tiny"]
+
+
+@pytest.mark.parametrize("number", ["0", "-5", "many"])
+def test_number_of_tokens_is_positive(number: str, state: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    installed(state)
+    with pytest.raises(SystemExit):
+        run("verify", "tiny", "--tokens", number)
+    assert "--tokens" in capsys.readouterr().err
 
 
 def test_files_only_needs_no_checkpoint(state: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -111,7 +111,7 @@ def _add_verify(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     verify.add_argument("--text", type=Path, metavar="FILE", help="judge on this text (default: the shipped one)")
     verify.add_argument(
         "--tokens",
-        type=int,
+        type=_positive,
         default=_VERIFY_TOKENS,
         metavar="N",
         help="judge on at most this many tokens of the text, of each kind equally many (default: %(default)s)",
@@ -119,9 +119,6 @@ def _add_verify(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     verify.add_argument("--files-only", action="store_true", help="check the files and nothing else")
     verify.add_argument(
         "--checkpoint", type=Path, metavar="PATH", help="what the model was built from, if not from the catalogue"
-    )
-    verify.add_argument(
-        "--max-tokens", type=_positive, default=_VERIFY_TOKENS, metavar="N", help="of the text (default: %(default)s)"
     )
     verify.add_argument("--quiet", action="store_true", help="show no progress")
 
@@ -253,6 +250,7 @@ def _opened(path: Path, entry: CatalogueEntry, source: Source) -> Checkpoint:
     checkpoint = open_checkpoint(path)
     checkpoint.source = source.reference
     checkpoint.license = entry.license
+    checkpoint.generation = checkpoint.generation or entry.sampling
     return checkpoint
 
 
