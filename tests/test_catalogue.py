@@ -243,3 +243,10 @@ def test_gated_model_names_the_log_in(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(huggingface_hub, "snapshot_download", refused)
     with pytest.raises(BuildError, match="403 Forbidden; accept its licence on the hub and log in"):
         fetch(replace(HUB, gated=True), tmp_path / "cache", no_progress)
+
+
+def test_recommended_sampling_is_checked() -> None:
+    assert Catalogue.shipped().entry("smollm2-135m").sampling == {"temperature": 0.2, "top_p": 0.9}
+    for wrong in ('temperature = "hot"', "temperature = nan", "magic = 1"):
+        with pytest.raises(BuildError, match="sampling"):
+            Catalogue.from_toml(ENTRY.replace('parameters = "1M"', f'parameters = "1M"\nsampling = {{ {wrong} }}'))

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from hearthd.errors import BundleError
 from hearthd.external_locations import external_locations
 from hearthd.manifest import (
+    GENERATION_KEYS,
     GENERATION_NAME,
     MANIFEST_NAME,
     MODEL_NAME,
@@ -44,7 +45,6 @@ _MAX_MANIFEST_BYTES: Final = 4 * 2**20
 _MAX_TEXT_BYTES: Final = 64 * 2**20
 _MAX_GRAPH_BYTES: Final = 256 * 2**20
 _HASH_CHUNK_BYTES: Final = 2**20
-_GENERATION_KEYS: Final = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 
 class Bundle:
@@ -118,8 +118,8 @@ class Bundle:
             content = json.loads(_read_text(self.path / GENERATION_NAME, _MAX_TEXT_BYTES))
         except (ValueError, RecursionError) as error:
             raise BundleError(f"{self.path / GENERATION_NAME} is not JSON: {str(error)[:100]}") from error
-        if not isinstance(content, dict) or not content.keys() <= set(_GENERATION_KEYS):
-            raise BundleError(f"{self.path / GENERATION_NAME} may only have {', '.join(_GENERATION_KEYS)}")
+        if not isinstance(content, dict) or not content.keys() <= set(GENERATION_KEYS):
+            raise BundleError(f"{self.path / GENERATION_NAME} may only have {', '.join(GENERATION_KEYS)}")
         if not all(is_finite_number(value) for value in content.values()):
             raise BundleError(f"{self.path / GENERATION_NAME} has a value that is no finite number")
         return content

@@ -21,6 +21,7 @@ TOKENIZER_NAME: Final = "tokenizer.json"
 TEMPLATE_NAME: Final = "chat_template.jinja"
 GENERATION_NAME: Final = "generation.json"
 PRESET_NAME: Final = "preset.npy"
+GENERATION_KEYS: Final = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 _REQUIRED_FILES: Final = (MODEL_NAME, TOKENIZER_NAME, TEMPLATE_NAME, GENERATION_NAME)
 
 _MAX_FILES: Final = 64

@@ -42,6 +42,9 @@ _CALIBRATION_TOKENS = 7_200
 # The standard error of a mean KL near 0.01 is then about 3 %.
 _EVALUATION_TOKENS = 4_800
 
+# For a checkpoint that recommends nothing: small models ramble when all of the distribution may be drawn from.
+_DEFAULT_SAMPLING = {"temperature": 0.7, "top_p": 0.95}
+
 _PACKAGES = ("hearth-chat", "onnxruntime", "onnx", "numpy")
 
 
@@ -171,7 +174,8 @@ def _judged(
 def _write_texts(checkpoint: Checkpoint, directory: Path) -> None:
     (directory / TOKENIZER_NAME).write_text(checkpoint.tokenizer_json, encoding="utf-8")
     (directory / TEMPLATE_NAME).write_text(checkpoint.chat_template, encoding="utf-8")
-    (directory / GENERATION_NAME).write_text(json.dumps(dict(checkpoint.generation), indent=2) + "\n", encoding="utf-8")
+    generation = dict(checkpoint.generation or _DEFAULT_SAMPLING)
+    (directory / GENERATION_NAME).write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
 
 
 def _manifest(

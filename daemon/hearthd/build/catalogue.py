@@ -11,7 +11,7 @@ from importlib import resources
 from typing import Any, Final, Self
 
 from hearthd.errors import BuildError, ModelNotFoundError
-from hearthd.manifest import is_model_name
+from hearthd.manifest import GENERATION_KEYS, is_finite_number, is_model_name
 
 _SHA256: Final = re.compile(r"[0-9a-f]{64}")
 _COMMIT: Final = re.compile(r"[0-9a-f]{40}")
@@ -60,7 +60,10 @@ Source = PackageSource | HubSource
 
 @dataclass(frozen=True, slots=True)
 class CatalogueEntry:
-    """One model and where it can be had."""
+    """One model and where it can be had.
+
+    sampling: what its authors recommend, for a checkpoint that has no recommendation of its own.
+    """
 
     name: str
     title: str
@@ -68,6 +71,7 @@ class CatalogueEntry:
     parameters: str
     package: PackageSource | None
     hub: HubSource | None
+    sampling: Mapping[str, float]
 
     @property
     def sources(self) -> tuple[Source, ...]:
@@ -136,7 +140,7 @@ def _entry(model: Any) -> CatalogueEntry:
         raise BuildError(f"the catalogue has an entry without a usable name: {ascii(model)[:80]}")
     name = model["name"]
     texts = {key: _text(name, model, key) for key in ("name", "title", "license", "parameters")}
-    if not model.keys() <= texts.keys() | {"package", "hub"}:
+    if not model.keys() <= texts.keys() | {"package", "hub", "sampling"}:
         raise BuildError(f"the catalogue's {name!r} has unknown keys")
     package = hub = None
     if "package" in model:
@@ -153,7 +157,15 @@ def _entry(model: Any) -> CatalogueEntry:
         _match(name, hub.revision, _COMMIT, "revision")
     if package is None and hub is None:
         raise BuildError(f"the catalogue's {name!r} has neither a package nor a hub source")
-    return CatalogueEntry(**texts, package=package, hub=hub)
+    return CatalogueEntry(**texts, package=package, hub=hub, sampling=_sampling(name, model.get("sampling", {})))
+
+
+def _sampling(name: str, content: Any) -> dict[str, float]:
+    if not isinstance(content, dict) or not content.keys() <= set(GENERATION_KEYS):
+        raise BuildError(f"the catalogue's {name!r} may have only these in sampling: {', '.join(GENERATION_KEYS)}")
+    if not all(is_finite_number(value) for value in content.values()):
+        raise BuildError(f"the catalogue's {name!r} has a value in sampling that is no finite number")
+    return content
 
 
 def _fields(name: str, content: Any, kind: type[PackageSource] | type[HubSource]) -> dict[str, Any]:
