@@ -94,7 +94,7 @@ def test_a_daemon_that_is_just_being_started_is_waited_for(
         with connect(daemon.address) as client:
             assert client.chat("?").text == "Hello, world"
         assert handler.messages == [
-            f"cannot reach {daemon.address}: there is no such socket; is hearthd running?; waiting up to 10 s"
+            f"cannot reach {daemon.address}: there is no such socket; is hearthd running? (waiting up to 10 s)"
         ]
     finally:
         daemon.stop()

@@ -74,7 +74,7 @@ class Patience:
         if isinstance(error, ConnectError) and not error.is_transient:
             return None
         if self._num_unavailable == 0 and self._ready_timeout > 0:
-            _logger.info("%s; waiting up to %g s", error, self._ready_timeout)
+            _logger.info("%s (waiting up to %g s)", error, self._ready_timeout)
         backoff: float = min(_FIRST_DELAY * 2.0 ** min(self._num_unavailable, 10), _LONGEST_DELAY)
         self._num_unavailable += 1
         return max(error.retry_after or 0.0, backoff * (0.5 + self._jitter() / 2))

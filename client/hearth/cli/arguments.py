@@ -1,0 +1,176 @@
+"""The command line of `hearth` and its help.
+
+Imports neither gRPC nor the client: `hearth --help` answers at once. Called by `__main__`.
+"""
+
+import argparse
+import math
+
+_EPILOG = """\
+addresses:
+  unix:///run/hearthd/hearthd.sock    a Unix socket of this machine
+  raspberrypi.local:50051             a host and a port
+  [::1]:50051                         an IPv6 address and a port
+
+  Not given: HEARTH_ADDRESS; else $XDG_RUNTIME_DIR/hearth/hearthd.sock or
+  /run/hearthd/hearthd.sock, whichever is there first; else 127.0.0.1:50051.
+
+environment:
+  HEARTH_ADDRESS      where the daemon is
+  HEARTH_CA           file with the certificate that the daemon's is checked against
+  HEARTH_TOKEN        the token that the daemon wants
+  HEARTH_TOKEN_FILE   a file that holds it
+  NO_COLOR            set to anything: no dim text
+
+exit status:
+  0    success
+  1    an error; one line on standard error says which
+  2    wrong usage: an option, an address, a file that cannot be used
+  130  interrupted with Ctrl-C; what was printed of an answer stays
+  141  whoever read the output is gone
+"""
+
+_EXAMPLES = {
+    "": """\
+examples:
+  hearth ask "Why is the sky blue?"
+  hearth chat --system "You are a patient teacher."
+  hearth status --address raspberrypi.local:50051 --ca ca.pem --token-file token
+""",
+    "ask": """\
+The question is the words given. If standard input is not a terminal, it is read to its end and added below them;
+without words, it is the whole question. A program that runs `hearth ask WORDS` beside other input gives it </dev/null.
+
+examples:
+  hearth ask Why is the sky blue
+  hearth ask "Summarise this:" < letter.txt
+  hearth ask --json --temperature 0 --max-tokens 40 "Name three birds." | jq -r .text
+""",
+    "chat": """\
+in the conversation:
+  /help              lists the commands
+  Ctrl-C             stops the answer, or throws away the line that is being typed
+  Ctrl-D             ends the program
+  a \\ at the end     goes on in the next line
+  \"\"\"                begins a text of several lines, and ends it
+
+Lines already typed come back with the arrow keys; they are kept in memory only.
+""",
+    "status": "",
+    "models": "",
+}
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser; its result has `command` and that command's options."""
+    parser = argparse.ArgumentParser(
+        prog="hearth",
+        description="Talk to the chat model that lives in the house.",
+        epilog=f"{_EPILOG}\n{_EXAMPLES['']}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action=_Version, help="print the version and exit")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, text in (
+        ("ask", "ask one question and print the answer as it comes"),
+        ("chat", "hold a conversation in the terminal"),
+        ("status", "print what the daemon is doing"),
+        ("models", "list the models that the daemon serves"),
+    ):
+        command = commands.add_parser(
+            name,
+            help=text,
+            description=f"{text[0].upper()}{text[1:]}.",
+            epilog=_EXAMPLES[name] + "\nAddresses, environment and exit status: hearth --help",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        if name == "ask":
+            command.add_argument("words", nargs="*", metavar="WORD", help="the question")
+        if name in ("ask", "chat"):
+            _add_chat_options(command)
+        if name != "chat":
+            command.add_argument("--json", action="store_true", help="print one JSON object")
+        _add_connection_options(command)
+    return parser
+
+
+def _add_chat_options(command: argparse.ArgumentParser) -> None:
+    group = command.add_argument_group("answer", "What is not given, the model's own defaults decide.")
+    group.add_argument("--model", metavar="NAME", help="one of `hearth models`; the daemon's default if not given")
+    group.add_argument("--system", metavar="TEXT", help="instructions for the model, before the conversation")
+    group.add_argument("--max-tokens", type=int, metavar="N", help="the most tokens that an answer may have")
+    group.add_argument("--temperature", type=float, metavar="X", help="0: the likeliest always; up to 2: more varied")
+    group.add_argument("--top-k", type=int, metavar="N", help="choose among the N likeliest tokens; 0: all")
+    group.add_argument("--top-p", type=float, metavar="X", help="choose among the likeliest that add up to X")
+    group.add_argument("--min-p", type=float, metavar="X", help="drop tokens less likely than X of the likeliest")
+    group.add_argument("--repetition-penalty", type=float, metavar="X", help="over 1: repeat less")
+    group.add_argument("--presence-penalty", type=float, metavar="X", help="over 0: leave what was said")
+    group.add_argument("--frequency-penalty", type=float, metavar="X", help="over 0: leave what was said often")
+    group.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same answer")
+    group.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; may be given again")
+    if command.prog.endswith("ask"):
+        group.add_argument(
+            "--top-logprobs", type=int, metavar="N", help="with --json: log probabilities, with N alternatives each"
+        )
+        group.add_argument("--request-id", metavar="ID", help="names the request in the daemon's journal")
+
+
+def _add_connection_options(command: argparse.ArgumentParser) -> None:
+    group = command.add_argument_group("connection")
+    group.add_argument("--address", metavar="ADDRESS", help="where the daemon is; see hearth --help")
+    group.add_argument("--ca", metavar="FILE", help="certificate (PEM) to check the daemon's against; makes it TLS")
+    group.add_argument("--token-file", metavar="FILE", help="file with the token that the daemon wants")
+    group.add_argument(
+        "--allow-plaintext-token",
+        action="store_true",
+        help="send the token over the network unencrypted, where anyone can read it",
+    )
+    group.add_argument(
+        "--timeout",
+        type=_seconds,
+        metavar="SECONDS",
+        help="give up after so long; 600 for an answer, 10 otherwise, if not given; inf: never",
+    )
+    group.add_argument(
+        "--wait",
+        type=_seconds_or_0,
+        metavar="SECONDS",
+        help="wait so long for a daemon that is just starting; 10 if not given; `status` never waits",
+    )
+
+
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not seconds > 0:
+        raise argparse.ArgumentTypeError(f"{text} is not a number of seconds over 0")
+    return seconds
+
+
+def _seconds_or_0(text: str) -> float:
+    seconds = float(text)
+    if not 0 <= seconds < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a number of seconds, at least 0")
+    return seconds
+
+
+# argparse names the type in its message when float() refuses the text.
+_seconds.__name__ = _seconds_or_0.__name__ = "number of seconds"
+
+
+class _Version(argparse.Action):
+    """Reads the version only when it is asked for: importlib.metadata takes longer than all the rest."""
+
+    def __init__(self, option_strings: list[str], dest: str, **options: str) -> None:
+        super().__init__(option_strings, dest, nargs=0, help=options.get("help"))
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            text = version("hearth-chat")
+        except PackageNotFoundError:
+            text = "(not installed: run from its source)"
+        print(f"hearth {text}")
+        parser.exit()

@@ -1,0 +1,67 @@
+"""Text on a terminal, and in a pipe: what a model or a daemon wrote must be read, never obeyed.
+
+Knows nothing of chats. Called by the commands and by `__main__`.
+"""
+
+import os
+import sys
+from typing import TextIO
+
+# Control characters would move the cursor, set the window's title, or answer for the person at the keyboard. Newline
+# and tab may stay. The rest is shown as cat -v shows it.
+_VISIBLE = {code: f"^{chr(code + 64)}" for code in range(32) if chr(code) not in "\n\t"}
+_VISIBLE |= {127: "^?"} | {code: f"\\x{code:02x}" for code in range(128, 160)}
+_VISIBLE_IN_LINE = _VISIBLE | {ord("\n"): " ", ord("\t"): " "}
+
+
+def neutralise(text: str) -> str:
+    """Make control characters visible, all but newline and tab."""
+    return text.translate(_VISIBLE)
+
+
+def neutralise_line(text: str) -> str:
+    """Make control characters visible, and one line of it."""
+    return text.translate(_VISIBLE_IN_LINE)
+
+
+class Screen:
+    """Where a command writes: answers to stdout, remarks to stderr."""
+
+    def __init__(self, out: TextIO | None = None, err: TextIO | None = None) -> None:
+        self._out = out or sys.stdout
+        self._err = err or sys.stderr
+        self._is_terminal = self._out.isatty()
+        self._takes_notes = self._err.isatty()
+        self._is_plain = bool(os.environ.get("NO_COLOR")) or os.environ.get("TERM", "dumb") == "dumb"
+        self._at_line_start = True
+
+    def write(self, text: str) -> None:
+        """Write a piece of an answer at once. A pipe or a file gets the very text."""
+        if text:
+            self._out.write(neutralise(text) if self._is_terminal else text)
+            self._out.flush()
+            self._at_line_start = text.endswith("\n")
+
+    def end_line(self) -> None:
+        """Begin a new line unless that is where the text is."""
+        if not self._at_line_start:
+            self.write("\n")
+
+    def note(self, text: str) -> None:
+        """Tell the person at the terminal; nobody if stderr is none."""
+        if self._takes_notes:
+            self.end_line()
+            line = neutralise_line(text)
+            self._err.write(f"{line}\n" if self._is_plain else f"\x1b[2m{line}\x1b[0m\n")
+            self._err.flush()
+
+    def error(self, text: str) -> None:
+        """Tell what went wrong where the program goes on."""
+        self.end_line()
+        self._err.write(f"hearth: {neutralise_line(text)}\n")
+        self._err.flush()
+
+    @property
+    def encoding_is_unicode(self) -> bool:
+        """Whether stdout can hold any character."""
+        return (self._out.encoding or "").lower().replace("-", "").startswith("utf")
