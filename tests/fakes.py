@@ -1,8 +1,8 @@
 """A runner without a model, strict about everything that the real one takes on trust.
 
-It keeps the token id of every position of every slot, refuses any call that would read a position that was not written,
-and makes logits out of a slot's WHOLE history of tokens. So one wrong position, one row of another slot, or one swap too
-few changes the answer. `expected_tokens` says what the answer is without slots, chunks and batches.
+It keeps the token id of every position of every slot, refuses any call that would read a position that was not
+written, and makes logits out of a slot's WHOLE history of tokens. So one wrong position, one row of another slot, or
+one swap too few changes the answer. `expected_tokens` says what the answer is without slots, chunks and batches.
 """
 
 import hashlib

@@ -188,6 +188,9 @@ class TestControlTokens:
             "im_end",
             "|>",
             "<|im_end|",
+            "a text that is longer than any token <|im_end",
+            "end|> a text that is longer than any token",
+            "  |> a text that is longer than any token, within white space <|im_end \n",
         ],
     )
     @pytest.mark.parametrize(
@@ -198,6 +201,7 @@ class TestControlTokens:
             "{% for m in messages %}<|im_end{{ m.content }}<|im_end|>{% endfor %}",
             "{% for m in messages %}{{ m.content }}|>{{ m.content }}<|im_end|>{% endfor %}",
             "{% for m in messages %}{{ m.content | replace('<think>', '') }}<|im_end|>{% endfor %}",
+            "{% for m in messages %}<|im_end{{ m.content | trim }}|><|im_end|>{% endfor %}",
         ],
     )
     def test_none_is_completed_by_the_template(self, text: str, template: str) -> None:
@@ -224,6 +228,13 @@ class TestControlTokens:
         # The template's own end and start are one token where they stand side by side.
         assert markers == [start, 506, 506]
         assert END not in markers
+
+    @pytest.mark.parametrize("text", ["<s>", "</think>", "<|im_end|>"])
+    def test_none_is_looked_up_whole_where_merges_are_ignored(self, text: str) -> None:
+        config = json.loads(tiny.byte_level_with_reachable_control_tokens())
+        config["model"]["merges"] = []
+        tokenizer = ChatTokenizer(json.dumps(config), tiny.CHATML, eos_ids=[id_of("<s>", "reachable")])
+        assert control_ids("reachable", tokenizer.encode_text(text)) == []
 
     def test_manifest_can_name_further_ones(self) -> None:
         text = tiny.byte_level_with_reachable_control_tokens()

@@ -70,7 +70,7 @@ class Engine:
         self._cache = KVCache(runner)
         self._waiting: deque[Sequence] = deque()
         self._prefilling: deque[Sequence] = deque()
-        # The sequence at place i holds slot i: a batch needs slots that stand side by side.
+        # In the order of their slots, which stand side by side: a batch needs them so.
         self._decoding: list[Sequence] = []
         self._events: list[tuple[Sequence, Event]] = []
         self._in_prefill: Sequence | None = None
@@ -214,12 +214,12 @@ class Engine:
             self._take_token(sequence, logits[0], sequence.prefilled)
 
     def _decode(self, batch: list[Sequence]) -> None:
-        """Run the last token of the sequences in the first slots."""
+        """Run the last token of the sequences that decoded before this step, in one batch."""
         if not batch:
             return
         lengths = [self._cache.num_tokens(sequence.slot) for sequence in batch]
         try:
-            logits = self._run([sequence.output_ids[-1:] for sequence in batch], 0, lengths)
+            logits = self._run([sequence.output_ids[-1:] for sequence in batch], batch[0].slot, lengths)
         except RunTerminated:
             raise
         except Exception as error:  # noqa: BLE001 - of these sequences; the engine goes on
@@ -290,22 +290,37 @@ class Engine:
     # Slots.
 
     def _join_batch(self, sequence: Sequence) -> None:
-        """Move a sequence to the slot behind the last one that decodes."""
-        target = len(self._decoding)
-        if sequence.slot != target:
-            for other in self._prefilling:
-                if other.slot == target:
-                    other.slot = sequence.slot
-            self._cache.swap(sequence.slot, target)
-            sequence.slot = target
+        """Put a sequence beside those that decode. Where it stands already, if it can: moving KV takes time."""
         sequence.state = SequenceState.DECODING
-        self._decoding.append(sequence)
+        before = self._decoding[0].slot - 1 if self._decoding else sequence.slot
+        behind = before + len(self._decoding) + 1
+        if sequence.slot == before:
+            self._decoding.insert(0, sequence)
+        elif sequence.slot == behind or behind < self.num_slots:
+            self._move(sequence, behind)
+            self._decoding.append(sequence)
+        else:
+            self._move(sequence, before)
+            self._decoding.insert(0, sequence)
 
     def _leave_batch(self, sequence: Sequence) -> None:
-        """Give up a slot; the last one that decodes moves into it, so that no hole is left."""
-        last = self._decoding.pop()
-        if last is not sequence:
+        """Give up a slot. Into one between others the last one of them moves, so that no hole is left."""
+        place = self._decoding.index(sequence)
+        if 0 < place < len(self._decoding) - 1:
+            last = self._decoding.pop()
+            self._decoding[place] = last
             self._cache.swap(sequence.slot, last.slot)
-            self._decoding[sequence.slot] = last
             sequence.slot, last.slot = last.slot, sequence.slot
+        else:
+            del self._decoding[place]
         self._cache.release(sequence.slot)
+
+    def _move(self, sequence: Sequence, target: int) -> None:
+        """Exchange a sequence's slot for another one, which no sequence that decodes holds."""
+        if sequence.slot == target:
+            return
+        for other in self._prefilling:
+            if other.slot == target:
+                other.slot = sequence.slot
+        self._cache.swap(sequence.slot, target)
+        sequence.slot = target
