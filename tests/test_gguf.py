@@ -225,6 +225,14 @@ def test_license_and_source_are_told_without_a_path(tmp_path: Path) -> None:
         assert checkpoint.source == "GGUF file tiny.gguf"
 
 
+def test_license_and_name_become_one_line_that_a_manifest_takes(tmp_path: Path) -> None:
+    path = tmp_path / "a\nb.gguf"
+    write_gguf(path, tiny_models()["smollm2"], general__license="free\n" + "x" * 5000)
+    with open_checkpoint(path) as checkpoint:
+        assert checkpoint.license == "free?" + "x" * 195
+        assert checkpoint.source == "GGUF file a?b.gguf"
+
+
 def join_by_score(text: str, scores: dict[str, float]) -> list[str]:
     """SentencePiece's BPE as its paper has it: join the neighbours whose piece scores best, leftmost first."""
     pieces = list("▁" + text.replace(" ", "▁"))

@@ -23,6 +23,13 @@ def unsupported_architecture(where: Path, name: str) -> BuildError:
     return BuildError(f"{where}: architecture {name!r} is not supported; these are: {', '.join(sorted(ARCHITECTURES))}")
 
 
+def one_line(text: object, longest: int) -> str:
+    """Return what a file or its name says of itself as a manifest may repeat it; "" for what is no text."""
+    if not isinstance(text, str):
+        return ""
+    return "".join(character if character.isprintable() else "?" for character in text[:longest])
+
+
 class Checkpoint(ABC):
     """Weights, configuration, tokenizer and chat template of one model.
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from hearthd.build.checkpoint import Checkpoint, unsupported_architecture
+from hearthd.build.checkpoint import Checkpoint, one_line, unsupported_architecture
 from hearthd.build.gguf_file import GgufFile
 from hearthd.build.gguf_tokenizer import read_tokenizer
 from hearthd.errors import BuildError
@@ -74,8 +74,8 @@ class GgufCheckpoint(Checkpoint):
             self.bos_token = tokenizer.bos_token
             self.eos_token = tokenizer.eos_token
             self.generation = {}
-            self.source = f"GGUF file {path.name}"
-            self.license = str(self._file.metadata.get("general.license", ""))
+            self.source = one_line(f"GGUF file {path.name}", 200)
+            self.license = one_line(self._file.metadata.get("general.license"), 200)
         except BaseException:
             self._file.close()
             raise

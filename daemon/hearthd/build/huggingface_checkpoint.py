@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 from tokenizers import Tokenizer
 
 from hearthd.build.architecture import ARCHITECTURES
-from hearthd.build.checkpoint import Checkpoint, unsupported_architecture
+from hearthd.build.checkpoint import Checkpoint, one_line, unsupported_architecture
 from hearthd.build.safetensors_file import SafetensorsFile
 from hearthd.errors import BuildError
 
@@ -63,7 +63,7 @@ class HuggingFaceCheckpoint(Checkpoint):
         self.bos_token = self._special_token(tokenizer_config, "bos_token")
         self.eos_token = self._special_token(tokenizer_config, "eos_token")
         self.generation = self._generation(generation)
-        self.source = f"Hugging Face checkpoint {path.resolve().name}"
+        self.source = one_line(f"Hugging Face checkpoint {path.resolve().name}", 200)
         self.license = self._license()
         if not all(isinstance(config.get(key) or {}, dict) for key in ("rope_parameters", "rope_scaling")):
             raise self._error("has rope_parameters or rope_scaling that are no object in config.json")
