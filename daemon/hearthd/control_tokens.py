@@ -39,6 +39,8 @@ class ControlToken:
     strips_left: bool = False
     strips_right: bool = False
     is_single_word: bool = False
+    is_added: bool = True
+    """Whether `tokenizers` looks for it in text. If not, the template cannot write it either."""
 
     @classmethod
     def from_json(cls, entry: Mapping[str, Any]) -> Self:
@@ -66,10 +68,9 @@ class ControlTokens:
         self._prefixes = {content[:size] for content in contents for size in range(1, len(content))}
         self._suffixes = {content[-size:] for content in contents for size in range(1, len(content))}
         # As `tokenizers` does: first those that are looked for in the text as it is, then, in what is left, the others.
+        added = [token for token in self._by_content.values() if token.is_added]
         self._passes = [
-            re.compile(
-                _longest_of([token.content for token in self._by_content.values() if token.is_normalized == late])
-            )
+            re.compile(_longest_of([token.content for token in added if token.is_normalized == late]))
             for late in (False, True)
         ]
 

@@ -57,7 +57,7 @@ class ChatTokenizer:
                 raise BundleError(
                     f"tokenizer.json has no token {token_id}, which the manifest names as a control token"
                 )
-            tokens[token_id] = ControlToken(token_id, content)
+            tokens[token_id] = ControlToken(token_id, content, is_added=False)
         self._control_token_of = tokens
         self._control_tokens = ControlTokens(tokens.values())
         self._plain_text = PlainTextEncoder(self._tokenizer, config, tokens.keys())
