@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import subprocess
@@ -68,9 +69,22 @@ class Terminal:
     def type(self, text: str) -> None:
         os.write(self._main, text.encode())
 
-    def expect(self, text: str) -> str:
+    def interrupt(self, expected: str) -> None:
+        """Press Ctrl-C until `expected` comes.
+
+        CPython's readline loses a signal that comes between an echo and its select() (it looks for signals only after
+        EINTR). A person is never that quick, and would press again.
+        """
+        for seconds in (1, 2, 4, 8):
+            self.type("\x03")
+            with contextlib.suppress(AssertionError):
+                self.expect(expected, seconds)
+                return
+        raise AssertionError(f"Ctrl-C did not bring {expected!r}")
+
+    def expect(self, text: str, seconds: float = 20) -> str:
         """Read until `text` comes after what was expected before. Returns what stood between."""
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + seconds
         while (found := self.shown.find(text, self._seen)) < 0:
             if not self._read(deadline - time.monotonic()):
                 raise AssertionError(

@@ -81,12 +81,10 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(chat: program.Terminal, dae
 def test_ctrl_c_at_the_prompt_throws_the_line_away(chat: program.Terminal, daemon: peer.ScriptedDaemon) -> None:
     chat.type("half a li")
     chat.expect("half a li")
-    chat.type("\x03")
-    chat.expect("\n> ")
+    chat.interrupt("\n> ")
     chat.type('"""\nmore')
     chat.expect(". more")
-    chat.type("\x03")
-    chat.expect("\n> ")
+    chat.interrupt("\n> ")
     chat.type("whole\n")
     chat.expect("Hello, world\n")
     assert said(daemon.requests[0]) == ["user: whole"]
