@@ -38,8 +38,12 @@ def hold_socket(path: Path) -> Iterator[None]:
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
         _remove_stale(path)
+        try:
+            yield
+        finally:
+            # gRPC removes the socket of a server that it had started, not of one that was only bound.
+            _remove_stale(path)
         # The lock's file stays: if it were removed, two daemons could each hold a lock on one of that name.
-        yield
     finally:
         os.close(descriptor)
 

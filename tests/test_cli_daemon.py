@@ -1,0 +1,330 @@
+"""hearthd as a program: its words, its exit codes, and signals to a process of its own."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import grpc
+import pytest
+
+from hearth.v1 import chat_pb2_grpc, status_pb2, status_pb2_grpc
+from hearthd import __main__ as cli
+from hearthd.errors import (
+    AddressInUseError,
+    BuildError,
+    BundleError,
+    ConfigError,
+    EngineCrashedError,
+    HearthdError,
+    ModelNotFoundError,
+)
+from hearthd.tokens import TokenFile, list_tokens
+from serving import NAME, chat_request
+
+DAEMON = Path(__file__).with_name("serving.py")
+# The proof takes two forwards, and so does a first chat's prompt.
+PROMPT_FORWARDS = 2
+
+
+@pytest.fixture
+def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give hearthd places of the test's own, as systemd would."""
+    for name in [name for name in os.environ if name.startswith("HEARTHD_")]:
+        monkeypatch.delenv(name)
+    for name in ("STATE", "RUNTIME", "CONFIGURATION"):
+        monkeypatch.setenv(f"{name}_DIRECTORY", str(tmp_path / name.lower()))
+
+
+def run(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "hearthd", *words], capture_output=True, text=True, check=False, timeout=60
+    )
+
+
+def one_line(done: subprocess.CompletedProcess[str]) -> str:
+    assert done.stdout == ""
+    assert done.stderr.count("\n") == 1, done.stderr
+    return done.stderr
+
+
+class Daemon:
+    """A process, whose `FakeRunner` does as many forwards as it is allowed."""
+
+    def __init__(self, directory: Path, notify: socket.socket, *flags: str) -> None:
+        self._notify = notify
+        self._directory = directory
+        self.process = subprocess.Popen(
+            [sys.executable, str(DAEMON), str(directory), *flags],
+            stdin=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"NOTIFY_SOCKET": notify.getsockname()},
+        )
+
+    def allow(self, count: int) -> None:
+        assert self.process.stdin
+        self.process.stdin.write(f"{count}\n")
+        self.process.stdin.flush()
+
+    def wait_for(self, word: str) -> str:
+        """Return systemd's next message with this word."""
+        while True:
+            message = self._notify.recv(4096).decode()
+            if word in message:
+                return message
+
+    def channel(self) -> grpc.Channel:
+        return grpc.insecure_channel(f"unix:{self._directory}/hearthd.sock")
+
+    def ended(self) -> tuple[int, str]:
+        _, errors = self.process.communicate(timeout=30)
+        return self.process.returncode, errors
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., Daemon]]:
+    """Start daemons that do not outlive the test."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
+        notify.bind(str(tmp_path / "notify"))
+        notify.settimeout(30)
+        daemons: list[Daemon] = []
+
+        def start_daemon(*flags: str) -> Daemon:
+            daemons.append(Daemon(tmp_path, notify, *flags))
+            return daemons[-1]
+
+        yield start_daemon
+        for daemon in daemons:
+            daemon.process.kill()
+            daemon.process.communicate()
+
+
+# Words and exit codes.
+
+
+def test_it_says_its_version() -> None:
+    done = run("--version")
+    assert re.fullmatch(r"hearthd \d+\.\d+\.\d+\S*\n", done.stdout)
+    assert done.returncode == 0
+
+
+@pytest.mark.parametrize("words", [[], ["nope"], ["serve", "--nope"], ["token"], ["token", "create"], ["model"]])
+def test_wrong_usage_is_told_from_everything_else(words: list[str]) -> None:
+    done = run(*words)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (ConfigError("x"), 78),
+        (BundleError("x"), 78),
+        (ModelNotFoundError("x"), 78),
+        (AddressInUseError("x"), 69),
+        (BuildError("x"), 1),
+        (EngineCrashedError("x"), 70),
+        (HearthdError("x"), 70),
+    ],
+)
+def test_each_error_has_its_exit_code(error: HearthdError, code: int) -> None:
+    assert cli.exit_code(error) == code
+
+
+@pytest.mark.usefixtures("environment")
+@pytest.mark.parametrize("command", ["serve", "check-config"])
+def test_a_bad_configuration_is_one_line_and_78(tmp_path: Path, command: str) -> None:
+    (tmp_path / "bad.toml").write_text("[engine]\nslots = 99\n")
+    done = run(command, "--config", str(tmp_path / "bad.toml"))
+    assert done.returncode == 78
+    assert one_line(done) == f"hearthd: {tmp_path}/bad.toml: engine.slots is 99; give a whole number from 1 to 64\n"
+
+
+@pytest.mark.usefixtures("environment")
+@pytest.mark.parametrize("command", ["serve", "check-config"])
+def test_an_open_lan_address_is_one_line_and_78(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str) -> None:
+    monkeypatch.setenv("HEARTHD_SERVER_TCP", "0.0.0.0:0")
+    done = run(command)
+    assert done.returncode == 78
+    assert "0.0.0.0:0, which other machines can reach" in one_line(done)
+
+
+@pytest.mark.usefixtures("environment")
+def test_a_model_that_is_not_installed_is_one_line_and_78(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HEARTHD_SERVER_TCP", "")
+    monkeypatch.setenv("HEARTHD_LOG_LEVEL", "error")
+    done = run("serve")
+    assert done.returncode == 78
+    assert "smollm2-135m" in one_line(done)
+    assert "is not installed" in one_line(done)
+
+
+@pytest.mark.usefixtures("environment")
+def test_check_config_prints_what_serve_would_use(tmp_path: Path) -> None:
+    (tmp_path / "good.toml").write_text('[server]\ntcp = ["127.0.0.1:50099"]\n')
+    done = run("check-config", "--config", str(tmp_path / "good.toml"))
+    assert done.returncode == 0
+    lines = done.stdout.splitlines()
+    assert "server.unix_socket_mode = 0660" in lines
+    assert "server.tcp = ['127.0.0.1:50099']" in lines
+    assert f"model.directory = {tmp_path}/state/models" in lines
+    assert lines[-1] == f"good: would listen on unix://{tmp_path}/runtime/hearthd.sock, 127.0.0.1:50099"
+    assert not (tmp_path / "runtime").exists()
+
+
+@pytest.mark.usefixtures("environment")
+def test_check_config_reads_certificate_and_tokens_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HEARTHD_AUTH_TOKEN_FILE", str(tmp_path / "none"))
+    assert "there is no token file" in one_line(run("check-config"))
+    monkeypatch.delenv("HEARTHD_AUTH_TOKEN_FILE")
+    monkeypatch.setenv("HEARTHD_TLS_CERTIFICATE", str(tmp_path / "none"))
+    monkeypatch.setenv("HEARTHD_TLS_KEY", str(tmp_path / "none"))
+    assert "tls.certificate" in one_line(run("check-config"))
+
+
+@pytest.mark.usefixtures("environment")
+def test_tokens_are_made_listed_and_revoked(tmp_path: Path) -> None:
+    created = run("token", "create", "kitchen")
+    assert created.returncode == 0
+    secret = created.stdout.removesuffix("\n")
+    file = TokenFile(tmp_path / "state/tokens")
+    assert file.find(secret) is not None
+    assert secret not in created.stderr
+
+    assert "'kitchen' is taken" in one_line(run("token", "create", "kitchen"))
+    listed = run("token", "list")
+    assert re.fullmatch(r"kitchen\t\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ\n", listed.stdout)
+
+    assert run("token", "revoke", "kitchen").returncode == 0
+    assert file.find(secret) is None
+    assert run("token", "revoke", "kitchen").returncode == 78
+    elsewhere = run("token", "create", "cellar", "--token-file", str(tmp_path / "elsewhere"))
+    assert elsewhere.returncode == 0
+    assert len(list_tokens(tmp_path / "elsewhere")) == 1
+
+
+def test_serving_is_told_apart_before_anything_heavy_is_imported() -> None:
+    """A second instance must hear within two seconds, on a board too, that it is one."""
+    heavy = ("onnxruntime", "onnx", "huggingface_hub", "hearthd.build", "tokenizers", "jinja2", "numpy")
+    program = (
+        "import sys; from hearthd.__main__ import _parser; _parser(['token', 'list']);"
+        f"print([name for name in {heavy!r} if name in sys.modules])"
+    )
+    assert subprocess.check_output([sys.executable, "-c", program], text=True).strip() == "[]"
+
+
+# Signals.
+
+
+def test_sigterm_lets_a_running_answer_finish(start: Callable[..., Daemon]) -> None:
+    daemon = start("gated")
+    daemon.allow(2 * PROMPT_FORWARDS + 1)
+    daemon.wait_for("READY=1")
+    with daemon.channel() as channel:
+        responses = iter(chat_pb2_grpc.ChatServiceStub(channel).Chat(chat_request(max_tokens=20)))
+        received = [next(responses)]
+        daemon.process.send_signal(signal.SIGTERM)
+        assert "1 chats may finish" in daemon.wait_for("STOPPING=1")
+        assert daemon.wait_for("EXTEND_TIMEOUT_USEC=") == "EXTEND_TIMEOUT_USEC=9000000"
+        daemon.allow(1000)
+        received.extend(responses)
+    assert received[-1].final.usage.completion_tokens == 20
+    code, errors = daemon.ended()
+    assert code == 0, errors
+
+
+def test_sigterm_ends_what_does_not_finish(start: Callable[..., Daemon]) -> None:
+    daemon = start("gated", "hurried")
+    daemon.allow(2 * PROMPT_FORWARDS + 1)
+    daemon.wait_for("READY=1")
+    with daemon.channel() as channel:
+        responses = iter(chat_pb2_grpc.ChatServiceStub(channel).Chat(chat_request(max_tokens=20)))
+        next(responses)
+        daemon.process.send_signal(signal.SIGTERM)
+        with pytest.raises(grpc.RpcError) as caught:
+            list(responses)
+    assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+    code, errors = daemon.ended()
+    assert code == 0, errors
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_an_idle_daemon_ends_within_a_second(start: Callable[..., Daemon], number: signal.Signals) -> None:
+    daemon = start()
+    daemon.wait_for("READY=1")
+    with daemon.channel() as channel:
+        status_pb2_grpc.StatusServiceStub(channel).GetStatus(status_pb2.GetStatusRequest())
+        started = time.monotonic()
+        daemon.process.send_signal(number)
+        assert daemon.process.wait(30) == 0
+        assert time.monotonic() - started < 1.0
+
+
+def test_a_daemon_whose_loop_hangs_ends_all_the_same(start: Callable[..., Daemon]) -> None:
+    daemon = start("hanging", "hurried")
+    daemon.wait_for("READY=1")
+    daemon.process.send_signal(signal.SIGTERM)
+    code, errors = daemon.ended()
+    assert code == 1
+    # Where every thread stood, for whoever has to find out.
+    assert "Timeout (0:00:04)!" in errors
+    assert "in stop" in errors or "serving.py" in errors
+
+
+def test_a_second_instance_ends_within_two_seconds_and_the_first_goes_on(start: Callable[..., Daemon]) -> None:
+    first = start()
+    first.wait_for("READY=1")
+    started = time.monotonic()
+    second = start()
+    code, errors = second.ended()
+    assert time.monotonic() - started < 2.0
+    assert code == 69
+    assert f"is served by another hearthd (process {first.process.pid})" in errors
+    assert errors.count("\n") == 1
+    with first.channel() as channel:
+        *_, last = chat_pb2_grpc.ChatServiceStub(channel).Chat(chat_request())
+        assert last.final.model == NAME
+
+
+def test_a_killed_daemon_leaves_nothing_that_stops_the_next(start: Callable[..., Daemon]) -> None:
+    first = start()
+    first.wait_for("READY=1")
+    first.process.kill()
+    first.process.wait()
+    second = start()
+    second.wait_for("READY=1")
+    with second.channel() as channel:
+        *_, last = chat_pb2_grpc.ChatServiceStub(channel).Chat(chat_request())
+        assert last.HasField("final")
+
+
+def test_a_model_that_generates_nothing_ends_the_start_without_its_words(start: Callable[..., Daemon]) -> None:
+    daemon = start("broken")
+    code, errors = daemon.ended()
+    assert code == 70
+    assert re.search(r"critical|error", errors)
+    assert "canary" not in errors
+    assert "Traceback" not in errors
+    assert "READY" not in errors
+
+
+def test_the_log_of_a_life_is_readable_and_says_nothing_that_was_said(start: Callable[..., Daemon]) -> None:
+    daemon = start()
+    daemon.wait_for("READY=1")
+    with daemon.channel() as channel:
+        *_, last = chat_pb2_grpc.ChatServiceStub(channel).Chat(chat_request("canary", request_id="abc"))
+        assert last.final.request_id == "abc"
+        with pytest.raises(grpc.RpcError):
+            list(chat_pb2_grpc.ChatServiceStub(channel).Chat(chat_request("canary", temperature=99)))
+    daemon.process.send_signal(signal.SIGTERM)
+    _, errors = daemon.ended()
+    lines = errors.splitlines()
+    assert all(re.match(r"\d\d:\d\d:\d\d (info   |warning|error  ) ", line) for line in lines), errors
+    assert any("chat abc of -: length, prompt" in line for line in lines)
+    assert "canary" not in errors
