@@ -14,7 +14,7 @@ from urllib.parse import quote
 from hearth._errors import ConfigurationError
 
 DEFAULT_PORT = 50051
-SYSTEM_SOCKET = "/run/hearthd/hearthd.sock"
+SYSTEM_SOCKET = "/run/hearth/hearthd.sock"
 FORMS = "write unix:///absolute/path, host:port or [IPv6 address]:port"
 
 # sun_path holds 108 bytes, the last of them zero (unix(7)).

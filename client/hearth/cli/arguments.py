@@ -8,12 +8,12 @@ import math
 
 _EPILOG = """\
 addresses:
-  unix:///run/hearthd/hearthd.sock    a Unix socket of this machine
+  unix:///run/hearth/hearthd.sock    a Unix socket of this machine
   raspberrypi.local:50051             a host and a port
   [::1]:50051                         an IPv6 address and a port
 
   Not given: HEARTH_ADDRESS; else $XDG_RUNTIME_DIR/hearth/hearthd.sock or
-  /run/hearthd/hearthd.sock, whichever is there first; else 127.0.0.1:50051.
+  /run/hearth/hearthd.sock, whichever is there first; else 127.0.0.1:50051.
 
 environment:
   HEARTH_ADDRESS      where the daemon is
