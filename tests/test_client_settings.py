@@ -20,7 +20,7 @@ from hearth._settings import read_settings
 @pytest.mark.parametrize(
     ("text", "target", "is_loopback"),
     [
-        ("unix:///run/hearth/hearthd.sock", "unix:/run/hearthd/hearthd.sock", True),
+        ("unix:///run/hearth/hearthd.sock", "unix:/run/hearth/hearthd.sock", True),
         ("unix:///tmp/a b%41#?.sock", "unix:/tmp/a%20b%2541%23%3F.sock", True),
         ("127.0.0.1:50051", "dns:///127.0.0.1:50051", True),
         ("127.8.9.1:1", "dns:///127.8.9.1:1", True),
