@@ -115,8 +115,9 @@ def test_every_document_begins_as_a_chat_begins(tmp_path: Path) -> None:
     )
     begin = first_tokens(tokenizer)
     assert begin == (tokenizer.encode_chat([Message("user", "x")])[0],)
-    documents = tokenize(corpus.load("evaluation"), tokenizer, max_tokens=1_200)
+    documents = tokenize(corpus.load("evaluation"), tokenizer, max_tokens=1_200, context_length=100)
     assert all(document.token_ids[:1] == begin for document in documents)
+    assert max(len(document.token_ids) for document in documents) == 100
     by_kind = {kind: sum(len(d.token_ids) for d in documents if d.kind == kind) for kind in corpus.KINDS}
     assert all(0 < tokens <= 200 for tokens in by_kind.values()), json.dumps(by_kind)
 

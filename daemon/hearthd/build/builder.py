@@ -24,7 +24,7 @@ from hearthd.build.calibrate import calibrate
 from hearthd.build.checkpoint import Checkpoint
 from hearthd.build.documents import MAX_DOCUMENT_TOKENS, first_tokens, tokenize
 from hearthd.build.graph import GraphOptions, write_graph
-from hearthd.build.quality import MAX_KL, QualityFigures, Reference, compare
+from hearthd.build.quality import EVALUATION_TOKENS, MAX_KL, QualityFigures, Reference, compare
 from hearthd.build.recipe import Recipe
 from hearthd.build.weights import DecoderWeights
 from hearthd.bundle import MANIFEST_NAME, Bundle, Manifest, file_entry
@@ -39,8 +39,6 @@ Report = Callable[[str, float], None]
 
 # Enough for the extremes of every kind of text, few enough for a board: some 25 s at 300 tokens/s.
 _CALIBRATION_TOKENS = 7_200
-# The standard error of a mean KL near 0.01 is then about 3 %.
-_EVALUATION_TOKENS = 4_800
 
 # For a checkpoint that recommends nothing: small models ramble when all of the distribution may be drawn from.
 _DEFAULT_SAMPLING = {"temperature": 0.7, "top_p": 0.95}
@@ -127,7 +125,7 @@ def measure_quality(
             reference,
             bundle.path,
             spec,
-            tokenize(documents, tokenizer, max_tokens=max_tokens),
+            tokenize(documents, tokenizer, max_tokens=max_tokens, context_length=spec.max_context_length),
             preset=bundle.preset(),
             num_threads=parts.num_threads,
             report=lambda share: report("quality", share),
@@ -142,7 +140,12 @@ def _reference(parts: _Parts, name: str) -> Reference:
 
 
 def _calibrated(parts: _Parts, preset: NDArray[np.float32] | None, report: Report) -> Recipe:
-    documents = tokenize(corpus.load("calibration"), parts.tokenizer, max_tokens=_CALIBRATION_TOKENS)
+    documents = tokenize(
+        corpus.load("calibration"),
+        parts.tokenizer,
+        max_tokens=_CALIBRATION_TOKENS,
+        context_length=parts.spec.max_context_length,
+    )
     directory = parts.scratch / "calibration"
     directory.mkdir()
     return calibrate(
@@ -159,7 +162,12 @@ def _calibrated(parts: _Parts, preset: NDArray[np.float32] | None, report: Repor
 def _judged(
     parts: _Parts, reference: Reference, directory: Path, preset: NDArray[np.float32] | None, report: Report
 ) -> QualityFigures:
-    documents = tokenize(corpus.load("evaluation"), parts.tokenizer, max_tokens=_EVALUATION_TOKENS)
+    documents = tokenize(
+        corpus.load("evaluation"),
+        parts.tokenizer,
+        max_tokens=EVALUATION_TOKENS,
+        context_length=parts.spec.max_context_length,
+    )
     return compare(
         reference,
         directory,

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from hearthd import paths
 from hearthd.build import presentation
@@ -31,8 +31,6 @@ from hearthd.manifest import is_model_name
 
 __all__ = ["add_parser"]
 
-# Of the text that a model is judged on, unless --tokens says otherwise: the mean is good to some 3 % then.
-_VERIFY_TOKENS: Final = 6_000
 
 Report = Callable[[str, float], None]
 
@@ -112,9 +110,9 @@ def _add_verify(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     verify.add_argument(
         "--tokens",
         type=_positive,
-        default=_VERIFY_TOKENS,
+        default=None,
         metavar="N",
-        help="judge on at most this many tokens of the text, of each kind equally many (default: %(default)s)",
+        help="judge on at most this many tokens of the text, of each kind equally many (default: as at the build)",
     )
     verify.add_argument("--files-only", action="store_true", help="check the files and nothing else")
     verify.add_argument(
@@ -203,14 +201,19 @@ def _judge(arguments: argparse.Namespace, bundle: Bundle, report: Report) -> dic
     """Measure a model against the float32 graph of the checkpoint that its manifest names."""
     from hearthd.build import corpus
     from hearthd.build.builder import measure_quality
-    from hearthd.build.quality import MAX_KL
+    from hearthd.build.quality import EVALUATION_TOKENS, MAX_KL
 
     documents = corpus.from_file(arguments.text) if arguments.text else corpus.load("evaluation")
     with _source_of(arguments, bundle.manifest, report) as checkpoint:
         paths.cache_directory().mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".verify-", dir=paths.cache_directory()) as scratch:
             figures = measure_quality(
-                bundle, checkpoint, documents, max_tokens=arguments.tokens, scratch=Path(scratch), report=report
+                bundle,
+                checkpoint,
+                documents,
+                max_tokens=arguments.tokens or EVALUATION_TOKENS,
+                scratch=Path(scratch),
+                report=report,
             )
     text = arguments.text.name if arguments.text else "hearthd evaluation set"
     return asdict(figures) | {"text": text, "kl_limit": MAX_KL, "faithful": figures.kl_mean <= MAX_KL}

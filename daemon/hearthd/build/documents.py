@@ -37,16 +37,22 @@ def first_tokens(tokenizer: ChatTokenizer) -> tuple[int, ...]:
     return tuple(plain[:1]) if plain[:1] == instructed[:1] else ()
 
 
-def tokenize(documents: Iterable[Document], tokenizer: ChatTokenizer, *, max_tokens: int) -> tuple[TokenDocument, ...]:
-    """Encode documents, at most `max_tokens` in all, of which each kind of text has an equal share."""
-    encoded = list(_encoded(documents, tokenizer, first_tokens(tokenizer)))
+def tokenize(
+    documents: Iterable[Document], tokenizer: ChatTokenizer, *, max_tokens: int, context_length: int
+) -> tuple[TokenDocument, ...]:
+    """Encode documents, at most `max_tokens` in all, of which each kind of text has an equal share.
+
+    context_length: of the model; no document is longer.
+    """
+    longest = min(MAX_DOCUMENT_TOKENS, context_length)
+    encoded = list(_encoded(documents, tokenizer, first_tokens(tokenizer), longest))
     kinds = list(dict.fromkeys(document.kind for document in encoded))
     of_kinds = [[document for document in encoded if document.kind == kind] for kind in kinds]
     return tuple(document for of_kind in of_kinds for document in _up_to(of_kind, max_tokens // len(kinds)))
 
 
 def _encoded(
-    documents: Iterable[Document], tokenizer: ChatTokenizer, begin: tuple[int, ...]
+    documents: Iterable[Document], tokenizer: ChatTokenizer, begin: tuple[int, ...], longest: int
 ) -> Iterator[TokenDocument]:
     for document in documents:
         if document.messages is not None:
@@ -56,7 +62,7 @@ def _encoded(
             token_ids = [*begin, *tokenizer.encode_text(document.text or "")]
         # Two tokens are the fewest that have something to predict.
         if len(token_ids) > max(len(begin), 1) + 1:
-            yield TokenDocument(document.kind, tuple(token_ids[:MAX_DOCUMENT_TOKENS]))
+            yield TokenDocument(document.kind, tuple(token_ids[:longest]))
 
 
 def _up_to(documents: Sequence[TokenDocument], max_tokens: int) -> Iterator[TokenDocument]:
