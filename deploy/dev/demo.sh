@@ -30,7 +30,7 @@ finish() {
     fi
     if [ "$code" -ne 0 ]; then
         echo "demo: failed with exit code $code. The daemon's last lines:" >&2
-        tail -n 20 "$run/log" >&2 || true
+        if [ -f "$run/log" ]; then tail -n 20 "$run/log" >&2; fi
     fi
     rm -rf "$run"
     exit "$code"
@@ -45,18 +45,20 @@ unix_socket = "$run/hearthd.sock"
 tcp = []
 EOF
 mkfifo "$run/alive"
-
-# The daemon holds the pipe open until it ends, however it ends: that ends the question too.
-STATE_DIRECTORY=$state .venv/bin/hearthd serve --config "$run/hearthd.toml" >"$run/log" 2>&1 8>"$run/alive" &
-daemon=$!
+exec 7<>"$run/alive" # both ends, so that no opening of one end waits for the other
+exec 8<"$run/alive"
 printf '\n$ hearth ask "%s"\n\n' "$question"
+
+STATE_DIRECTORY=$state .venv/bin/hearthd serve --config "$run/hearthd.toml" >"$run/log" 2>&1 8<&- &
+daemon=$!
+exec 7>&- # only the daemon holds the writing end now: the pipe ends when it does, however it does
 # Waits until the daemon is ready, which takes a board some seconds, then streams. The likeliest words, so that everyone
 # sees the same first answer.
 .venv/bin/hearth ask --address "unix://$run/hearthd.sock" --wait 300 --temperature 0 --max-tokens 150 "$question" &
 asking=$!
 {
-    cat "$run/alive" >/dev/null
-    kill "$asking"
+    cat <&8 >/dev/null
+    kill "$asking" # nobody is left who could answer
 } 2>/dev/null &
 watcher=$!
 
