@@ -103,6 +103,10 @@ def test_where_a_daemon_is_looked_for(tmp_path: Path, monkeypatch: pytest.Monkey
         assert default_address(environ) == f"unix://{tmp_path}/hearth/hearthd.sock"
         assert default_address({"XDG_RUNTIME_DIR": "relative"}) == f"unix://{tmp_path}/system.sock"
         assert default_address(environ | {"HEARTH_ADDRESS": "pi:1"}) == "pi:1"
+        # Root may write to every socket, so the refusal that others get is played.
+        monkeypatch.setattr("hearth._address.os.access", lambda path, mode: "system" not in path)
+        assert default_address({}) == "127.0.0.1:50051"
+        assert default_address(environ) == f"unix://{tmp_path}/hearth/hearthd.sock"
 
 
 def test_an_argument_wins_over_the_environment(tmp_path: Path) -> None:

@@ -89,14 +89,17 @@ def _is_loopback_name(text: str, host: str) -> bool:
 
 
 def default_address(environ: Mapping[str, str]) -> str:
-    """HEARTH_ADDRESS, else the Unix socket of this user's or the system's daemon if there is one, else loopback."""
+    """HEARTH_ADDRESS, else the Unix socket of this user's or the system's daemon, else loopback.
+
+    A socket that this user may not write to is another group's: the daemon's loopback address is for everybody.
+    """
     if address := environ.get("HEARTH_ADDRESS"):
         return address
     candidates = [SYSTEM_SOCKET]
     if (runtime := environ.get("XDG_RUNTIME_DIR", "")).startswith("/"):
         candidates.insert(0, f"{runtime}/hearth/hearthd.sock")
     for path in candidates:
-        if _is_socket(path):
+        if _is_socket(path) and os.access(path, os.W_OK):
             return f"unix://{path}"
     return f"127.0.0.1:{DEFAULT_PORT}"
 

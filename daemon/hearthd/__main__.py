@@ -127,7 +127,10 @@ def _load_model(config: Config) -> "Model":
     from hearthd.build.store import Store
     from hearthd.model import load_model
 
-    return load_model(Store(config.model.directory).open(config.model.name), config)
+    store = Store(config.model.directory)
+    # An installation that was killed between two renames left the model under another name.
+    store.sweep()
+    return load_model(store.open(config.model.name), config)
 
 
 def _serve(parsed: argparse.Namespace) -> int:
