@@ -80,7 +80,9 @@ def test_a_wrong_field_is_named(daemon: peer.ScriptedDaemon, connect: Connect) -
 
 
 def test_a_fault_of_the_daemon_carries_its_id(daemon: peer.ScriptedDaemon, connect: Connect) -> None:
-    error = error_of(daemon, connect, peer.refuse(CODE.INTERNAL, "internal error, id 3f2a-9c."))
+    error = error_of(
+        daemon, connect, peer.refuse(CODE.INTERNAL, "a fault of the daemon, incident 3f2a-9c; its journal says more")
+    )
     assert isinstance(error, hearth.InternalError)
     assert error.error_id == "3f2a-9c"
 
@@ -156,6 +158,13 @@ def test_a_limit_that_waiting_cannot_lift_is_no_full_queue(daemon: peer.Scripted
     error = error_of(daemon, connect, peer.refuse(CODE.RESOURCE_EXHAUSTED, "the stream is read too slowly"))
     assert not isinstance(error, hearth.QueueFullError)
     assert len(daemon.requests) == 1
+
+
+def test_a_request_that_is_too_large_is_said_in_numbers(daemon: peer.ScriptedDaemon, connect: Connect) -> None:
+    with connect(daemon.address) as client, pytest.raises(hearth.LimitExceededError) as caught:
+        client.chat("x" * (4 << 20))
+    assert str(caught.value) == "the request has 4194316 bytes; the daemon takes at most 4194304"
+    assert daemon.requests == []
 
 
 def test_an_attempt_that_could_only_come_after_the_deadline_is_not_waited_for(

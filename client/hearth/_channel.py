@@ -17,14 +17,13 @@ def channel_options(settings: Settings) -> list[tuple[str, int | str]]:
     keepalive_ms = max(1, round(settings.keepalive * 1000))
     return [
         ("grpc.primary_user_agent", "hearth-python"),
-        # A running call asks for a sign of life. Without the fourth, gRPC stops asking after two pings in a silence,
-        # and a daemon that dies in a long prefill would be noticed only at the deadline.
+        # A running call asks for a sign of life. In gRPC 1.85 the third bounds the wait for it, and the second, which
+        # is the documented one, does nothing. Without the fourth, gRPC stops asking after two pings in a silence: a
+        # daemon that dies in a long prefill would be noticed only at the deadline.
         ("grpc.keepalive_time_ms", keepalive_ms),
         ("grpc.keepalive_timeout_ms", max(1, keepalive_ms // 2)),
         ("grpc.http2.ping_timeout_ms", max(1, keepalive_ms // 2)),
         ("grpc.http2.max_pings_without_data", 0),
-        # `Patience` decides about attempts; gRPC's own would multiply with them.
-        ("grpc.enable_retries", 0),
         # A daemon that is being started is reached soon after it listens. The second is also the longest that one
         # attempt to connect may take.
         ("grpc.initial_reconnect_backoff_ms", 100),

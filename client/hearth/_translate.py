@@ -69,8 +69,10 @@ _CONNECTION_LOST = re.compile(
     r"(?i)^stream removed|socket closed|connection reset|connection aborted|broken pipe|ping timeout|keepalive|goaway"
     r"|transport closed|connection closed"
 )
-# The daemon writes `... id 4f1c...` into the text of an INTERNAL; see hearth.v1.ChatService.
-_ERROR_ID = re.compile(r"\bid[ :=]+([A-Za-z0-9._:-]*[A-Za-z0-9])")
+# The daemon writes `... incident 4f1c...` into the text of an INTERNAL; see hearth.v1.ChatService.
+_ERROR_ID = re.compile(r"\b(?:incident|id)[ :=]+([A-Za-z0-9._:-]*[A-Za-z0-9])")
+# gRPC's server says so itself, before the daemon sees the request.
+_TOO_LARGE = re.compile(r"^SERVER: Received message larger than max \((\d+) vs\. (\d+)\)")
 _DETAILS_TRAILER = "grpc-status-details-bin"
 _PUSHBACK_TRAILER = "grpc-retry-pushback-ms"
 
@@ -103,6 +105,8 @@ def _invalid_argument(said: str, trailers: Trailers, address: str) -> HearthErro
 
 def _resource_exhausted(said: str, trailers: Trailers, address: str) -> HearthError:
     text = said or f"a limit of the daemon at {address} was reached"
+    if too_large := _TOO_LARGE.search(said):
+        text = f"the request has {too_large[1]} bytes; the daemon takes at most {too_large[2]}"
     is_retryable, delay = _retry_delay(trailers)
     if delay is None and is_retryable:
         return LimitExceededError(text)
