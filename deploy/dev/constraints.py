@@ -26,7 +26,7 @@ def resolve() -> dict[str, str]:
     with tempfile.NamedTemporaryFile(suffix=".json") as report:
         command = [sys.executable, "-m", "pip", "install", "--dry-run", "--ignore-installed", "--quiet"]
         command += ["--report", report.name, "-e", ".[daemon]", "--group", "test", "--group", "reference", *INSTALLERS]
-        subprocess.run(command, cwd=ROOT, check=True)  # noqa: S603 - our own words
+        subprocess.run(command, cwd=ROOT, check=True)
         resolved = json.load(report)["install"]
     versions: dict[str, str] = {}
     for item in resolved:
