@@ -10,8 +10,8 @@ __all__ = ["StopMatcher"]
 class StopMatcher:
     """Passes an answer's text on up to the first stop string, however the text is cut into pieces.
 
-    What comes out, in total, is `text[:first]`, where `first` is the lowest place at which any stop string stands in the
-    whole text. Text that could still turn out to be the beginning of one is held back, and nothing else is.
+    What comes out, in total, is `text[:first]`, where `first` is the lowest place at which any stop string stands in
+    the whole text. Text that could still turn out to be the beginning of one is held back, and nothing else is.
     """
 
     def __init__(self, stop: tuple[str, ...]) -> None:
