@@ -37,8 +37,12 @@ class Relay:
     def break_connections(self) -> None:
         """Close every connection, and take no more."""
         self._is_over = True
-        self._wake()
-        self._thread.join()
+        if self._thread.is_alive():
+            self._wake()
+            self._thread.join()
+        # Here and not in the thread, which may end before it is woken.
+        self._waker.close()
+        self._woken.close()
 
     close = break_connections
 
@@ -55,8 +59,7 @@ class Relay:
             assert self._condition.wait_for(lambda: self._num_client_reads >= target, 20)
 
     def _wake(self) -> None:
-        if self._thread.is_alive():
-            self._waker.send(b"!")
+        self._waker.send(b"!")
 
     def _run(self) -> None:
         while not self._is_over:
@@ -71,7 +74,7 @@ class Relay:
                     self._connect()
                 else:
                     self._forward(source)
-        for connection in (self._listener, self._waker, self._woken, *self._peer):
+        for connection in (self._listener, *self._peer):
             connection.close()
         self._selector.close()
 
