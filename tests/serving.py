@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import os
 import sys
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -163,4 +164,7 @@ def main(directory: Path, *flags: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]), *sys.argv[2:]))
+    code = main(Path(sys.argv[1]), *sys.argv[2:])
+    sys.stderr.flush()
+    # As hearthd itself does.
+    os._exit(code)
