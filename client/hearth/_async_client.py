@@ -9,6 +9,7 @@ another attempt. The two are kept parallel, method by method.
 
 import asyncio
 import os
+import weakref
 from collections.abc import AsyncIterator, Callable, Iterable
 from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
@@ -43,8 +44,10 @@ class AsyncClient:
         self._metadata = call_metadata(self._settings)
         self._opened: Any = None
         self._is_closed = False
-        # Those whose call does not run but waits for its next attempt; closing the channel would not reach them.
+        # Small calls that wait for their next attempt; closing the channel would not reach them.
         self._waiting: set[asyncio.Event] = set()
+        # Nor does it end every stream in older versions of grpc.aio.
+        self._streams: weakref.WeakSet[AsyncChatStream] = weakref.WeakSet()
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.address}>"
@@ -67,6 +70,8 @@ class AsyncClient:
         self._is_closed = True
         for wakeup in self._waiting:
             wakeup.set()
+        for stream in list(self._streams):
+            stream._cancel()
         # A closed channel of grpc.aio goes on connecting for as long as anything holds it.
         opened, self._opened = self._opened, None
         if opened is not None:
@@ -103,7 +108,9 @@ class AsyncClient:
         def open_call(remaining: float | None) -> Any:
             return self._channel().unary_stream(_operations.CHAT)(request, timeout=remaining, metadata=self._metadata)
 
-        return AsyncChatStream(self, begin, open_call)
+        stream = AsyncChatStream(self, begin, open_call)
+        self._streams.add(stream)
+        return stream
 
     async def models(self, *, timeout: float | None = None) -> tuple[ModelInfo, ...]:
         """List the models that the daemon serves, the default one first."""
@@ -280,16 +287,19 @@ class AsyncChatStream:
                 await self._client._wait(self._wakeup, delay)
                 continue
             except asyncio.CancelledError:
-                task = asyncio.current_task()
-                if self._is_closed and not (task and task.cancelling()):
-                    raise CallCancelledError("the stream was closed before its end") from None
-                self._client._raise_if_closed_beside_task()
+                self._raise_if_closed_beside_task()
                 raise
             if data is None:
                 self._answer = self._progress.end()
                 return None
             if (delta := self._progress.accept(data)) is not None:
                 return delta
+
+    def _raise_if_closed_beside_task(self) -> None:
+        task = asyncio.current_task()
+        if self._is_closed and not (task and task.cancelling()):
+            raise CallCancelledError("the stream was closed before its end")
+        self._client._raise_if_closed_beside_task()
 
     def _cancel(self) -> None:
         self._is_closed = True

@@ -82,7 +82,8 @@ def translate(failure: RpcFailure, address: str) -> HearthError:
     code = failure.code()
     # What the daemon says becomes one line, whatever it is.
     said = " ".join((failure.details() or "").split())
-    trailers = dict(failure.trailing_metadata() or ())
+    # Pair by pair: grpc.aio's metadata of older versions has keys() and is no mapping, so that dict() fails on it.
+    trailers = dict(iter(failure.trailing_metadata() or ()))
     make = _BY_CODE.get(code.name if code else "UNKNOWN")
     if make is None:
         return ProtocolError(
