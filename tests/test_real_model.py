@@ -31,6 +31,7 @@ from hearthd.runner import OnnxRunner
 from hearthd.sampling import SamplingParams
 from hearthd.tokenizer import ChatTokenizer
 from hearthd.tokenizer import Message as ChatMessage
+from test_interop import check_real_daemon
 
 pytestmark = pytest.mark.model
 
@@ -296,6 +297,11 @@ def test_the_daemon_describes_itself(client: Client, default_bundle: Bundle) -> 
     assert status.state is DaemonState.SERVING
     assert status.max_running == SLOTS
     assert status.num_completion_tokens > 0
+
+
+@pytest.mark.network
+def test_a_client_in_javascript_streams_a_chat(daemon: Daemon) -> None:
+    check_real_daemon(daemon.address)
 
 
 def test_no_log_line_holds_what_was_said(daemon: Daemon, client: Client) -> None:
