@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import grpc_js
 from hearth import (
     Client,
     DaemonState,
@@ -300,7 +301,9 @@ def test_the_daemon_describes_itself(client: Client, default_bundle: Bundle) -> 
 
 
 @pytest.mark.network
+@pytest.mark.skipif(bool(grpc_js.missing()), reason=grpc_js.missing() or "-")
 def test_a_client_in_javascript_streams_a_chat(daemon: Daemon) -> None:
+    grpc_js.install()
     check_real_daemon(daemon.address)
 
 
