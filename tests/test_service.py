@@ -3,6 +3,7 @@
 import asyncio
 import math
 import re
+import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -22,6 +23,7 @@ from hearthd.errors import InvalidRequestError
 from hearthd.model import Model
 from hearthd.sampling import validate
 from hearthd.server import Server
+from hearthd.service import ChatService, ModelService, StatusService
 from serving import (
     NAME,
     answer,
@@ -570,15 +572,13 @@ async def test_while_the_model_loads_status_answers_and_the_others_say_so(tmp_pa
 @asynchronous
 async def test_a_long_text_does_not_hold_up_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Encoding waits in its own thread: whoever asks meanwhile is answered."""
-    import threading
-
     encoding, may_end = threading.Event(), threading.Event()
     model = make_model(make_runner())
     encode = type(model.tokenizer).encode_text
 
     def slow(self: Any, text: str) -> list[int]:
         encoding.set()
-        may_end.wait()
+        assert may_end.wait(10), "nobody was answered meanwhile"
         return encode(self, text)
 
     monkeypatch.setattr(type(model.tokenizer), "encode_text", slow)
@@ -593,8 +593,6 @@ async def test_a_long_text_does_not_hold_up_the_others(tmp_path: Path, monkeypat
 
 
 def test_every_method_of_the_protos_is_served() -> None:
-    from hearthd.service import ChatService, ModelService, StatusService
-
     for servicer, base in (
         (ChatService, chat_pb2_grpc.ChatServiceServicer),
         (ModelService, model_pb2_grpc.ModelServiceServicer),

@@ -26,7 +26,7 @@ def transport_options(server: ServerConfig, limits: LimitsConfig) -> list[tuple[
         ("grpc.so_reuseport", 0),
         # A larger request is refused before it is held whole.
         ("grpc.max_receive_message_length", limits.max_request_bytes),
-        ("grpc.max_metadata_size", _MAX_METADATA_BYTES),
+        # Without it, gRPC refuses some of what has 8 to 16 KiB, at random [M]; `max_metadata_size` alone keeps it so.
         ("grpc.absolute_max_metadata_size", _MAX_METADATA_BYTES),
         ("grpc.max_concurrent_streams", _MAX_STREAMS_PER_CONNECTION),
         # Callers that connect and say nothing would use up the file descriptors [M].
