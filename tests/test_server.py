@@ -18,6 +18,7 @@ from hearth.v1 import model_pb2, model_pb2_grpc, status_pb2, status_pb2_grpc
 from hearthd.errors import AddressInUseError, BundleError, ConfigError, EngineCrashedError
 from hearthd.model import Model
 from hearthd.server import Server
+from hearthd.tokens import create_token, revoke_token
 from serving import (
     answer,
     asynchronous,
@@ -321,6 +322,22 @@ def test_an_address_for_other_machines_is_refused_before_anything_is_bound(tmp_p
     with pytest.raises(ConfigError, match="which other machines can reach"):
         Server(config, lambda: make_model(make_runner()))
     assert list(tmp_path.iterdir()) == []
+
+
+@asynchronous
+async def test_what_is_open_by_flag_is_told_in_the_log(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async with serving(make_config(tmp_path)):
+        assert not [record for record in caplog.records if record.levelname == "WARNING"]
+    create_token(tmp_path / "tokens", "kitchen")
+    revoke_token(tmp_path / "tokens", "kitchen")
+    config = make_config(
+        tmp_path,
+        server={"tcp": ("0.0.0.0:0",), "allow_insecure_lan": True},
+        auth={"token_file": tmp_path / "tokens"},
+    )
+    async with serving(config):
+        assert "0.0.0.0:0 is open to the network without TLS or tokens" in caplog.text
+        assert "has no token, so nobody can call on TCP" in caplog.text
 
 
 # gRPC's limits.

@@ -75,7 +75,12 @@ def exit_code(error: BaseException) -> int:
 
 
 def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="hearthd", description="Serves a small chat model over gRPC.")
+    parser = argparse.ArgumentParser(
+        prog="hearthd",
+        description="Serves a small chat model over gRPC.",
+        epilog="Exit codes: 0 done, 1 failed, 2 wrong usage, 69 address in use, 70 fault of the daemon, "
+        "78 configuration or model cannot be used.",
+    )
     parser.add_argument("--version", action="version", version=f"hearthd {daemon_version()}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 

@@ -89,6 +89,7 @@ class Server:
                 for server in self._servers:
                     await server.start()
                 _logger.info("listening on %s", ", ".join(self.addresses))
+                self._warn()
                 if await self._load():
                     await self._serve()
             finally:
@@ -154,6 +155,14 @@ class Server:
                 f"{listener.text} cannot be bound: another program listens there, or it is no address of this machine; "
                 "stop that program, or change server.tcp"
             ) from None
+
+    def _warn(self) -> None:
+        """Say what the configuration allows and somebody may not have meant."""
+        exposed = ", ".join(listener.text for listener in self._listeners if listener.is_exposed)
+        if exposed and (self._tokens is None or self._config.tls.certificate is None):
+            _logger.warning("server.allow_insecure_lan: %s is open to the network without TLS or tokens", exposed)
+        if self._tokens is not None and not len(self._tokens):
+            _logger.warning("%s has no token, so nobody can call on TCP", self._config.auth.token_file)
 
     # Loading.
 
