@@ -11,7 +11,7 @@
     ├── UnavailableError          the daemon is loading its model or shutting down; `retry_after` as above
     │   └── ConnectError          there is no connection to a daemon
     ├── DeadlineError             the call took longer than its `timeout`
-    ├── CallCancelledError        the call was given up before it was complete
+    ├── CallCancelledError        the stream or the client was closed before the end
     ├── InternalError             a fault of the daemon; `error_id` finds it in the daemon's journal
     └── ProtocolError             the other side does not speak hearth.v1 as agreed
 
@@ -102,7 +102,7 @@ class DeadlineError(HearthError):
 
 
 class CallCancelledError(HearthError):
-    """The stream or the client was closed, or the daemon gave the call up, before it was complete."""
+    """The stream or the client was closed before the answer was complete."""
 
 
 class InternalError(HearthError):

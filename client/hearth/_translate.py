@@ -128,6 +128,13 @@ def _unavailable(said: str, trailers: Trailers, address: str) -> HearthError:
     return UnavailableError(said or f"the daemon at {address} cannot serve now", retry_after=_retry_delay(trailers)[1])
 
 
+def _cancelled(said: str, _trailers: Trailers, address: str) -> HearthError:
+    if said.startswith("Locally cancelled"):
+        return CallCancelledError(f"the call to {address} was cancelled before its end")
+    # gRPC's server ends so what it had taken when it was told to stop.
+    return UnavailableError(f"the daemon at {address} gave the call up; it is probably shutting down")
+
+
 def _internal(said: str, trailers: Trailers, address: str) -> HearthError:
     request_info = _detail(trailers, "RequestInfo")
     match = _ERROR_ID.search(said)
@@ -184,7 +191,7 @@ _BY_CODE: dict[str, _Make] = {
     "DEADLINE_EXCEEDED": lambda _said, _, address: DeadlineError(
         f"the daemon at {address} did not finish in time; allow more with timeout (--timeout)"
     ),
-    "CANCELLED": lambda _said, _, address: CallCancelledError(f"the call to {address} was cancelled before its end"),
+    "CANCELLED": _cancelled,
     "INTERNAL": _internal,
     "UNKNOWN": _internal,
     "DATA_LOSS": _internal,
