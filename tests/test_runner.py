@@ -1,5 +1,6 @@
 """The runner on a real graph: chunks, batches, slots and termination change no number."""
 
+import os
 import threading
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from hearthd.build.calibrate import matmul_names
 from hearthd.build.recipe import MatMulForm, MatMulRecipe, Recipe
 from hearthd.errors import BundleError
 from hearthd.kv_cache import RunTerminated
-from hearthd.runner import DecoderShape, OnnxRunner
+from hearthd.runner import DecoderShape, OnnxRunner, _zeros
 
 PROMPTS = ([5, 9, 200, 31, 77, 12, 40], [8, 3], [60, 61, 62, 63, 64, 65, 66, 67, 68, 69, 70, 71, 72])
 
@@ -146,3 +147,17 @@ def test_a_graph_that_onnx_runtime_refuses_is_one_clear_line(tmp_path: Path) -> 
     with pytest.raises(BundleError, match=r"ONNX Runtime cannot load .*model\.onnx") as caught:
         OnnxRunner(path, DecoderShape(1, 1, 16, 8), num_slots=1, context_length=8, num_threads=1)
     assert "\n" not in str(caught.value)
+
+
+def test_kv_buffers_cost_memory_only_as_far_as_they_are_filled() -> None:
+    def resident_bytes() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    # Each as large as NumPy would ask huge pages for.
+    buffers = [_zeros((4, 3, 2048, 64)) for _ in range(32)]
+    before = resident_bytes()
+    for buffer in buffers:
+        buffer[0, :, 0] = 1
+    assert resident_bytes() - before < 8 * 2**20
+    assert buffers[0][0, 0, 0, 0] == 1
+    assert not buffers[0][1].any()
