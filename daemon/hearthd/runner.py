@@ -80,8 +80,8 @@ class _Binding:
 def _zeros(shape: tuple[int, ...]) -> NDArray[np.float32]:
     """Return zeros that cost memory only as far as they are written to.
 
-    NumPy's own large arrays ask the kernel for huge pages: the first token of a chat would then take 2 MB in each of the
-    60 buffers of a 30-layer model.
+    NumPy's own large arrays ask the kernel for huge pages: the first token of a chat would then take up to 2 MB in each
+    of the 60 buffers of a 30-layer model.
     """
     num_items = int(np.prod(shape))
     memory = mmap.mmap(-1, num_items * np.dtype(np.float32).itemsize)
