@@ -15,8 +15,8 @@ from bundles import write_bundle
 from checkpoints import tiny_models, write_gguf, write_huggingface
 from hearthd.build import cli
 from hearthd.build.catalogue import Catalogue
-from hearthd.build.store import Store
 from hearthd.errors import BuildError, BundleError, ModelNotFoundError
+from hearthd.store import Store
 
 
 @pytest.fixture(autouse=True)

@@ -190,6 +190,9 @@ def test_build_takes_nothing_of_the_serving_side_but_bundle() -> None:
 
 def test_serving_needs_nothing_of_build() -> None:
     assert {name for name in reachable("hearthd.server") if name.startswith("hearthd.build")} == set()
+    # The command line knows both sides; of build it takes the subcommand and no more.
+    taken = {name for name in MODULES["hearthd.__main__"].imported if name.startswith("hearthd.build")}
+    assert taken <= {"hearthd.build", "hearthd.build.cli"}
 
 
 @pytest.mark.parametrize("package", ONLY_IN)

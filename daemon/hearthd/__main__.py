@@ -129,8 +129,8 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
 
 def _load_model(config: Config) -> "Model":
     """Verify and load the configured model. Runs in the inference thread, where its imports cost nobody any time."""
-    from hearthd.build.store import Store
     from hearthd.model import load_model
+    from hearthd.store import Store
 
     store = Store(config.model.directory)
     # An installation that was killed between two renames left the model under another name.

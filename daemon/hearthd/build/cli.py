@@ -24,10 +24,10 @@ from hearthd.build.catalogue import Catalogue, CatalogueEntry, Source
 from hearthd.build.checkpoint import Checkpoint, open_checkpoint
 from hearthd.build.fetch import fetch
 from hearthd.build.progress import Progress, no_progress
-from hearthd.build.store import Store
 from hearthd.bundle import Bundle, Manifest
 from hearthd.errors import BuildError, BundleError
 from hearthd.manifest import is_model_name
+from hearthd.store import Store
 
 __all__ = ["add_parser"]
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from hearthd.build.catalogue import HubSource, PackageSource
-from hearthd.build.directory_lock import exclusive
+from hearthd.directory_lock import exclusive
 from hearthd.errors import BuildError
 
 if TYPE_CHECKING:

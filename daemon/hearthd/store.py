@@ -7,7 +7,7 @@
     <models>/.hearthd.lock    held by whoever changes anything
 
 Whatever was left behind is swept at the next change or start. Knows bundles, and nothing of how one is built.
-Called by `cli`, and by `__main__` before serving.
+Called by `build.cli`, and by `__main__` before serving.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ import shutil
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final
 
-from hearthd.build.directory_lock import exclusive
 from hearthd.bundle import Bundle
+from hearthd.directory_lock import exclusive
 from hearthd.errors import BuildError, ModelNotFoundError
 from hearthd.manifest import is_model_name
 
