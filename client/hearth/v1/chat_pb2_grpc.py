@@ -32,6 +32,8 @@ class ChatServiceStub(object):
     UNAUTHENTICATED     no token, or one that the daemon does not know. Send `authorization: Bearer TOKEN`.
     UNAVAILABLE         the daemon is still loading the model, or is shutting down. Try again later.
     DEADLINE_EXCEEDED   the caller's own deadline passed. Work on the answer has stopped.
+    RESOURCE_EXHAUSTED  the request, serialised, has more than `limits.max_request_bytes`, or its metadata more than 8 KiB.
+    The transport itself says so: there are no details, and to send the same again does not help.
     INTERNAL            a fault of the daemon. The message holds an id that stands in the daemon's journal too, and no
     other detail.
     """
@@ -56,6 +58,8 @@ class ChatServiceServicer(object):
     UNAUTHENTICATED     no token, or one that the daemon does not know. Send `authorization: Bearer TOKEN`.
     UNAVAILABLE         the daemon is still loading the model, or is shutting down. Try again later.
     DEADLINE_EXCEEDED   the caller's own deadline passed. Work on the answer has stopped.
+    RESOURCE_EXHAUSTED  the request, serialised, has more than `limits.max_request_bytes`, or its metadata more than 8 KiB.
+    The transport itself says so: there are no details, and to send the same again does not help.
     INTERNAL            a fault of the daemon. The message holds an id that stands in the daemon's journal too, and no
     other detail.
     """
@@ -70,16 +74,17 @@ class ChatServiceServicer(object):
         3. exactly one `final`, last. A stream that ends without it ended with a status other than OK.
 
         The service keeps no conversation: the request holds all of it. Work whose beginning equals that of an earlier
-        request of the same caller is taken from a cache; `final.usage.cached_prompt_tokens` says how much was.
+        request of the same caller is taken from a cache; `final.usage.cached_prompt_tokens` says how much was. A caller is
+        whoever the token names; all who need none count as one.
 
         Cancelling the call, or its deadline passing, stops the work within one token or one chunk of the prompt.
 
-        Limits: GetModel's `limits` states them for a model. They are checked before anything is computed.
+        Limits: GetModel's `limits` states them for a model. They are checked before the model computes anything.
 
         Statuses:
         INVALID_ARGUMENT    a field is missing, malformed or out of range, or prompt and max_tokens together exceed the
-        context length. Details: google.rpc.BadRequest, a violation for each field. Nothing is ever
-        cut short silently.
+        context length. Details: google.rpc.BadRequest, a violation for each wrong field, at most 16.
+        Nothing is ever cut short silently.
         NOT_FOUND           there is no model of that name.
         RESOURCE_EXHAUSTED  the queue is full. Details: google.rpc.RetryInfo; trailer `grpc-retry-pushback-ms` holds the
         same delay. Or: the caller reads its stream too slowly.
@@ -111,6 +116,8 @@ class ChatService(object):
     UNAUTHENTICATED     no token, or one that the daemon does not know. Send `authorization: Bearer TOKEN`.
     UNAVAILABLE         the daemon is still loading the model, or is shutting down. Try again later.
     DEADLINE_EXCEEDED   the caller's own deadline passed. Work on the answer has stopped.
+    RESOURCE_EXHAUSTED  the request, serialised, has more than `limits.max_request_bytes`, or its metadata more than 8 KiB.
+    The transport itself says so: there are no details, and to send the same again does not help.
     INTERNAL            a fault of the daemon. The message holds an id that stands in the daemon's journal too, and no
     other detail.
     """

@@ -26,8 +26,8 @@ if _version_not_supported:
 
 
 class ModelServiceStub(object):
-    """Describes models. The statuses UNAUTHENTICATED, UNAVAILABLE, DEADLINE_EXCEEDED and INTERNAL mean what they mean in
-    ChatService.
+    """Describes models. The statuses UNAUTHENTICATED, UNAVAILABLE, DEADLINE_EXCEEDED and INTERNAL, and RESOURCE_EXHAUSTED
+    for a request that is too large, mean what they mean in ChatService.
     """
 
     def __init__(self, channel):
@@ -54,8 +54,8 @@ class ModelServiceStub(object):
 
 
 class ModelServiceServicer(object):
-    """Describes models. The statuses UNAUTHENTICATED, UNAVAILABLE, DEADLINE_EXCEEDED and INTERNAL mean what they mean in
-    ChatService.
+    """Describes models. The statuses UNAUTHENTICATED, UNAVAILABLE, DEADLINE_EXCEEDED and INTERNAL, and RESOURCE_EXHAUSTED
+    for a request that is too large, mean what they mean in ChatService.
     """
 
     def ListModels(self, request, context):
@@ -114,8 +114,8 @@ def add_ModelServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class ModelService(object):
-    """Describes models. The statuses UNAUTHENTICATED, UNAVAILABLE, DEADLINE_EXCEEDED and INTERNAL mean what they mean in
-    ChatService.
+    """Describes models. The statuses UNAUTHENTICATED, UNAVAILABLE, DEADLINE_EXCEEDED and INTERNAL, and RESOURCE_EXHAUSTED
+    for a request that is too large, mean what they mean in ChatService.
     """
 
     @staticmethod

@@ -1,6 +1,6 @@
 """What a checkpoint's configuration says about its decoder, in the few numbers that the graph needs.
 
-Knows no weights, no ONNX and no files. Called by `builder`; `graph` and `transform` read the result. An architecture
+Knows no weights, no ONNX and no files. Called by `builder`; `weights` and `graph` read the result. An architecture
 is a row of `ARCHITECTURES`: which of the optional parts it has. Everything that is not in a row is refused by name.
 """
 

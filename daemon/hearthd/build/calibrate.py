@@ -1,4 +1,4 @@
-"""The recipe of a checkpoint: what each matmul's input looks like on calibration text, and the form that suits it.
+"""The recipe of a checkpoint: the form of each kind of matmul, and the scales that its inputs have on calibration text.
 
 Runs the rotated decoder in float32 over the text and keeps each input's smallest and largest value. Behind a norm the
 rotation has made the values so even that one fixed scale holds (`weights` says why); o's input is an average of values
