@@ -152,6 +152,8 @@ async def test_a_chat_that_is_left_costs_no_further_step() -> None:
         await worker.ping()
         assert runner.num_forwards == PROOF_FORWARDS + 4
         assert worker.counts.cancelled == 1
+        # The tokens that it did cost are counted.
+        assert (worker.counts.prompt_tokens, worker.counts.completion_tokens) == (4, 3)
         assert worker.num_chats == 0
 
 
@@ -177,6 +179,8 @@ async def test_leaving_a_queue_stops_nobody_elses_run() -> None:
             for _ in range(10):
                 with worker.admit() as waiting:
                     waiting.submit(sequence(100))
+            # Nobody has computed anything for them.
+            assert (worker.counts.cancelled, worker.counts.prompt_tokens) == (10, 0)
             assert runner.num_forwards == PROOF_FORWARDS + 1
             runner.open_gate()
             assert isinstance([event async for event in running][-1], Finished)
@@ -218,6 +222,8 @@ async def test_a_reader_that_leaves_too_much_unread_is_ended_and_the_others_go_o
             with pytest.raises(SlowReaderError, match=f"the limit is {2**17}"):
                 await anext(slow)
         assert (worker.counts.finished, worker.counts.failed) == (1, 1)
+        assert worker.counts.prompt_tokens == 4 + 4
+        assert 200 < worker.counts.completion_tokens <= 400
 
 
 @asynchronous

@@ -46,7 +46,11 @@ class State(enum.Enum):
 
 @dataclass(slots=True)
 class Counts:
-    """Since the start."""
+    """Since the start.
+
+    Tokens of all chats that got a slot, however they ended: prompts whole, answers as far as they came. One that was
+    left while a step ran may have got a token more.
+    """
 
     finished: int = 0
     cancelled: int = 0
@@ -189,10 +193,14 @@ class Worker:
     def _leave(self, chat: ChatStream) -> None:
         if chat.finished is not None:
             self._remember(chat.finished)
-        elif chat.error is not None:
-            self.counts.failed += 1
-        elif chat.sequence is not None:
-            self.counts.cancelled += 1
+        else:
+            if chat.error is not None:
+                self.counts.failed += 1
+            elif chat.sequence is not None:
+                self.counts.cancelled += 1
+            if chat.sequence is not None and chat.sequence.admitted is not None:
+                sequence = chat.sequence
+                self._count_tokens(len(sequence.prompt_ids), sequence.num_cached, len(sequence.output_ids))
         self._remove(chat)
         self._chats.discard(chat)
         if not self._chats:
@@ -200,10 +208,13 @@ class Worker:
 
     def _remember(self, finished: Finished) -> None:
         self.counts.finished += 1
-        self.counts.prompt_tokens += finished.prompt_tokens
-        self.counts.cached_prompt_tokens += finished.cached_prompt_tokens
-        self.counts.completion_tokens += finished.completion_tokens
+        self._count_tokens(finished.prompt_tokens, finished.cached_prompt_tokens, finished.completion_tokens)
         self._recent_seconds.append(finished.prefill_seconds + finished.decode_seconds)
+
+    def _count_tokens(self, prompt: int, cached_prompt: int, completion: int) -> None:
+        self.counts.prompt_tokens += prompt
+        self.counts.cached_prompt_tokens += cached_prompt
+        self.counts.completion_tokens += completion
 
     def _retry_seconds(self, num_slots: int) -> float:
         """Estimate when the next of the running chats ends, from how long the last ones ran."""
