@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import tiny_tokenizers as tiny
 from hearthd.chat_template import ChatTemplate, Message, validate_messages
-from hearthd.errors import BundleError, InvalidRequestError
+from hearthd.errors import MAX_PROBLEMS, BundleError, InvalidRequestError
 
 HELLO = [{"role": "user", "content": "Hello"}]
 
@@ -121,6 +121,27 @@ class TestValidateMessages:
         validate_messages([Message("system", "x"), user(), Message("assistant", "y"), user(), user()])
         validate_messages([user(), Message("assistant", " ")], must_end_with_user=False)
 
+    def test_an_answer_may_have_been_empty(self) -> None:
+        validate_messages([user(), Message("assistant", ""), user()])
+        validate_messages([user(), Message("assistant", "")], must_end_with_user=False)
+
+    def test_all_that_is_wrong_is_told_a_field_at_a_time(self) -> None:
+        messages = [Message("system", ""), user("\ud83d"), user(""), Message("system", "")]
+        with pytest.raises(InvalidRequestError) as caught:
+            validate_messages(messages)
+        assert [problem.field for problem in caught.value.problems] == [
+            "messages[0].content",
+            "messages[1].content",
+            "messages[2].content",
+            "messages[3].role",
+            "messages[3].content",
+        ]
+
+    def test_no_more_is_told_than_a_caller_can_receive(self) -> None:
+        with pytest.raises(InvalidRequestError) as caught:
+            validate_messages([user("")] * 4096)
+        assert len(caught.value.problems) == MAX_PROBLEMS
+
     @pytest.mark.parametrize(
         ("messages", "message"),
         [
@@ -131,7 +152,7 @@ class TestValidateMessages:
                 [user(), Message("assistant", "x")],
                 "messages[1].role: is assistant; the last message must be the user's",
             ),
-            ([user(), Message("assistant", ""), user()], "messages[1].content: is empty; give text, or leave"),
+            ([Message("system", ""), user()], "messages[0].content: is empty; give text, or leave"),
             ([user("")], "messages[0].content: is empty"),
             ([user("a\ud83d")], "messages[0].content: has a lone surrogate at character 1"),
             ([Message("tool", "x"), user()], "messages[0].role: is not one of system, user, assistant"),  # type: ignore[arg-type]

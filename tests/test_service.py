@@ -199,6 +199,15 @@ async def test_an_option_out_of_range_is_refused_by_name(tmp_path: Path, options
         (conversation((Role.ROLE_USER, "a"), (Role.ROLE_ASSISTANT, "b")), ["messages[1].role"]),
         (conversation((Role.ROLE_USER, "a"), (Role.ROLE_SYSTEM, "b"), (Role.ROLE_USER, "c")), ["messages[1].role"]),
         (conversation(*[(Role.ROLE_USER, "a")] * 257), ["messages"]),
+        (
+            conversation((99, ""), (Role.ROLE_USER, ""), (Role.ROLE_ASSISTANT, "")),
+            ["messages[0].role", "messages[0].content", "messages[1].content", "messages[2].role"],
+        ),
+        (
+            chat_request(stop=["", "a", "x" * 65, "b", "c"]),
+            ["sampling.stop", "sampling.stop[0]", "sampling.stop[2]"],
+        ),
+        (conversation(*[(-(2**31), "a")] * 256), [f"messages[{place}].role" for place in range(16)]),
         (chat_request(request_id="a b"), ["request_id"]),
         (chat_request(request_id="é"), ["request_id"]),
         (chat_request(request_id="x" * 65), ["request_id"]),
@@ -216,7 +225,7 @@ async def test_an_option_out_of_range_is_refused_by_name(tmp_path: Path, options
             ],
         ),
     ],
-    ids=range(11),
+    ids=range(14),
 )
 @asynchronous
 async def test_a_malformed_request_is_refused_with_all_that_is_wrong(
@@ -226,6 +235,30 @@ async def test_a_malformed_request_is_refused_with_all_that_is_wrong(
     async with daemon(tmp_path, runner) as (channel, _):
         assert violations(await refusal(answer(channel, request_))) == fields
     assert runner.num_forwards == PROOF_FORWARDS
+
+
+@pytest.mark.parametrize(
+    ("request_id", "fault"),
+    [
+        ("a b", "has ' ' at character 1"),
+        ("a\nb", r"has '\n' at character 1"),
+        ("\u202ex", r"has '\u202e' at character 0"),
+        ("x" * 65, "has 65 characters"),
+        ("x" * 65 + "é", r"has 66 characters and has '\xe9' at character 65"),
+    ],
+)
+def test_a_bad_request_id_is_told_by_its_fault(request_id: str, fault: str) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        read_chat(chat_request(request_id=request_id), make_model(make_runner()), 256)
+    assert str(caught.value) == f"request_id: {fault}; give at most 64 characters of A-Z a-z 0-9 . _ : -"
+
+
+@asynchronous
+async def test_an_empty_answer_may_come_back_as_history(tmp_path: Path) -> None:
+    request = conversation((Role.ROLE_USER, "a"), (Role.ROLE_ASSISTANT, ""), (Role.ROLE_USER, "b"))
+    async with daemon(tmp_path) as (channel, _):
+        text, _ = await answer(channel, request)
+        assert text
 
 
 @asynchronous

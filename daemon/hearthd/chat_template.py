@@ -5,9 +5,10 @@ sandbox all the same. Knows no tokens. Called by `tokenizer`; `service` calls `v
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import islice
 from typing import Any, Literal, NoReturn, get_args
 
 import jinja2
@@ -16,7 +17,7 @@ import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
 
-from hearthd.errors import BundleError, InvalidRequestError
+from hearthd.errors import MAX_PROBLEMS, BundleError, InvalidRequestError
 
 __all__ = ["ChatTemplate", "Message", "Role", "check_encodable", "validate_messages"]
 
@@ -35,27 +36,35 @@ class Message:
 
 
 def validate_messages(messages: Sequence[Message], *, must_end_with_user: bool = True) -> None:
-    """Check that this is a conversation: at least one message, none empty, a system message only as the first.
+    """Check that this is a conversation: at least one message, a system message only as the first, none empty.
+
+    But for the assistant's: an answer is empty when a stop string cut all of it off, and comes back as history.
 
     must_end_with_user: whether the model is to answer; a conversation that is only counted may end with any role.
-    Whether roles must alternate is for the model's template to say. Raises InvalidRequestError.
+    Whether roles must alternate is for the model's template to say. Raises InvalidRequestError with all that is wrong.
     """
+    problems = list(islice(_find_problems(messages, must_end_with_user), MAX_PROBLEMS))
+    if problems:
+        raise InvalidRequestError.of(problems)
+
+
+def _find_problems(messages: Sequence[Message], must_end_with_user: bool) -> Iterator[InvalidRequestError]:
     if not messages:
-        raise InvalidRequestError("messages", "is empty; give at least 1 message")
+        yield InvalidRequestError("messages", "is empty; give at least 1 message")
     for place, message in enumerate(messages):
+        role, content = f"messages[{place}].role", f"messages[{place}].content"
         if message.role not in get_args(Role):
-            raise InvalidRequestError(f"messages[{place}].role", f"is not one of {', '.join(get_args(Role))}")
-        if message.role == "system" and place > 0:
-            raise InvalidRequestError(
-                f"messages[{place}].role", "is system; give at most 1 system message, as the first"
-            )
-        if not message.content:
-            raise InvalidRequestError(f"messages[{place}].content", "is empty; give text, or leave the message out")
-        check_encodable(f"messages[{place}].content", message.content)
-    if must_end_with_user and messages[-1].role != "user":
-        raise InvalidRequestError(
-            f"messages[{len(messages) - 1}].role", f"is {messages[-1].role}; the last message must be the user's"
-        )
+            yield InvalidRequestError(role, f"is not one of {', '.join(get_args(Role))}")
+        elif message.role == "system" and place > 0:
+            yield InvalidRequestError(role, "is system; give at most 1 system message, as the first")
+        elif must_end_with_user and message.role != "user" and place == len(messages) - 1:
+            yield InvalidRequestError(role, f"is {message.role}; the last message must be the user's")
+        if not message.content and message.role != "assistant":
+            yield InvalidRequestError(content, "is empty; give text, or leave the message out")
+        try:
+            check_encodable(content, message.content)
+        except InvalidRequestError as error:
+            yield error
 
 
 def check_encodable(field: str, text: str) -> None:

@@ -26,7 +26,8 @@ __all__ = [
     "to_sampling_options",
 ]
 
-_REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._:-]{0,64}")
+_MAX_REQUEST_ID_CHARS: Final = 64
+_NOT_IN_REQUEST_ID: Final = re.compile(r"[^A-Za-z0-9._:-]")
 _ROLES: Final[dict[int, Role]] = {
     chat_pb2.ROLE_SYSTEM: "system",
     chat_pb2.ROLE_USER: "user",
@@ -69,17 +70,12 @@ def read_chat(request: chat_pb2.ChatRequest, model: Model, max_messages: int) ->
     try:
         messages = read_conversation(request.messages, max_messages)
     except InvalidRequestError as error:
-        problems.append(error)
+        problems.extend(error.problems)
     params = _read_sampling(request.sampling, model, problems)
-    if not _REQUEST_ID.fullmatch(request.request_id):
-        problems.append(
-            InvalidRequestError(
-                "request_id", f"has {len(request.request_id)} characters; give at most 64 of A-Z a-z 0-9 . _ : -"
-            )
-        )
+    if fault := _find_request_id_fault(request.request_id):
+        problems.append(InvalidRequestError("request_id", fault))
     if problems:
-        problems[0].others = tuple(problems[1:])
-        raise problems[0]
+        raise InvalidRequestError.of(problems)
     return ChatCall(
         request_id=request.request_id or secrets.token_hex(8),
         messages=messages,
@@ -88,22 +84,40 @@ def read_chat(request: chat_pb2.ChatRequest, model: Model, max_messages: int) ->
     )
 
 
+def _find_request_id_fault(request_id: str) -> str | None:
+    faults = []
+    if len(request_id) > _MAX_REQUEST_ID_CHARS:
+        faults.append(f"has {len(request_id)} characters")
+    if wrong := _NOT_IN_REQUEST_ID.search(request_id):
+        # In ASCII, and no more than this one: an id may have been meant for other eyes.
+        faults.append(f"has {wrong[0]!a} at character {wrong.start()}")
+    if not faults:
+        return None
+    return f"{' and '.join(faults)}; give at most {_MAX_REQUEST_ID_CHARS} characters of A-Z a-z 0-9 . _ : -"
+
+
 def read_conversation(
     messages: Sequence[chat_pb2.Message], max_messages: int, *, must_end_with_user: bool = True
 ) -> tuple[Message, ...]:
-    """Check messages. Raises InvalidRequestError for the first thing that is wrong."""
+    """Check messages. Raises InvalidRequestError; its `others` hold what else is wrong."""
     if len(messages) > max_messages:
         raise InvalidRequestError("messages", f"has {len(messages)} messages; give at most {max_messages}")
-    converted = []
-    for place, message in enumerate(messages):
-        role = _ROLES.get(message.role)
-        if role is None:
-            raise InvalidRequestError(
-                f"messages[{place}].role", f"is {message.role}; give ROLE_SYSTEM, ROLE_USER or ROLE_ASSISTANT"
-            )
-        converted.append(Message(role, message.content))
-    validate_messages(converted, must_end_with_user=must_end_with_user)
-    return tuple(converted)
+    problems = [
+        InvalidRequestError(
+            f"messages[{place}].role", f"is {message.role}; give ROLE_SYSTEM, ROLE_USER or ROLE_ASSISTANT"
+        )
+        for place, message in enumerate(messages)
+        if message.role not in _ROLES
+    ]
+    # For a role that is none, the user's: of that message the content is judged, and its role not once more.
+    converted = tuple(Message(_ROLES.get(message.role, "user"), message.content) for message in messages)
+    try:
+        validate_messages(converted, must_end_with_user=must_end_with_user)
+    except InvalidRequestError as error:
+        problems.extend(error.problems)
+    if problems:
+        raise InvalidRequestError.of(problems)
+    return converted
 
 
 def _read_sampling(
@@ -120,7 +134,7 @@ def _read_sampling(
         try:
             validate(candidate, model.runner.vocab_size)
         except InvalidRequestError as error:
-            problems.append(error)
+            problems.extend(error.problems)
         else:
             params = candidate
     return params

@@ -4,9 +4,12 @@
     ├── ConfigError          the configuration cannot be used; exit before READY
     ├── BundleError          a model directory is missing, damaged or of another kind; exit before READY
     ├── BuildError           a checkpoint cannot become a bundle
+    ├── MissingPackageError  the daemon's packages are not all installed; exit before READY
     ├── AddressInUseError    another daemon serves the address
     ├── InvalidRequestError  a request field is wrong           -> INVALID_ARGUMENT
     ├── ModelNotFoundError   no model of that name              -> NOT_FOUND
+    ├── UnknownServiceError  no service of that name to ask for -> NOT_FOUND
+    ├── UnauthenticatedError no token, or none that is valid    -> UNAUTHENTICATED
     ├── QueueFullError       too many chats wait                -> RESOURCE_EXHAUSTED
     ├── SlowReaderError      the caller does not read           -> RESOURCE_EXHAUSTED
     ├── NotServingError      loading or draining                -> UNAVAILABLE
@@ -16,7 +19,11 @@ Each message is one line: what was wrong, the value, the limit, the remedy. No m
 reach the journal. `statuses` maps these to gRPC statuses; nothing else does.
 """
 
+from collections.abc import Sequence
+from typing import Final, Self
+
 __all__ = [
+    "MAX_PROBLEMS",
     "AddressInUseError",
     "BuildError",
     "BundleError",
@@ -24,11 +31,17 @@ __all__ = [
     "EngineCrashedError",
     "HearthdError",
     "InvalidRequestError",
+    "MissingPackageError",
     "ModelNotFoundError",
     "NotServingError",
     "QueueFullError",
     "SlowReaderError",
+    "UnauthenticatedError",
+    "UnknownServiceError",
 ]
+
+# That are told of one request. They travel as metadata, of which callers take 8 KiB; each has some 200 bytes.
+MAX_PROBLEMS: Final = 16
 
 
 class HearthdError(Exception):
@@ -47,6 +60,10 @@ class BuildError(HearthdError):
     """A checkpoint cannot become a bundle, or the bundle is not faithful enough."""
 
 
+class MissingPackageError(HearthdError):
+    """A package that the daemon needs is not installed."""
+
+
 class AddressInUseError(HearthdError):
     """Another process serves the address."""
 
@@ -62,9 +79,29 @@ class InvalidRequestError(HearthdError):
         self.others: tuple[InvalidRequestError, ...] = ()
         """What else is wrong with the same request."""
 
+    @property
+    def problems(self) -> "tuple[InvalidRequestError, ...]":
+        """All that is wrong, this first."""
+        return (self, *self.others)
+
+    @classmethod
+    def of(cls, problems: Sequence[Self]) -> Self:
+        """Return one error that tells all of these, at most MAX_PROBLEMS of them."""
+        first, *others = problems[:MAX_PROBLEMS]
+        first.others = tuple(others)
+        return first
+
 
 class ModelNotFoundError(HearthdError):
     """There is no model of that name."""
+
+
+class UnknownServiceError(HearthdError):
+    """The health of a service was asked that is not there."""
+
+
+class UnauthenticatedError(HearthdError):
+    """A call came without a token, or with one that is not valid."""
 
 
 class QueueFullError(HearthdError):

@@ -7,13 +7,14 @@ Knows neither text nor KV nor the model. Called by `engine`; `service` calls `va
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hearthd.errors import InvalidRequestError
+from hearthd.errors import MAX_PROBLEMS, InvalidRequestError
 from hearthd.logits import (
     FloatArray,
     apply_answer_penalties,
@@ -67,7 +68,7 @@ def validate(params: SamplingParams, vocab_size: int) -> None:
     """Check every field's type and range.
 
     vocab_size: V, the most that top_k may be. Whether prompt and max_tokens fit the context is not known here.
-    Raises InvalidRequestError, its field `sampling.<name>`.
+    Raises InvalidRequestError, its field `sampling.<name>`, for the first one that is wrong; of `stop` for each string.
     """
     _check_integer("max_tokens", params.max_tokens, 1, _MAX_MAX_TOKENS)
     _check_number("temperature", params.temperature, 0.0, 2.0)
@@ -103,16 +104,22 @@ def _check_number(name: str, value: object, low: float, high: float, *, low_is_e
 def _check_stop(stop: object) -> None:
     if not isinstance(stop, tuple):
         raise InvalidRequestError("sampling.stop", f"is a {type(stop).__name__}; give strings")
+    problems = list(islice(_find_stop_problems(stop), MAX_PROBLEMS))
+    if problems:
+        raise InvalidRequestError.of(problems)
+
+
+def _find_stop_problems(stop: tuple[object, ...]) -> Iterator[InvalidRequestError]:
     if len(stop) > MAX_STOP_STRINGS:
-        raise InvalidRequestError("sampling.stop", f"has {len(stop)} strings; give at most {MAX_STOP_STRINGS}")
+        yield InvalidRequestError("sampling.stop", f"has {len(stop)} strings; give at most {MAX_STOP_STRINGS}")
     for place, string in enumerate(stop):
         name = f"sampling.stop[{place}]"
         if not isinstance(string, str):
-            raise InvalidRequestError(name, f"is a {type(string).__name__}; give a string")
-        if not string:
-            raise InvalidRequestError(name, "is empty; give at least 1 character, or leave it out")
-        if len(string) > MAX_STOP_STRING_CHARS:
-            raise InvalidRequestError(name, f"has {len(string)} characters; give at most {MAX_STOP_STRING_CHARS}")
+            yield InvalidRequestError(name, f"is a {type(string).__name__}; give a string")
+        elif not string:
+            yield InvalidRequestError(name, "is empty; give at least 1 character, or leave it out")
+        elif len(string) > MAX_STOP_STRING_CHARS:
+            yield InvalidRequestError(name, f"has {len(string)} characters; give at most {MAX_STOP_STRING_CHARS}")
 
 
 def _shown(value: float) -> str:
