@@ -207,6 +207,16 @@ def test_the_engine_and_all_below_know_no_event_loop_and_no_grpc() -> None:
     assert {name: extra for name, extra in wrong.items() if extra} == {}
 
 
+def test_only_statuses_answers_a_call_with_a_status() -> None:
+    aborting = {
+        name
+        for name, module in WRITTEN.items()
+        for node in ast.walk(module.tree)
+        if name.startswith("hearthd.") and isinstance(node, ast.Attribute) and node.attr in ("abort", "set_code")
+    }
+    assert aborting == {"hearthd.statuses"}
+
+
 @pytest.mark.parametrize("package", ["numpy", "onnxruntime", "tokenizers", "jinja2", "hearthd"])
 def test_importing_the_client_does_not_load(package: str) -> None:
     program = f"import sys, hearth, hearth.__main__; sys.exit({package!r} in sys.modules)"

@@ -9,7 +9,7 @@ import pytest
 
 from hearth.v1 import status_pb2, status_pb2_grpc
 from hearthd.errors import ConfigError
-from hearthd.tls import read_certificate
+from hearthd.tls import find_exposure, read_certificate
 from hearthd.tokens import create_token
 from serving import answer, asynchronous, chat_request, make_config, serving, tcp_target
 from tls_files import TlsFiles, make_tls_files
@@ -108,6 +108,34 @@ async def test_calls_under_way_outlive_a_renewal(tmp_path: Path, files: TlsFiles
         copy(other_files, tmp_path)
         assert await trusts(tcp_target(server), other_files.ca)
         await asyncio.gather(*(answer(channel, chat_request(str(number))) for number in range(3)))
+
+
+@pytest.mark.parametrize("mode", [0o644, 0o640, 0o602])
+def test_a_key_that_others_may_read_is_told_with_the_remedy(tmp_path: Path, files: TlsFiles, mode: int) -> None:
+    key = copy(files, tmp_path).key
+    key.chmod(mode)
+    assert find_exposure(key) == (
+        f"tls.key: key file {key} has mode {mode:04o}; others may read it; run: chmod 600 {key}"
+    )
+
+
+def test_a_key_of_its_owner_alone_is_not_told(tmp_path: Path, files: TlsFiles) -> None:
+    key = copy(files, tmp_path).key
+    key.chmod(0o600)
+    assert find_exposure(key) is None
+    assert find_exposure(tmp_path / "none") is None
+
+
+@asynchronous
+async def test_a_daemon_warns_of_a_key_that_others_may_read(
+    tmp_path: Path, files: TlsFiles, caplog: pytest.LogCaptureFixture
+) -> None:
+    current = copy(files, tmp_path)
+    config = make_config(tmp_path, tls={"certificate": current.certificate, "key": current.key})
+    for mode, is_told in ((0o600, False), (0o644, True)):
+        current.key.chmod(mode)
+        async with serving(config):
+            assert ("has mode 0644; others may read it" in caplog.text) is is_told
 
 
 def test_a_key_of_another_certificate_is_refused(files: TlsFiles, other_files: TlsFiles) -> None:

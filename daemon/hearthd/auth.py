@@ -1,7 +1,8 @@
 """Who calls: every method of a listener behind a token, those that do not exist included.
 
-`TokenInterceptor` decides before anything of the request is read. Knows tokens, no certificates and no errors but its
-own. `server` puts one in front of each gRPC server; `service` asks `caller_identity` and `caller_name`.
+`TokenInterceptor` decides before anything of the request is read. Knows tokens and no certificates. `server` puts one
+in front of each gRPC server, behind the boundary of `statuses`, which tells the caller of a refusal. `service` asks
+`caller_identity` and `caller_name`.
 """
 
 import contextvars
@@ -11,6 +12,7 @@ from typing import Any, Final, NoReturn
 
 import grpc
 
+from hearthd.errors import UnauthenticatedError
 from hearthd.tokens import Token, TokenFile
 
 __all__ = ["TokenInterceptor", "caller_identity", "caller_name"]
@@ -81,8 +83,6 @@ class TokenInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
 async def _refuse(_requests: AsyncIterator[Any], context: grpc.aio.ServicerContext) -> NoReturn:
     # The method's name is the caller's text, so it is not told.
     _logger.info("a call without a valid token from %s was refused", context.peer())
-    await context.abort(
-        grpc.StatusCode.UNAUTHENTICATED,
-        "no valid token: send the metadata `authorization: Bearer TOKEN`; `hearthd token create NAME` makes a token",
+    raise UnauthenticatedError(
+        "no valid token: send the metadata `authorization: Bearer TOKEN`; `hearthd token create NAME` makes a token"
     )
-    raise AssertionError("abort returned")

@@ -11,6 +11,8 @@ from typing import Final
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from hearthd.errors import UnknownServiceError
+
 __all__ = ["OVERALL", "HealthService"]
 
 OVERALL: Final = ""
@@ -41,11 +43,13 @@ class HealthService(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
             self._changed.notify_all()
 
     async def Check(  # noqa: N802
-        self, request: health_pb2.HealthCheckRequest, context: grpc.aio.ServicerContext
+        self,
+        request: health_pb2.HealthCheckRequest,
+        context: grpc.aio.ServicerContext,  # noqa: ARG002
     ) -> health_pb2.HealthCheckResponse:
-        """Answer with the status now."""
+        """Answer with the status now. Raises UnknownServiceError."""
         if request.service not in self._services:
-            await context.abort(grpc.StatusCode.NOT_FOUND, "there is no service of that name")
+            raise UnknownServiceError("there is no service of that name; List names those that there are")
         return _Status(status=self._status)
 
     async def List(  # noqa: N802

@@ -27,7 +27,7 @@ from hearthd.model import Model
 from hearthd.notify import Notifier, feed_watchdog
 from hearthd.service import ChatService, ModelService, StatusService, Tokenising
 from hearthd.statuses import ErrorBoundary
-from hearthd.tls import server_credentials
+from hearthd.tls import find_exposure, server_credentials
 from hearthd.tokens import TokenFile
 from hearthd.transport import transport_options
 from hearthd.worker import Worker
@@ -117,7 +117,7 @@ class Server:
             self._tokens, is_required=auth.unix_needs_token or not is_unix, is_health_open=auth.health_open
         )
         server = grpc.aio.server(
-            interceptors=[tokens, ErrorBoundary()],
+            interceptors=[ErrorBoundary(), tokens],
             options=transport_options(self._config.server, self._config.limits),
         )
         for add, servicer in self._services:
@@ -161,6 +161,8 @@ class Server:
         exposed = ", ".join(listener.text for listener in self._listeners if listener.is_exposed)
         if exposed and (self._tokens is None or self._config.tls.certificate is None):
             _logger.warning("server.allow_insecure_lan: %s is open to the network without TLS or tokens", exposed)
+        if self._config.tls.key and (exposure := find_exposure(self._config.tls.key)):
+            _logger.warning("%s", exposure)
         if self._tokens is not None and not len(self._tokens):
             _logger.warning("%s has no token, so nobody can call on TCP", self._config.auth.token_file)
 

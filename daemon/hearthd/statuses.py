@@ -4,14 +4,14 @@
 the protos promise, with its details; whatever else it raises goes out as INTERNAL with an incident's id, and the
 journal has type and place under the same id. gRPC itself would send the exception's text to the caller.
 
-`server` puts the boundary in front of each gRPC server.
+`server` puts the boundary in front of each gRPC server, before everything else that may refuse a call.
 """
 
 import asyncio
 import inspect
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any, Final, NoReturn
+from typing import Any, NoReturn
 
 import grpc
 from google.protobuf import any_pb2, duration_pb2
@@ -19,19 +19,19 @@ from google.protobuf.message import Message as ProtoMessage
 from google.rpc import error_details_pb2, status_pb2
 
 from hearthd.errors import (
+    MAX_PROBLEMS,
     EngineCrashedError,
     InvalidRequestError,
     ModelNotFoundError,
     NotServingError,
     QueueFullError,
     SlowReaderError,
+    UnauthenticatedError,
+    UnknownServiceError,
 )
 from hearthd.logs import log_incident
 
 __all__ = ["ErrorBoundary", "RpcStatus", "status_of"]
-
-# Details travel as metadata, of which callers take 8 KiB; a violation has some 200 bytes.
-_MAX_VIOLATIONS: Final = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +61,7 @@ def status_of(error: Exception) -> RpcStatus:
     """Return the status for an error; log it if it is a fault of the daemon."""
     match error:
         case InvalidRequestError():
-            violations = (error, *error.others)[:_MAX_VIOLATIONS]
+            violations = error.problems[:MAX_PROBLEMS]
             detail = error_details_pb2.BadRequest(
                 field_violations=[
                     error_details_pb2.BadRequest.FieldViolation(field=each.field, description=each.message)
@@ -69,8 +69,10 @@ def status_of(error: Exception) -> RpcStatus:
                 ]
             )
             return RpcStatus(grpc.StatusCode.INVALID_ARGUMENT, "; ".join(map(str, violations)), detail)
-        case ModelNotFoundError():
+        case ModelNotFoundError() | UnknownServiceError():
             return RpcStatus(grpc.StatusCode.NOT_FOUND, str(error))
+        case UnauthenticatedError():
+            return RpcStatus(grpc.StatusCode.UNAUTHENTICATED, str(error))
         case QueueFullError():
             milliseconds = round(error.retry_after_seconds * 1000)
             delay = duration_pb2.Duration(seconds=milliseconds // 1000, nanos=milliseconds % 1000 * 1_000_000)

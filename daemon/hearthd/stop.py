@@ -1,7 +1,7 @@
 """Finds a request's stop strings in an answer that comes in pieces, and keeps them out of it.
 
 Literal strings only: a pattern from a caller could be made to take forever. Knows text alone, no tokens. Called by
-`sequence`.
+`answer`.
 """
 
 __all__ = ["StopMatcher"]

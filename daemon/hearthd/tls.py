@@ -1,7 +1,8 @@
 """TLS of the server: a certificate and a key from files, read again when they change.
 
 A renewed certificate is used from the next handshake on. A broken one is told in the journal, and the last good one
-stays: a failed renewal must not end the service. Called by `server`; `__main__` checks files with `read_certificate`.
+stays: a failed renewal must not end the service. Called by `server`; `__main__` checks files with
+`read_certificate` and `find_exposure`.
 """
 
 import logging
@@ -14,7 +15,7 @@ import grpc
 
 from hearthd.errors import ConfigError
 
-__all__ = ["Certificate", "read_certificate", "server_credentials"]
+__all__ = ["Certificate", "find_exposure", "read_certificate", "server_credentials"]
 
 _logger = logging.getLogger(__name__)
 
@@ -47,6 +48,20 @@ def read_certificate(chain_path: Path, key_path: Path) -> Certificate:
         raise ConfigError(
             f"tls.certificate {chain_path} and tls.key {key_path} are not a PEM certificate and its PEM key: {reason}"
         ) from None
+
+
+def find_exposure(key_path: Path) -> str | None:
+    """Return a line on who else may use the key, None if its owner alone may.
+
+    Not refused, as a token file is: whoever renews the key may have to share it with a group.
+    """
+    try:
+        mode = key_path.stat().st_mode & 0o777
+    except OSError:  # `read_certificate` says so, where the key is needed
+        return None
+    if not mode & 0o077:
+        return None
+    return f"tls.key: key file {key_path} has mode {mode:04o}; others may read it; run: chmod 600 {key_path}"
 
 
 def _refuse_password() -> NoReturn:
