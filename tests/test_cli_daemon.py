@@ -13,6 +13,7 @@ from pathlib import Path
 import grpc
 import pytest
 
+from bundles import write_bundle
 from hearth.v1 import chat_pb2_grpc, status_pb2, status_pb2_grpc
 from hearthd import __main__ as cli
 from hearthd.errors import (
@@ -22,10 +23,12 @@ from hearthd.errors import (
     ConfigError,
     EngineCrashedError,
     HearthdError,
+    MissingPackageError,
     ModelNotFoundError,
 )
 from hearthd.tokens import TokenFile, list_tokens
 from serving import NAME, chat_request
+from tls_files import make_tls_files
 
 DAEMON = Path(__file__).with_name("serving.py")
 # The proof takes two forwards, and so does a first chat's prompt.
@@ -47,8 +50,8 @@ def run(*words: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def one_line(done: subprocess.CompletedProcess[str]) -> str:
-    assert done.stdout == ""
+def one_line(done: subprocess.CompletedProcess[str], stdout: str = "") -> str:
+    assert done.stdout == stdout
     assert done.stderr.count("\n") == 1, done.stderr
     return done.stderr
 
@@ -127,6 +130,7 @@ def test_wrong_usage_is_told_from_everything_else(words: list[str]) -> None:
         (ConfigError("x"), 78),
         (BundleError("x"), 78),
         (ModelNotFoundError("x"), 78),
+        (MissingPackageError("x"), 78),
         (AddressInUseError("x"), 69),
         (BuildError("x"), 1),
         (EngineCrashedError("x"), 70),
@@ -152,7 +156,8 @@ def test_an_open_lan_address_is_one_line_and_78(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setenv("HEARTHD_SERVER_TCP", "0.0.0.0:0")
     done = run(command)
     assert done.returncode == 78
-    assert "0.0.0.0:0, which other machines can reach" in one_line(done)
+    read = "configuration: no file, the defaults\n" if command == "check-config" else ""
+    assert "0.0.0.0:0, which other machines can reach" in one_line(done, read)
 
 
 @pytest.mark.usefixtures("environment")
@@ -170,10 +175,12 @@ def test_a_model_that_is_not_installed_is_one_line_and_78(tmp_path: Path, monkey
 
 @pytest.mark.usefixtures("environment")
 def test_check_config_prints_what_serve_would_use(tmp_path: Path) -> None:
+    write_bundle(tmp_path / "state/models/smollm2-135m", name="smollm2-135m")
     (tmp_path / "good.toml").write_text('[server]\ntcp = ["127.0.0.1:50099"]\n')
     done = run("check-config", "--config", str(tmp_path / "good.toml"))
     assert done.returncode == 0
     lines = done.stdout.splitlines()
+    assert lines[0] == f"configuration: {tmp_path}/good.toml"
     assert "server.unix_socket_mode = 0660" in lines
     assert "server.tcp = ['127.0.0.1:50099']" in lines
     assert f"model.directory = {tmp_path}/state/models" in lines
@@ -184,11 +191,100 @@ def test_check_config_prints_what_serve_would_use(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("environment")
 def test_check_config_reads_certificate_and_tokens_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HEARTHD_AUTH_TOKEN_FILE", str(tmp_path / "none"))
-    assert "there is no token file" in one_line(run("check-config"))
+    read = "configuration: no file, the defaults\n"
+    assert "there is no token file" in one_line(run("check-config"), read)
     monkeypatch.delenv("HEARTHD_AUTH_TOKEN_FILE")
     monkeypatch.setenv("HEARTHD_TLS_CERTIFICATE", str(tmp_path / "none"))
     monkeypatch.setenv("HEARTHD_TLS_KEY", str(tmp_path / "none"))
-    assert "tls.certificate" in one_line(run("check-config"))
+    assert "tls.certificate" in one_line(run("check-config"), read)
+
+
+@pytest.mark.usefixtures("environment")
+def test_check_config_says_which_file_it_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usual, named = tmp_path / "configuration/hearthd.toml", tmp_path / "named.toml"
+    usual.parent.mkdir()
+    assert run("check-config").stdout.splitlines()[0] == "configuration: no file, the defaults"
+    for file in (usual, named):
+        file.write_text("")
+    assert run("check-config").stdout.splitlines()[0] == f"configuration: {usual}"
+    monkeypatch.setenv("HEARTHD_CONFIG", str(named))
+    assert run("check-config").stdout.splitlines()[0] == f"configuration: {named}"
+
+
+@pytest.mark.usefixtures("environment")
+def test_check_config_refuses_a_model_that_cannot_be_served(tmp_path: Path) -> None:
+    read = "configuration: no file, the defaults\n"
+    models = tmp_path / "state/models"
+    done = run("check-config")
+    assert done.returncode == 78
+    assert one_line(done, read) == (
+        f"hearthd: model 'smollm2-135m' is not installed in {models}; these are: none; see `hearthd model add`\n"
+    )
+    write_bundle(models / "smollm2-135m", name="smollm2-135m")
+    assert run("check-config").returncode == 0
+    (models / "smollm2-135m/manifest.json").write_text("{")
+    done = run("check-config")
+    assert done.returncode == 78
+    assert "manifest.json is not JSON" in (line := one_line(done, read))
+    assert line.endswith("; build the model again\n")
+
+
+@pytest.mark.usefixtures("environment")
+def test_check_config_warns_of_a_key_that_others_may_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_bundle(tmp_path / "state/models/smollm2-135m", name="smollm2-135m")
+    files = make_tls_files(tmp_path)
+    monkeypatch.setenv("HEARTHD_TLS_CERTIFICATE", str(files.certificate))
+    monkeypatch.setenv("HEARTHD_TLS_KEY", str(files.key))
+    files.key.chmod(0o600)
+    assert run("check-config").stderr == ""
+    files.key.chmod(0o644)
+    done = run("check-config")
+    assert done.returncode == 0
+    assert done.stderr == (
+        f"hearthd: warning: tls.key: key file {files.key} has mode 0644; others may read it; "
+        f"run: chmod 600 {files.key}\n"
+    )
+
+
+WITHOUT = """
+import sys
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {packages!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Missing())
+from hearthd.__main__ import main
+sys.exit(main({words!r}))
+"""
+# What a plain install leaves out: the modules of the extra `daemon`.
+EXTRA = ("onnxruntime", "tokenizers", "numpy", "jinja2", "grpc_health", "grpc_reflection", "gguf", "onnx")
+
+
+@pytest.mark.usefixtures("environment")
+@pytest.mark.parametrize(
+    ("words", "packages", "told"),
+    [
+        (["--version"], EXTRA, "gguf|jinja2|numpy|onnx|tokenizers"),
+        (["model", "list"], EXTRA, "gguf|jinja2|numpy|onnx|tokenizers"),
+        (["serve"], EXTRA, "grpc_health"),
+        (["serve"], ("onnxruntime",), "onnxruntime"),
+        (["check-config"], ("numpy",), "numpy"),
+    ],
+    ids=" ".join,
+)
+def test_a_package_that_is_missing_is_one_line_and_78(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], packages: tuple[str, ...], told: str
+) -> None:
+    write_bundle(tmp_path / "state/models/smollm2-135m", name="smollm2-135m")
+    monkeypatch.setenv("HEARTHD_SERVER_TCP", "")
+    monkeypatch.setenv("HEARTHD_LOG_LEVEL", "error")
+    program = WITHOUT.format(packages=packages, words=words)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 78
+    assert re.search(
+        f"the Python package ({told}) is not installed; pip install 'hearth-chat\\[daemon\\]' brings it\n$",
+        one_line(done),
+    )
 
 
 @pytest.mark.usefixtures("environment")

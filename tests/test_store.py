@@ -39,6 +39,12 @@ def content(store: Store) -> set[str]:
     return {path.name for path in store.directory.iterdir()} - {".hearthd.lock"}
 
 
+def test_a_directory_that_cannot_be_read_is_an_error_of_ours(tmp_path: Path) -> None:
+    """Another user's is one; the test's own user may be root, so this is another that the system refuses."""
+    with pytest.raises(BundleError, match="cannot be read: File name too long; run this as the user"):
+        Store(tmp_path / ("x" * 300)).open("tiny")
+
+
 @pytest.fixture(params=["exchange", "two-renames"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "two-renames":

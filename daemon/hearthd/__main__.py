@@ -6,7 +6,8 @@ Exit codes:
     2   wrong usage of the command line
     69  another program serves the address (EX_UNAVAILABLE)
     70  a fault of the daemon itself (EX_SOFTWARE); systemd starts it again
-    78  the configuration or the model's bundle cannot be used (EX_CONFIG); starting it again does not help
+    78  the configuration, the installation (a Python package is missing) or the model's bundle cannot be used
+        (EX_CONFIG); starting it again does not help
 
 Errors are one line on standard error. Imports of gRPC and of the model's parts wait until a command needs them.
 """
@@ -22,8 +23,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from hearthd import paths
-from hearthd.config import Config, load_config, settings
-from hearthd.errors import AddressInUseError, BuildError, BundleError, ConfigError, HearthdError, ModelNotFoundError
+from hearthd.config import Config, choose_file, load_config, settings
+from hearthd.errors import (
+    AddressInUseError,
+    BuildError,
+    BundleError,
+    ConfigError,
+    HearthdError,
+    MissingPackageError,
+    ModelNotFoundError,
+)
 from hearthd.version import daemon_version
 
 if TYPE_CHECKING:
@@ -57,14 +66,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_FAILED
     except HearthdError as error:
-        print(f"hearthd: {error}", file=sys.stderr)
-        return exit_code(error)
+        return _fail(error)
+    except ModuleNotFoundError as error:
+        missing = _find_missing_package(error)
+        if missing is None:
+            raise
+        return _fail(missing)
+
+
+def _fail(error: HearthdError) -> int:
+    print(f"hearthd: {error}", file=sys.stderr)
+    return exit_code(error)
+
+
+def _find_missing_package(error: ModuleNotFoundError) -> MissingPackageError | None:
+    """Return what to tell: the client alone installs this program too, and few of the packages that it needs."""
+    package = (error.name or "").partition(".")[0]
+    if package in ("", "hearth", "hearthd"):
+        return None  # a file of our own is gone
+    return MissingPackageError(
+        f"the Python package {package} is not installed; pip install 'hearth-chat[daemon]' brings it"
+    )
 
 
 def exit_code(error: BaseException) -> int:
     """Return the exit code that an error ends a command with."""
     match error:
-        case ConfigError() | BundleError() | ModelNotFoundError():
+        case ConfigError() | BundleError() | ModelNotFoundError() | MissingPackageError():
             return EXIT_CONFIG
         case AddressInUseError():
             return EXIT_IN_USE
@@ -79,7 +107,7 @@ def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
         prog="hearthd",
         description="Serves a small chat model over gRPC.",
         epilog="Exit codes: 0 done, 1 failed, 2 wrong usage, 69 address in use, 70 fault of the daemon, "
-        "78 configuration or model cannot be used.",
+        "78 configuration, installation or model cannot be used.",
     )
     parser.add_argument("--version", action="version", version=f"hearthd {daemon_version()}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -173,6 +201,9 @@ def run_server(config: Config, load: "Callable[[], Model]") -> int:
         _logger.critical("%s", error)
         return exit_code(error)
     except Exception as error:  # noqa: BLE001 - one line with an id, no traceback: it could quote a prompt
+        if isinstance(error, ModuleNotFoundError) and (missing := _find_missing_package(error)):
+            _logger.critical("%s", missing)
+            return exit_code(missing)
         log_incident("the daemon failed", error)
         return EXIT_FAULT
     return EXIT_OK
@@ -180,15 +211,23 @@ def run_server(config: Config, load: "Callable[[], Model]") -> int:
 
 def _check_config(parsed: argparse.Namespace) -> None:
     from hearthd.listeners import find_listeners
-    from hearthd.tls import read_certificate
+    from hearthd.store import Store
+    from hearthd.tls import find_exposure, read_certificate
     from hearthd.tokens import list_tokens
 
-    config = load_config(parsed.config)
+    file = choose_file(parsed.config)
+    config = load_config(file)
+    # Before anything that may be wrong: it may be another file than the one that somebody has in mind.
+    print(f"configuration: {file or 'no file, the defaults'}", flush=True)
     listeners = find_listeners(config.server, config.tls, config.auth)
     if config.tls.certificate and config.tls.key:
         read_certificate(config.tls.certificate, config.tls.key)
+        if exposure := find_exposure(config.tls.key):
+            print(f"hearthd: warning: {exposure}", file=sys.stderr)
     if config.auth.token_file:
         list_tokens(config.auth.token_file)
+    # Without the hashes, which take as long as reading the whole model.
+    Store(config.model.directory).open(config.model.name, verify=False)
     for key, value in settings(config).items():
         shown = f"0{value:o}" if key == "server.unix_socket_mode" else "" if value is None else value
         print(f"{key} = {list(shown) if isinstance(shown, tuple) else shown}")

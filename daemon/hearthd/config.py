@@ -28,6 +28,7 @@ __all__ = [
     "ModelConfig",
     "ServerConfig",
     "TlsConfig",
+    "choose_file",
     "load_config",
     "settings",
 ]
@@ -128,17 +129,23 @@ class Config:
     log: LogConfig = field(default_factory=LogConfig)
 
 
+def choose_file(file: Path | None = None, environment: Mapping[str, str] = os.environ) -> Path | None:
+    """Return the file that `load_config` reads for the same arguments; None if it reads none."""
+    if file is None and environment.get(_FILE_VARIABLE):
+        file = Path(environment[_FILE_VARIABLE])
+    if file is None:
+        usual = paths.configuration_file(environment)
+        file = usual if usual.exists() else None
+    return file
+
+
 def load_config(file: Path | None = None, environment: Mapping[str, str] = os.environ) -> Config:
     """Read the configuration.
 
     file: must exist. None: the one that HEARTHD_CONFIG names, which must exist too, else the usual one if it exists.
     Raises ConfigError: one line with the key, the value and what is allowed.
     """
-    if file is None and environment.get(_FILE_VARIABLE):
-        file = Path(environment[_FILE_VARIABLE])
-    if file is None:
-        usual = paths.configuration_file(environment)
-        file = usual if usual.exists() else None
+    file = choose_file(file, environment)
     tables = _parse(file) if file else {}
     kinds = {name: get_type_hints(section, include_extras=True) for name, section in get_type_hints(Config).items()}
     _refuse_unknown(tables, kinds, str(file), "section")

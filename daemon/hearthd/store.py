@@ -7,7 +7,7 @@
     <models>/.hearthd.lock    held by whoever changes anything
 
 Whatever was left behind is swept at the next change or start. Knows bundles, and nothing of how one is built.
-Called by `build.cli`, and by `__main__` before serving.
+Called by `build.cli`, and by `__main__` before serving and to check a configuration.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Final
 
 from hearthd.bundle import Bundle
 from hearthd.directory_lock import exclusive
-from hearthd.errors import BuildError, ModelNotFoundError
+from hearthd.errors import BuildError, BundleError, ModelNotFoundError
 from hearthd.manifest import is_model_name
 
 if TYPE_CHECKING:
@@ -44,17 +44,23 @@ class Store:
         self.directory = directory
 
     def names(self) -> list[str]:
-        """Return the names of the installed models, sorted."""
-        if not self.directory.is_dir():
-            return []
-        return sorted(path.name for path in self.directory.iterdir() if is_model_name(path.name) and path.is_dir())
+        """Return the names of the installed models, sorted. Raises BundleError when the directory cannot be read."""
+        try:
+            if not self.directory.is_dir():
+                return []
+            return sorted(path.name for path in self.directory.iterdir() if is_model_name(path.name) and path.is_dir())
+        except OSError as error:
+            raise BundleError(
+                f"the models in {self.directory} cannot be read: {error.strerror}; run this as the user whose they are"
+            ) from None
 
     def path(self, name: str) -> Path:
         """Return a model's directory. Raises ModelNotFoundError when it is not installed."""
         if name not in self.names():
             installed = ", ".join(self.names()) or "none"
             raise ModelNotFoundError(
-                f"model {ascii(name)[:80]} is not installed in {self.directory}; these are: {installed}"
+                f"model {ascii(name)[:80]} is not installed in {self.directory}; these are: {installed}; "
+                "see `hearthd model add`"
             )
         return self.directory / name
 
