@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from hearthd import config as config_module
 from hearthd import paths
-from hearthd.config import Config, EngineConfig, ModelConfig, load_config
+from hearthd.config import Config, EngineConfig, ModelConfig, ServerConfig, load_config
 from hearthd.errors import ConfigError
 
 ENVIRONMENT = {"HOME": "/home/pi", "XDG_RUNTIME_DIR": "/run/user/1000"}
@@ -51,6 +51,18 @@ def test_an_empty_file_gives_the_defaults(tmp_path: Path) -> None:
 
 def test_the_shipped_file_changes_nothing(tmp_path: Path) -> None:
     assert load(tmp_path, SHIPPED.read_text()) == load(tmp_path, "")
+
+
+def test_the_shipped_file_names_the_unit_limit_that_connections_need() -> None:
+    unit = SHIPPED.parent / "systemd/hearthd.service"
+    found = re.search(r"^LimitNOFILE=(\d+)$", unit.read_text(), flags=re.MULTILINE)
+    assert found
+    about = SHIPPED.read_text().partition("#max_connections =")[0].rpartition("\n\n")[2]
+    assert found[0] in about
+    bound = re.search(r"more than (\d+), raise", about)
+    assert bound
+    # Twice, for TCP and Unix, and a hundred for files, threads and the listening sockets.
+    assert ServerConfig().max_connections <= int(bound[1]) <= (int(found[1]) - 100) // 2
 
 
 def test_the_shipped_file_shows_every_key_with_its_default(tmp_path: Path) -> None:
