@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
+import re
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -21,6 +26,8 @@ from hearth._settings import read_settings
 from hearth.v1 import chat_pb2
 from relay import Relay
 from tls_files import TlsFiles, make_tls_files
+
+ADVICE = "; gRPC finds .local names only if GRPC_DNS_RESOLVER=native is in the environment when it is imported"
 
 
 @pytest.fixture
@@ -128,12 +135,72 @@ def test_nobody_listening_is_said_plainly(connect: Connect) -> None:
 
 
 def test_an_unknown_name_is_said_plainly(connect: Connect) -> None:
-    for address, said in (
-        ("no-such-host.invalid:1", r"cannot reach no-such-host\.invalid:1: the name is not known"),
-        ("no-such-pi.local:1", "GRPC_DNS_RESOLVER=native"),
-    ):
+    for address in ("no-such-host.invalid:1", "no-such-pi.local:1"):
+        said = f"cannot reach {re.escape(address)}: the name is not known"
         with connect(address, ready_timeout=0) as client, pytest.raises(hearth.ConnectError, match=said):
             client.models()
+
+
+@pytest.mark.parametrize("kind", ["_client.Client", "_async_client.AsyncClient"])
+@pytest.mark.parametrize(
+    ("before", "environment", "remark"),
+    [
+        ("", {}, ""),
+        ("import grpc", {}, ADVICE),
+        ("import grpc", {"GRPC_DNS_RESOLVER": "native"}, ""),
+        ("", {"GRPC_DNS_RESOLVER": "ares"}, ADVICE),
+    ],
+)
+def test_the_client_looks_for_local_names_where_the_system_does(
+    kind: str, before: str, environment: dict[str, str], remark: str
+) -> None:
+    """That the system's own resolver was asked shows in that there is nothing to advise."""
+    module, name = kind.split(".")
+    code = f"""{before}
+import asyncio, importlib, inspect, hearth
+async def ask():
+    client = importlib.import_module("hearth.{module}").{name}("no-such-pi.local:1", ready_timeout=0)
+    status = client.status()
+    return await status if inspect.isawaitable(status) else status
+try:
+    asyncio.run(ask())
+except hearth.ConnectError as error:
+    print(error)
+"""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("GRPC_")}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=kept | {"PYTHONPATH": str(Path(hearth.__file__).parent.parent)} | environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert done.stdout == f"cannot reach no-such-pi.local:1: the name is not known{remark}\n"
+
+
+def test_a_peer_that_hangs_up_at_once_names_both_causes(connect: Connect) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def hang_up() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    connection, _ = server.accept()
+                    # A preface is on its way: a reset, as from a full daemon.
+                    connection.close()
+
+        thread = threading.Thread(target=hang_up)
+        thread.start()
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        try:
+            with connect(address, ready_timeout=0) as client, pytest.raises(hearth.ConnectError) as caught:
+                client.chat("?")
+        finally:
+            server.shutdown(socket.SHUT_RDWR)
+            thread.join(20)
+    said = "it hangs up at once: it has as many connections as it takes, or it wants TLS (then name the CA file)"
+    assert str(caught.value) == f"cannot reach {address}: {said}"
+    assert caught.value.is_transient
 
 
 def test_a_peer_that_takes_the_connection_and_stays_silent_is_noticed(connect: Connect) -> None:
@@ -247,7 +314,7 @@ def test_a_daemon_that_another_authority_vouches_for_is_refused_at_once(
         check_refusal(connect, daemon, {"ca": strangers.ca, "token": "t"}, "not signed by that of the CA file")
         assert daemon.requests == []
         # A daemon that is being stopped or started may hang up as well: worth a wait.
-        said = "hangs up at once; if it wants TLS, name the CA file"
+        said = r"hangs up at once: .* or it wants TLS \(then name the CA file\)"
         with connect(daemon.address, ready_timeout=0.3) as client, pytest.raises(hearth.ConnectError, match=said):
             client.chat("?")
     with peer.ScriptedDaemon(credentials=server_credentials(misnamed)) as daemon:

@@ -6,7 +6,8 @@
         print(client.chat("Why is the sky blue?").text)
 
 Importing this package loads no gRPC, no NumPy and no model runtime: `Client` and `AsyncClient` arrive when they are
-first named. What stands in `__all__` is the public interface; every module with a leading underscore may change.
+first named. If gRPC is not imported by then, they have it find .local names (GRPC_DNS_RESOLVER=native, unless set).
+What stands in `__all__` is the public interface; every module with a leading underscore may change.
 """
 
 from typing import TYPE_CHECKING

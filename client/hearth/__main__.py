@@ -1,7 +1,8 @@
 """The `hearth` program: parses the command line, runs one command, and turns whatever happens into an exit code.
 
-Exit codes: 0 success, 1 an error, 2 wrong usage, 130 interrupted, 141 whoever read the output is gone. An error is one
-line on stderr. gRPC is imported only when a command needs a daemon, so that `hearth --help` is quick on a board.
+Exit codes: 0 success, 1 an error, 2 wrong usage that the program sees by itself, 130 interrupted, 141 whoever read the
+output is gone. An error is one line on stderr. gRPC is imported only when a command needs a daemon, so that
+`hearth --help` is quick on a board.
 """
 
 import io
@@ -24,9 +25,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the program. Returns its exit code; argparse raises SystemExit after --help and on wrong usage."""
     _open_standard_streams()
     arguments = make_parser().parse_args(argv)
-    # A program's environment, unlike a library's, is its own to set, and gRPC reads it when it is imported. The first
-    # finds .local names, which most boards go by; the second keeps gRPC's log from standing between an answer's lines.
-    os.environ.setdefault("GRPC_DNS_RESOLVER", "native")
+    # A program's log, unlike a library's, is its own to silence: gRPC's would stand between an answer's lines. gRPC
+    # reads this when it is imported.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     try:
         # `ask` is the module hearth.cli.ask, and so on: one command, one module.

@@ -14,12 +14,11 @@ from collections.abc import AsyncIterator, Callable, Iterable
 from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
 
-from grpc import RpcError
-
 from hearth import _operations
 from hearth._channel import call_metadata, open_async_channel
 from hearth._chat import ChatProgress
 from hearth._errors import CallCancelledError
+from hearth._grpc import grpc
 from hearth._operations import Operation
 from hearth._patience import Patience
 from hearth._requests import chat_request
@@ -142,7 +141,7 @@ class AsyncClient:
                 data: bytes = await self._channel().unary_unary(operation.method)(
                     operation.request, timeout=patience.remaining(), metadata=self._metadata
                 )
-            except RpcError as error:
+            except grpc.RpcError as error:
                 failure = translate(error, self.address)
                 delay = patience.delay_after(failure)
                 if delay is None:
@@ -278,7 +277,7 @@ class AsyncChatStream:
                     # Not `read`: it drops the responses that have come when the call is over before they were read.
                     self._responses = aiter(self._call)
                 data: bytes | None = await anext(self._responses, None)
-            except RpcError as error:
+            except grpc.RpcError as error:
                 self._call = self._responses = None
                 failure = translate(error, self._client.address)
                 delay = self._progress.delay_after(failure)

@@ -6,9 +6,7 @@ gRPC ignores a misspelt one without a word. Called by `Client` and `AsyncClient`
 
 from typing import Any
 
-import grpc
-from grpc import aio
-
+from hearth._grpc import aio, grpc
 from hearth._settings import Settings
 
 

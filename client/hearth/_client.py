@@ -10,12 +10,11 @@ from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
 
-import grpc
-
 from hearth import _operations
 from hearth._channel import call_metadata, open_channel
 from hearth._chat import ChatProgress
 from hearth._errors import CallCancelledError
+from hearth._grpc import grpc
 from hearth._operations import Operation
 from hearth._patience import Patience
 from hearth._requests import chat_request

@@ -50,9 +50,12 @@ _REASONS = (
     _Reason(r"No such file or directory", "there is no such socket; is hearthd running?", True),
     _Reason(r"Connection refused", "nobody listens there; is hearthd running?", True),
     _Reason(r"Permission denied", "this user may not open the socket", False),
+    # The system's own resolver, which knows .local names, does not know this one; see _grpc.
+    _Reason(r"getaddrinfo", "the name is not known", True),
     _Reason(
         r"resolv\w+ \S+\.local\b|DNS resolution failed for \S+\.local\b",
-        "the name is not known; gRPC finds .local names only if GRPC_DNS_RESOLVER=native is in the environment",
+        "the name is not known; gRPC finds .local names only if GRPC_DNS_RESOLVER=native is in the environment when it "
+        "is imported",
         True,
     ),
     _Reason(r"errors resolving|DNS resolution failed", "the name is not known", True),
@@ -60,7 +63,11 @@ _REASONS = (
     _Reason(r"Hostname Verification|not in peer certificate", "its certificate is for another name or address", False),
     _Reason(r"CERTIFICATE_VERIFY_FAILED", "its certificate is not signed by that of the CA file", False),
     _Reason(r"Expected SETTINGS frame", "it does not speak gRPC, or wants TLS: then name the CA file", False),
-    _Reason(r"Socket closed|[Cc]onnection reset", "it hangs up at once; if it wants TLS, name the CA file", True),
+    _Reason(
+        r"Socket closed|[Cc]onnection reset",
+        "it hangs up at once: it has as many connections as it takes, or it wants TLS (then name the CA file)",
+        True,
+    ),
     _Reason(r"before receiving SETTINGS", "it takes connections and stays silent", True),
     _Reason(r"timed out|timeout was reached", "it does not answer", True),
 )
