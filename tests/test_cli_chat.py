@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import termios
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -76,6 +80,94 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(chat: program.Terminal, dae
     chat.expect("done\n")
     chat.expect("> ")
     assert said(daemon.requests[2]) == ["user: one", "assistant: half of it", "user: three"]
+
+
+@pytest.fixture
+def tty(chat: program.Terminal) -> Iterator[int]:
+    """The program's terminal itself, which outlives the program."""
+    descriptor = os.open(f"/proc/{chat.process.pid}/fd/0", os.O_RDWR | os.O_NOCTTY)
+    yield descriptor
+    os.close(descriptor)
+
+
+def echoes(tty: int) -> bool:
+    return bool(termios.tcgetattr(tty)[3] & termios.ECHO)
+
+
+def half_an_answer(_: Any, context: grpc.ServicerContext) -> Iterator[chat_pb2.ChatResponse]:
+    yield peer.delta("half")
+    peer.wait_for_end(context)
+
+
+def test_what_is_typed_meanwhile_stays_out_of_the_answer(
+    chat: program.Terminal, daemon: peer.ScriptedDaemon, tty: int
+) -> None:
+    go_on = threading.Event()
+
+    def script(*_: Any) -> Iterator[chat_pb2.ChatResponse]:
+        yield peer.delta("half, ")
+        assert go_on.wait(20)
+        yield peer.delta("whole")
+        yield peer.final()
+
+    daemon.script = peer.in_turn(script, peer.say("fine"))
+    chat.type("one\n")
+    chat.expect("half, ")
+    assert not echoes(tty)
+    chat.type("two\n")
+    go_on.set()
+    assert chat.expect("whole\n") == ""
+    assert chat.expect(f"{FIGURES}\n> ") == ""
+    assert chat.expect("fine\n") == "two\n"
+    assert said(daemon.requests[1])[-1] == "user: two"
+    chat.expect("> ")
+    chat.type("/quit\n")
+    assert chat.process.wait(20) == 0
+    assert echoes(tty)
+
+
+def test_ctrl_c_and_an_error_give_the_echo_back(chat: program.Terminal, daemon: peer.ScriptedDaemon, tty: int) -> None:
+    def breaks(_: Any, context: grpc.ServicerContext) -> Iterator[chat_pb2.ChatResponse]:
+        yield peer.delta("half")
+        context.abort(grpc.StatusCode.INTERNAL, "internal error, id 77")
+
+    daemon.script = peer.in_turn(half_an_answer, breaks)
+    chat.type("one\n")
+    chat.expect("half")
+    assert not echoes(tty)
+    chat.type("\x03")
+    chat.expect("stopped; the conversation goes on from what is above\n> ")
+    chat.type("two\n")
+    chat.expect("that turn is not kept\n> ")
+    chat.type("/quit\n")
+    assert chat.process.wait(20) == 0
+    assert echoes(tty)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT])
+def test_a_signal_in_mid_answer_gives_the_echo_back(
+    chat: program.Terminal, daemon: peer.ScriptedDaemon, tty: int, number: signal.Signals
+) -> None:
+    daemon.script = half_an_answer
+    chat.type("one\n")
+    chat.expect("half")
+    assert not echoes(tty)
+    chat.process.send_signal(number)
+    assert chat.process.wait(20) == -number
+    assert echoes(tty)
+
+
+def test_an_answer_without_text_is_followed_by_the_next_turn(
+    chat: program.Terminal, daemon: peer.ScriptedDaemon
+) -> None:
+    """All of it was cut by a stop string."""
+    nothing = peer.final(finish_reason=chat_pb2.FINISH_REASON_STOP_STRING)
+    daemon.script = peer.in_turn(lambda *_: [nothing], peer.say("fine"))
+    chat.type("one\n")
+    chat.expect(f"{FIGURES}\n> ")
+    chat.type("two\n")
+    chat.expect(f"fine\n{FIGURES}\n> ")
+    assert said(daemon.requests[1]) == ["user: one", "assistant: ", "user: two"]
 
 
 def test_ctrl_c_at_the_prompt_throws_the_line_away(chat: program.Terminal, daemon: peer.ScriptedDaemon) -> None:

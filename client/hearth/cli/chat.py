@@ -14,6 +14,7 @@ from hearth._errors import CallCancelledError, ConfigurationError, HearthError, 
 from hearth._values import Answer, ChatOptions, FinishReason, ModelInfo
 from hearth.cli.connection import chat_options, open_client
 from hearth.cli.conversation import Conversation
+from hearth.cli.echo import without_echo
 from hearth.cli.interrupt import closing_on_interrupt
 from hearth.cli.line_input import read_turn
 from hearth.cli.terminal import Screen
@@ -105,7 +106,7 @@ class Session:
             on_queued=lambda position: self._screen.note(f"waiting; {position} before this one"),
             **self._options,
         )
-        with closing_on_interrupt(stream) as interrupt:
+        with closing_on_interrupt(stream) as interrupt, without_echo():
             try:
                 for delta in stream:
                     self._screen.write(delta.text)
