@@ -51,8 +51,26 @@ def test_words_and_input_make_the_question(
     daemon: peer.ScriptedDaemon, words: tuple[str, ...], stdin: bytes, question: str
 ) -> None:
     done = program.run("ask", "--address", daemon.address, *words, stdin=stdin)
-    assert done.returncode == 0, done.stderr
+    assert (done.returncode, done.stderr) == (0, b"")
     assert daemon.requests[0].messages[0].content == question
+
+
+def test_a_silent_pipe_beside_words_is_named(daemon: peer.ScriptedDaemon) -> None:
+    with subprocess.Popen(
+        program.command("ask", "--json", "--address", daemon.address, "hi"),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=program.environment(),
+    ) as process:
+        assert process.stderr
+        said = b"hearth: reading standard input to its end; </dev/null if there is none\n"
+        assert process.stderr.readline() == said
+        assert daemon.requests == []
+        out, err = process.communicate(b"more\n", timeout=60)
+    assert (process.returncode, err) == (0, b"")
+    assert json.loads(out)["text"] == "Hello, world"
+    assert daemon.requests[0].messages[0].content == "hi\n\nmore"
 
 
 def test_ask_takes_every_option(daemon: peer.ScriptedDaemon) -> None:
@@ -268,6 +286,7 @@ def test_a_cut_answer_is_told_to_a_person(daemon: peer.ScriptedDaemon) -> None:
         (("ask", "--timeout", "soon", "?"), b"--timeout: invalid number of seconds value: 'soon'"),
         (("ask", "--wait", "nan", "?"), b"--wait: nan is not a number of seconds"),
         (("ask", "--max-tokens", "many", "?"), b"--max-tokens"),
+        (("status", "--wait", "1"), b"unrecognized arguments: --wait"),
         (("ask", "--top-x", "1", "?"), b"--top-x"),
         (("sing",), b"invalid choice: 'sing'"),
         ((), b"required: COMMAND"),
@@ -353,8 +372,13 @@ def test_help_is_quick_and_says_what_a_script_needs() -> None:
     assert done.returncode == 0
     for said in (b"ask", b"chat", b"status", b"models", b"HEARTH_ADDRESS", b"unix:///", b"130  interrupted"):
         assert said in done.stdout
+    text = b" ".join(done.stdout.split())
+    assert b"1 an error; one line on standard error says which. Also a question or an option's value that the d" in text
+    assert b"2 wrong usage that the program sees by itself" in text
     for name in ("ask", "chat", "status", "models"):
-        assert b"--address" in program.run(name, "--help").stdout
+        text = program.run(name, "--help").stdout
+        assert b"--address" in text
+        assert (b"--wait" in text) == (name != "status")
     code = "import sys\nfrom hearth.__main__ import main\n"
     code += "try: main(['ask', '--help'])\nfinally: print(*sys.modules, file=sys.stderr)"
     loaded = subprocess.run([sys.executable, "-c", code], env=program.environment(), capture_output=True, check=True)

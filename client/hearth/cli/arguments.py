@@ -24,8 +24,10 @@ environment:
 
 exit status:
   0    success
-  1    an error; one line on standard error says which
-  2    wrong usage: an option, an address, a file that cannot be used
+  1    an error; one line on standard error says which. Also a question or an
+       option's value that the daemon refuses, or that no request can hold
+  2    wrong usage that the program sees by itself: no question, no such option,
+       no number where one belongs, an address or a file that cannot be used
   130  interrupted with Ctrl-C; what was printed of an answer stays
   141  whoever read the output is gone
 """
@@ -92,7 +94,8 @@ def make_parser() -> argparse.ArgumentParser:
             _add_chat_options(command)
         if name != "chat":
             command.add_argument("--json", action="store_true", help="print one JSON object")
-        _add_connection_options(command)
+        # The question of `status` is how the daemon is now: there is nothing to wait for.
+        _add_connection_options(command, offers_wait=name != "status")
     return parser
 
 
@@ -117,7 +120,7 @@ def _add_chat_options(command: argparse.ArgumentParser) -> None:
         group.add_argument("--request-id", metavar="ID", help="names the request in the daemon's journal")
 
 
-def _add_connection_options(command: argparse.ArgumentParser) -> None:
+def _add_connection_options(command: argparse.ArgumentParser, *, offers_wait: bool) -> None:
     group = command.add_argument_group("connection")
     group.add_argument("--address", metavar="ADDRESS", help="where the daemon is; see hearth --help")
     group.add_argument("--ca", metavar="FILE", help="certificate (PEM) to check the daemon's against; makes it TLS")
@@ -133,11 +136,14 @@ def _add_connection_options(command: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         help="give up after so long; 600 for an answer, 10 otherwise, if not given; inf: never",
     )
+    if not offers_wait:
+        command.set_defaults(wait=None)
+        return
     group.add_argument(
         "--wait",
         type=_seconds_or_0,
         metavar="SECONDS",
-        help="wait so long for a daemon that is just starting; 10 if not given; `status` never waits",
+        help="wait so long for a daemon that is just starting; 10 if not given",
     )
 
 

@@ -6,6 +6,7 @@ Called by `__main__`.
 import argparse
 import io
 import json
+import select
 import sys
 from dataclasses import asdict
 from typing import Any
@@ -19,12 +20,14 @@ from hearth.cli.terminal import Screen
 EXIT_INTERRUPTED = 130
 # A daemon takes far less (`limits.max_request_bytes`); this only keeps an endless input from filling the memory.
 _MAX_INPUT_BYTES = 4 << 20
+# Whoever gave words may not know that an open pipe is read too, and would see a program that hangs.
+_SILENCE_SECONDS = 1.0
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Ask, print, return the exit code."""
     screen = Screen()
-    messages = [Message("user", _question(arguments.words))]
+    messages = [Message("user", _question(arguments.words, screen))]
     if arguments.system is not None:
         messages.insert(0, Message("system", arguments.system))
     with open_client(arguments, screen) as client:
@@ -55,9 +58,11 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _question(words: list[str]) -> str:
+def _question(words: list[str], screen: Screen) -> str:
     parts = [" ".join(words)]
     if not words or not sys.stdin.isatty():
+        if words and not select.select([sys.stdin], [], [], _SILENCE_SECONDS)[0]:
+            screen.error("reading standard input to its end; </dev/null if there is none")
         parts.append(_read_input(sys.stdin))
     question = "\n\n".join(part for part in parts if part.strip())
     if not question:
