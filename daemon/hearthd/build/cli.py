@@ -1,4 +1,4 @@
-"""`hearthd model`: build, add, list, show, verify and remove models.
+"""`hearthd model`: build, add, list, show, verify and remove models, clean up after them.
 
 Reads arguments, calls the modules that do the work, writes the result: text for a person, or with --json exactly one
 object on standard output. Progress goes to standard error. Errors are raised; `__main__` turns them into a line and an
@@ -22,7 +22,7 @@ from hearthd import paths
 from hearthd.build import presentation
 from hearthd.build.catalogue import Catalogue, CatalogueEntry, Source
 from hearthd.build.checkpoint import Checkpoint, open_checkpoint
-from hearthd.build.fetch import fetch
+from hearthd.build.fetch import cached, discard, fetch
 from hearthd.build.progress import Progress, no_progress
 from hearthd.bundle import Bundle, Manifest
 from hearthd.errors import BuildError, BundleError
@@ -48,6 +48,10 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     _add_verify(commands)
     remove = _add_command(commands, "remove", _remove, "remove an installed model")
     remove.add_argument("name", metavar="NAME")
+    clean = _add_command(
+        commands, "clean", _clean, "remove what `add` fetched for a model from the cache, not the model"
+    )
+    clean.add_argument("name", metavar="NAME", help="see `hearthd model list --available`")
 
 
 def _add_command(
@@ -174,11 +178,13 @@ def _list(arguments: argparse.Namespace) -> int:
 
 def _show(arguments: argparse.Namespace) -> int:
     bundle = _store(arguments).open(arguments.name, verify=False)
+    found = Catalogue.shipped().by_reference(bundle.manifest.source)
+    checkpoint = cached(found[1], paths.cache_directory()) if found else None
     if arguments.json:
-        facts = json.loads(bundle.manifest.to_json())
-        presentation.write_json(facts | {"path": str(bundle.path), "generation": bundle.generation()})
+        facts = json.loads(bundle.manifest.to_json()) | {"path": str(bundle.path), "generation": bundle.generation()}
+        presentation.write_json(facts | {"checkpoint": str(checkpoint) if checkpoint else None})
     else:
-        presentation.write_facts(presentation.bundle_facts(bundle))
+        presentation.write_facts(presentation.bundle_facts(bundle, checkpoint))
     return 0
 
 
@@ -238,6 +244,16 @@ def _remove(arguments: argparse.Namespace) -> int:
         presentation.write_json({"removed": arguments.name})
     else:
         print(f"removed {arguments.name}")
+    return 0
+
+
+def _clean(arguments: argparse.Namespace) -> int:
+    entry = Catalogue.shipped().entry(arguments.name)
+    removed = sum(discard(source, paths.cache_directory()) for source in entry.sources)
+    if arguments.json:
+        presentation.write_json({"cleaned": entry.name, "removed_bytes": removed})
+    else:
+        print(f"removed {removed / 1e6:,.0f} MB fetched for {entry.name} from {paths.cache_directory()}")
     return 0
 
 

@@ -59,8 +59,11 @@ def write_manifests(manifests: Sequence[Manifest]) -> None:
     _write_table(rows)
 
 
-def bundle_facts(bundle: Bundle) -> dict[str, object]:
-    """Return all that a person may want to know of a model."""
+def bundle_facts(bundle: Bundle, checkpoint: Path | None) -> dict[str, object]:
+    """Return all that a person may want to know of a model.
+
+    checkpoint: where the download is that it was built from, if it is still there.
+    """
     manifest = bundle.manifest
     facts: dict[str, object] = {
         "name": manifest.name,
@@ -72,6 +75,7 @@ def bundle_facts(bundle: Bundle) -> dict[str, object]:
         "size": _megabytes(manifest),
         "license": manifest.license,
         "source": manifest.source,
+        "checkpoint": checkpoint,
     }
     facts |= {f"quality: {key}": value for key, value in sorted(manifest.quality.items())}
     facts |= {f"default: {key}": value for key, value in bundle.generation().items()}
