@@ -72,6 +72,7 @@ class FakeRunner:
         context_length: int = 256,
         vocab_size: int = 262,
         preset_tokens: tuple[int, ...] = (),
+        min_run: int = 1,
         logits_after: Logits | None = None,
         is_gated: bool = False,
     ) -> None:
@@ -80,6 +81,7 @@ class FakeRunner:
         self.context_length = context_length
         self.vocab_size = vocab_size
         self.preset_tokens = preset_tokens
+        self.min_run = min_run
         self.logits_after = logits_after or hashed_logits(vocab_size)
         self.fail_next: Exception | None = None
         """Raised by the next forward, which leaves garbage behind."""

@@ -674,6 +674,16 @@ class TestPrefixReuse:
         bench.finish()
         assert again.output_ids == solo(range(10))
 
+    @pytest.mark.parametrize("num_tokens", [8, 9, 10, 16, 17, 18, 25])
+    def test_no_part_of_a_prompt_is_shorter_than_the_runner_wants(self, num_tokens: int) -> None:
+        bench = Bench(FakeRunner(min_run=2, preset_tokens=(0,)))
+        for _ in range(2):
+            bench.runner.calls.clear()
+            sequence = bench.add(range(num_tokens), replace(GREEDY, max_tokens=1))
+            bench.finish()
+            assert [length for _, _, length in bench.runner.calls if length < 2] == []
+        assert bench.finished(sequence).cached_prompt_tokens == num_tokens - 2
+
     def test_one_conversation_at_a_time_moves_no_kv(self) -> None:
         bench = Bench()
         conversations: list[list[int]] = [[1], [2], [3]]

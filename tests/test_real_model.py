@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 import grpc_js
 from hearth import (
@@ -39,8 +40,9 @@ pytestmark = pytest.mark.model
 SLOTS, QUEUED, CONTEXT = 2, 1, 512
 # No model of this size ends these within a few tokens; they keep a slot busy until they are cancelled.
 LONG = "Write a long story about a lighthouse keeper, with many details of each day."
+# The first one's answer begins with a word that float32 gives 0.79; a shorter question is a near tie of two languages.
 QUESTIONS = [
-    "What is the capital of France?",
+    "What is the capital of France, and what is it known for?",
     "Name three things that one finds in a kitchen.",
     "Why is the sky blue?",
     "Translate 'good morning' to German.",
@@ -105,6 +107,22 @@ def test_interleaved_greedy_answers_equal_solo_ones(runner: OnnxRunner, tokenize
         starts = random.integers(0, 12, len(QUESTIONS)).tolist()
         mixed = answers_of(runner, tokenizer, [QUESTIONS[at] for at in order], starts)
         assert mixed == [solo[at] for at in order]
+
+
+@pytest.mark.parametrize("chunk", [2, 5, 16, 17])
+def test_where_a_prompt_is_cut_changes_no_bit(runner: OnnxRunner, tokenizer: ChatTokenizer, chunk: int) -> None:
+    ids = tokenizer.encode_chat([ChatMessage("user", LONG)])
+
+    def logits_by(size: int) -> NDArray[np.float32]:
+        start = 0
+        while start < len(ids):
+            # What the engine does: a rest that is too small goes along.
+            size = len(ids) - start if len(ids) - start - size < runner.min_run else size
+            logits = runner.forward(np.asarray([ids[start : start + size]]), 0, np.asarray([start], np.int32))
+            start += size
+        return logits[0].copy()
+
+    np.testing.assert_array_equal(logits_by(chunk), logits_by(len(ids)))
 
 
 def test_no_text_becomes_a_control_token(default_bundle: Bundle, tokenizer: ChatTokenizer) -> None:
@@ -207,9 +225,10 @@ def test_the_same_seed_gives_the_same_answer(client: Client) -> None:
 
 def test_a_stop_string_ends_the_answer_and_is_not_part_of_it(client: Client) -> None:
     whole = client.chat(QUESTIONS[0], temperature=0).text
-    cut = client.chat(QUESTIONS[0], temperature=0, stop=["is Par"])
+    stop = whole[20:26]
+    cut = client.chat(QUESTIONS[0], temperature=0, stop=[stop])
     assert cut.finish_reason is FinishReason.STOP_STRING
-    assert cut.text == whole[: whole.index("is Par")]
+    assert cut.text == whole[: whole.index(stop)]
 
 
 def test_logprobs_belong_to_the_text(client: Client) -> None:
@@ -281,12 +300,17 @@ def test_a_full_queue_refuses_at_once_and_a_cancel_lets_the_next_one_in(client: 
 
 
 def test_a_deadline_stops_the_work(client: Client) -> None:
-    before = client.status().num_chats_cancelled
+    before = client.status()
     with pytest.raises(DeadlineError):
         client.chat(LONG, temperature=0, max_tokens=450, timeout=0.7)
     for _ in range(SLOTS):
         client.chat("Hello.", temperature=0, max_tokens=2)
-    assert client.status().num_chats_cancelled == before + 1
+    after = client.status()
+    assert after.num_running == 0
+    # The engine's clock or the transport's, whichever strikes first, ends it; far from its 450 tokens.
+    ended = after.num_chats_cancelled + after.num_chats_finished
+    assert ended == before.num_chats_cancelled + before.num_chats_finished + 1 + SLOTS
+    assert after.num_completion_tokens - before.num_completion_tokens < 300
 
 
 def test_the_daemon_describes_itself(client: Client, default_bundle: Bundle) -> None:
@@ -309,12 +333,13 @@ def test_a_client_in_javascript_streams_a_chat(daemon: Daemon) -> None:
 
 def test_no_log_line_holds_what_was_said(daemon: Daemon, client: Client) -> None:
     answer = client.chat("Please repeat after me: zanzibarcanary", temperature=0, max_tokens=30)
-    assert "zanzibar" in answer.text.lower()
+    assert len(answer.text) > 20
     with pytest.raises(InvalidRequestError):
         client.chat("zanzibarcanary " * 400)
     log = daemon.log.read_text()
     assert "chat" in log
     assert "zanzibar" not in log.lower()
+    assert answer.text[:15] not in log
 
 
 def test_sigterm_lets_a_running_answer_finish(default_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> None:

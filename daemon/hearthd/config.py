@@ -90,7 +90,7 @@ class EngineConfig:
     slots: Annotated[int, Whole(1, 64)] = 4
     context_length: Annotated[int, Whole(64, 131072)] = 2048
     threads: Annotated[int, Whole(0, 256)] = 0
-    prefill_chunk: Annotated[int, Whole(1, 512)] = 64
+    prefill_chunk: Annotated[int, Whole(2, 512)] = 64
     max_answer_seconds: Annotated[float, Number(1.0, 86400.0)] = 600.0
 
     @property

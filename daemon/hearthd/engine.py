@@ -61,7 +61,10 @@ class Engine:
         max_answer_seconds: float = 600.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """prefill_chunk: the most prompt tokens that one run takes. max_answer_seconds: from the slot to the end."""
+        """prefill_chunk: the prompt tokens that one run takes; the last one may take a few more.
+
+        max_answer_seconds: from the slot to the end.
+        """
         self._runner = runner
         self._tokenizer = tokenizer
         self._prefill_chunk = prefill_chunk
@@ -194,7 +197,10 @@ class Engine:
             return
         sequence = self._prefilling[0]
         done = self._cache.num_tokens(sequence.slot)
-        chunk = sequence.prompt_ids[done : done + self._prefill_chunk]
+        left = len(sequence.prompt_ids) - done
+        # A rest that is too small for a run of its own goes along.
+        size = left if left - self._prefill_chunk < self._runner.min_run else self._prefill_chunk
+        chunk = sequence.prompt_ids[done : done + size]
         self._in_prefill = sequence
         try:
             logits = self._run([chunk], sequence.slot, [done])

@@ -39,6 +39,10 @@ class Runner(Protocol):
         """V, the width of the logits; at least the tokenizer's number of ids."""
 
     @property
+    def min_run(self) -> int:
+        """Tokens of a prompt that belong into one run at least, for logits that do not depend on where it was cut."""
+
+    @property
     def preset_tokens(self) -> tuple[int, ...]:
         """Token ids whose KV the bundle carries, maybe none."""
 
@@ -104,12 +108,12 @@ class KVCache:
     def acquire(self, prompt_ids: Sequence[int], identity: str) -> Place:
         """Take an idle slot, with as much of the prompt's KV in it as can be had without computing.
 
-        At least one token of the prompt is left to run, since its logits are wanted. There must be an idle slot.
+        At least `Runner.min_run` tokens of the prompt are left to run, if it has as many. There must be an idle slot.
         """
         source, num_shared = self._longest_shared(prompt_ids, identity)
         target = self._least_valuable()
         preset = self._runner.preset_tokens
-        num_preset = min(len(preset), len(prompt_ids) - 1) if tuple(prompt_ids[: len(preset)]) == preset else 0
+        num_preset = min(len(preset), self._reusable(prompt_ids)) if tuple(prompt_ids[: len(preset)]) == preset else 0
         num_cached = 0
         if num_shared > num_preset:
             num_past = num_cached = num_shared
@@ -129,6 +133,10 @@ class KVCache:
         slot.identity = identity
         slot.is_held = True
         return Place(target, num_past, num_cached)
+
+    def _reusable(self, prompt_ids: Sequence[int]) -> int:
+        """How many of a prompt's tokens need not be run."""
+        return max(len(prompt_ids) - self._runner.min_run, 0)
 
     def extend(self, slot: int, token_ids: Iterable[int]) -> None:
         """Note that the KV of further tokens was written behind those that are there."""
@@ -164,7 +172,7 @@ class KVCache:
                 # Equal ones: rather one that can be taken as it is.
                 if num_shared > most or (num_shared == most and self._slots[best].is_held):
                     best, most = number, num_shared
-        return best, min(most, len(prompt_ids) - 1)
+        return best, min(most, self._reusable(prompt_ids))
 
     def _least_valuable(self) -> int:
         """Choose the idle slot that is empty, or else was used least recently."""
