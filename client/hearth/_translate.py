@@ -131,7 +131,9 @@ def _unavailable(said: str, trailers: Trailers, address: str) -> HearthError:
         # A dead peer has been waited for already.
         is_dead = re.search(r"(?i)ping timeout|keepalive", said) is not None
         what = "the daemon stopped answering" if is_dead else "the connection broke"
-        return ConnectError(f"lost {address}: {what}", is_transient=not is_dead)
+        return ConnectError(
+            f"lost {address}: {what}; ask again when `hearth status` finds it", is_transient=not is_dead
+        )
     return UnavailableError(said or f"the daemon at {address} cannot serve now", retry_after=_retry_delay(trailers)[1])
 
 
