@@ -22,7 +22,7 @@ from hearthd.build import corpus
 from hearthd.build.architecture import DecoderSpec
 from hearthd.build.calibrate import calibrate
 from hearthd.build.checkpoint import Checkpoint
-from hearthd.build.documents import MAX_DOCUMENT_TOKENS, first_tokens, tokenize
+from hearthd.build.documents import MAX_DOCUMENT_TOKENS, TokenDocument, first_tokens, tokenize
 from hearthd.build.graph import GraphOptions, write_graph
 from hearthd.build.quality import EVALUATION_TOKENS, MAX_KL, QualityFigures, Reference, compare
 from hearthd.build.recipe import Recipe
@@ -56,6 +56,10 @@ class _Parts:
     scratch: Path
     num_threads: int
 
+    def tokenized(self, documents: tuple[corpus.Document, ...], max_tokens: int) -> tuple[TokenDocument, ...]:
+        """Return the texts as this model sees them, at most max_tokens of them."""
+        return tokenize(documents, self.tokenizer, max_tokens=max_tokens, context_length=self.spec.max_context_length)
+
 
 def build_bundle(
     checkpoint: Checkpoint,
@@ -82,14 +86,15 @@ def build_bundle(
     with tempfile.TemporaryDirectory(prefix=".build-", dir=directory.parent) as scratch:
         parts = _Parts(checkpoint, spec, tokenizer, Path(scratch), len(os.sched_getaffinity(0)))
         report("float32 reference", 0.0)
-        reference = _reference(parts, "reference")
+        reference = _reference(parts)
         preset = reference.keys_and_values(begin) if begin else None
         recipe = _calibrated(parts, preset, report)
         report("int8 graph", 0.0)
         weights = DecoderWeights(checkpoint, spec, rotated=recipe.rotated)
         options = GraphOptions(context_length=spec.max_context_length, int8_embedding=True)
         write_graph(directory, spec, weights, recipe, options)
-        figures = _judged(parts, reference, directory, preset, report)
+        evaluation = parts.tokenized(corpus.load("evaluation"), EVALUATION_TOKENS)
+        figures = _judged(parts, reference, directory, evaluation, preset, report)
     if figures.kl_mean > MAX_KL and not force:
         raise BuildError(
             f"the int8 model is not faithful: mean KL {figures.kl_mean:.4f} to the float32 graph, at most {MAX_KL} is "
@@ -120,38 +125,24 @@ def measure_quality(
     tokenizer = ChatTokenizer.from_bundle(bundle)
     with tempfile.TemporaryDirectory(prefix=".verify-", dir=scratch) as name:
         parts = _Parts(checkpoint, spec, tokenizer, Path(name), len(os.sched_getaffinity(0)))
-        reference = _reference(parts, "reference")
-        return compare(
-            reference,
-            bundle.path,
-            spec,
-            tokenize(documents, tokenizer, max_tokens=max_tokens, context_length=spec.max_context_length),
-            preset=bundle.preset(),
-            num_threads=parts.num_threads,
-            report=lambda share: report("quality", share),
-        )
+        text = parts.tokenized(documents, max_tokens)
+        return _judged(parts, _reference(parts), bundle.path, text, bundle.preset(), report)
 
 
-def _reference(parts: _Parts, name: str) -> Reference:
-    directory = parts.scratch / name
+def _reference(parts: _Parts) -> Reference:
+    directory = parts.scratch / "reference"
     directory.mkdir()
     length = min(MAX_DOCUMENT_TOKENS, parts.spec.max_context_length)
     return Reference(parts.checkpoint, parts.spec, directory, context_length=length, num_threads=parts.num_threads)
 
 
 def _calibrated(parts: _Parts, preset: NDArray[np.float32] | None, report: Report) -> Recipe:
-    documents = tokenize(
-        corpus.load("calibration"),
-        parts.tokenizer,
-        max_tokens=_CALIBRATION_TOKENS,
-        context_length=parts.spec.max_context_length,
-    )
     directory = parts.scratch / "calibration"
     directory.mkdir()
     return calibrate(
         parts.checkpoint,
         parts.spec,
-        documents,
+        parts.tokenized(corpus.load("calibration"), _CALIBRATION_TOKENS),
         directory=directory,
         preset=preset,
         num_threads=parts.num_threads,
@@ -160,14 +151,13 @@ def _calibrated(parts: _Parts, preset: NDArray[np.float32] | None, report: Repor
 
 
 def _judged(
-    parts: _Parts, reference: Reference, directory: Path, preset: NDArray[np.float32] | None, report: Report
+    parts: _Parts,
+    reference: Reference,
+    directory: Path,
+    documents: tuple[TokenDocument, ...],
+    preset: NDArray[np.float32] | None,
+    report: Report,
 ) -> QualityFigures:
-    documents = tokenize(
-        corpus.load("evaluation"),
-        parts.tokenizer,
-        max_tokens=EVALUATION_TOKENS,
-        context_length=parts.spec.max_context_length,
-    )
     return compare(
         reference,
         directory,
