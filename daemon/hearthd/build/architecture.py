@@ -78,6 +78,14 @@ class DecoderSpec:
     rope_inverse_frequencies: tuple[float, ...]
 
     @property
+    def rotatable(self) -> bool:
+        """Whether the residual stream may be rotated (`weights` says how).
+
+        Not where a norm's elementwise weight stands between a branch and the stream: it does not commute with rotation.
+        """
+        return True
+
+    @property
     def padded_head_dim(self) -> int:
         """A head's features in the graph and in the KV buffers: ONNX Runtime's attention takes multiples of 16."""
         return -(-self.head_dim // _HEAD_DIM_STEP) * _HEAD_DIM_STEP
