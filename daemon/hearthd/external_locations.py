@@ -1,9 +1,12 @@
 """Which files an ONNX graph would read its weights from, found without loading it.
 
 The serving side needs this one fact of the graph, before ONNX Runtime opens anything; importing `onnx` for it would
-cost the daemon some 30 MB. Reads protobuf's wire format by the field numbers of onnx.proto. Called by `bundle`.
+cost the daemon some 30 MB. Reads protobuf's wire format by the field numbers of onnx.proto. Called by `bundle`, and by
+`build.onnx_file`, which reads more of a graph in the same way.
 """
 
+from collections.abc import Iterator
+from mmap import mmap
 from typing import Final
 
 from hearthd.errors import BundleError
@@ -29,14 +32,40 @@ _FIELDS: Final = {
 _MAX_DEPTH: Final = 64
 
 
-def external_locations(model: bytes) -> set[str]:
+def external_locations(model: bytes | mmap) -> set[str]:
     """Return the `location` of every tensor with external data, in subgraphs and functions too.
 
     Raises BundleError when `model` is not protobuf.
     """
     locations: set[str] = set()
-    _walk(memoryview(model), "Model", locations, _MAX_DEPTH)
+    with memoryview(model) as data:
+        _walk(data, "Model", locations, _MAX_DEPTH)
     return locations
+
+
+def length_delimited(data: memoryview) -> Iterator[tuple[int, int, int, int]]:
+    """Yield each length-delimited field of a message: number, where its tag begins, its content starts, and it stops.
+
+    Texts, messages and packed numbers are such; single numbers are passed over. Raises BundleError for what is none.
+    """
+    cursor = 0
+    while cursor < len(data):
+        begin = cursor
+        tag, cursor = _varint(data, cursor)
+        wire_type = tag & 7
+        if wire_type == 0:
+            _, cursor = _varint(data, cursor)
+        elif wire_type in (1, 5):
+            cursor += 8 if wire_type == 1 else 4
+        elif wire_type == 2:
+            length, start = _varint(data, cursor)
+            cursor = start + length
+        else:  # groups, which ONNX does not use, and numbers that mean nothing
+            raise BundleError(f"the ONNX model is damaged: wire type {wire_type}")
+        if cursor > len(data):
+            raise BundleError("the ONNX model is cut off")
+        if wire_type == 2:
+            yield tag >> 3, begin, start, cursor
 
 
 def _walk(data: memoryview, message: str, locations: set[str], depth: int) -> None:
@@ -60,24 +89,7 @@ def _read_entry(data: memoryview, locations: set[str]) -> None:
 
 def _submessages(data: memoryview) -> list[tuple[int, memoryview]]:
     """Return the length-delimited fields of a message; the others hold no tensors."""
-    found: list[tuple[int, memoryview]] = []
-    cursor = 0
-    while cursor < len(data):
-        tag, cursor = _varint(data, cursor)
-        wire_type = tag & 7
-        if wire_type == 0:
-            _, cursor = _varint(data, cursor)
-        elif wire_type in (1, 5):
-            cursor += 8 if wire_type == 1 else 4
-        elif wire_type == 2:
-            length, cursor = _varint(data, cursor)
-            found.append((tag >> 3, data[cursor : cursor + length]))
-            cursor += length
-        else:  # groups, which ONNX does not use, and numbers that mean nothing
-            raise BundleError(f"the ONNX model is damaged: wire type {wire_type}")
-        if cursor > len(data):
-            raise BundleError("the ONNX model is cut off")
-    return found
+    return [(number, data[start:stop]) for number, _, start, stop in length_delimited(data)]
 
 
 def _varint(data: memoryview, cursor: int) -> tuple[int, int]:

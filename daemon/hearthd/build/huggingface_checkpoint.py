@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Protocol
 
 from tokenizers import Tokenizer
 
@@ -45,14 +45,31 @@ _GENERATION: Final = {
 }
 
 
+class WeightFile(Protocol):
+    """A file of tensors, as `SafetensorsFile` reads it."""
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """The tensors' shapes by name."""
+
+    def rows(self, name: str, start: int, stop: int) -> NDArray[np.float32]:
+        """Rows [start, stop) of a tensor; one of one dimension is one row."""
+
+    def close(self) -> None:
+        """Let go of the file."""
+
+
 class HuggingFaceCheckpoint(Checkpoint):
     """A directory with config.json, model.safetensors (or shards and their index), tokenizer.json and a template."""
+
+    kind: ClassVar[str] = "Hugging Face checkpoint"
+    remedy: ClassVar[str] = "give a Hugging Face checkpoint directory or a GGUF file"
 
     def __init__(self, path: Path) -> None:
         """Open the directory. Raises BuildError, with the remedy, for what is missing, damaged or not supported."""
         self._path = path
-        self._files: list[SafetensorsFile] = []
-        config = self._json("config.json", "give a Hugging Face checkpoint directory or a GGUF file")
+        self._files: list[WeightFile] = []
+        config = self._json("config.json", self.remedy)
         architecture = self._architecture(config)
         if "quantization_config" in config:
             raise self._error("is quantised already (quantization_config in config.json); take the original checkpoint")
@@ -63,7 +80,7 @@ class HuggingFaceCheckpoint(Checkpoint):
         self.bos_token = self._special_token(tokenizer_config, "bos_token")
         self.eos_token = self._special_token(tokenizer_config, "eos_token")
         self.generation = self._generation(generation)
-        self.source = one_line(f"Hugging Face checkpoint {path.resolve().name}", 200)
+        self.source = one_line(f"{self.kind} {path.resolve().name}", 200)
         self.license = self._license()
         if not all(isinstance(config.get(key) or {}, dict) for key in ("rope_parameters", "rope_scaling")):
             raise self._error("has rope_parameters or rope_scaling that are no object in config.json")
@@ -103,17 +120,18 @@ class HuggingFaceCheckpoint(Checkpoint):
         for file in self._files:
             file.close()
 
-    def _file(self, name: str) -> SafetensorsFile:
+    def _file(self, name: str) -> WeightFile:
         try:
             return self._where[name]
         except KeyError:
             raise self._error(f"has no tensor {name!r}; the checkpoint is incomplete") from None
 
-    def _open_weights(self) -> dict[str, SafetensorsFile]:
+    def _open_weights(self) -> Mapping[str, WeightFile]:
         single = self._path / "model.safetensors"
         if single.is_file():
-            self._files.append(SafetensorsFile(single))
-            return dict.fromkeys(self._files[0].shapes, self._files[0])
+            whole = SafetensorsFile(single)
+            self._files.append(whole)
+            return dict.fromkeys(whole.shapes, whole)
         index = self._json(
             "model.safetensors.index.json",
             "there is no model.safetensors either; convert older *.bin weights with transformers' save_pretrained",
