@@ -120,3 +120,50 @@ ZEPHYR: Final = """{% for message in messages %}
 {{ '<|assistant|>' }}
 {% endif %}
 {% endfor %}"""
+
+# SmolLM3's, its tools and overrides left out: the system message chooses how to reason and is then cut by replacing.
+SMOLLM3: Final = """{%- set reasoning_mode = "/think" if enable_thinking is not defined or enable_thinking else "/no_think" -%}
+{%- set custom_instructions = "" -%}
+{%- if messages[0].role == "system" -%}
+    {%- set system_message = messages[0].content -%}
+    {%- if "/no_think" in system_message -%}
+        {%- set reasoning_mode = "/no_think" -%}
+    {%- elif "/think" in system_message -%}
+        {%- set reasoning_mode = "/think" -%}
+    {%- endif -%}
+    {%- set custom_instructions = system_message.replace("/no_think", "").replace("/think", "").rstrip() -%}
+{%- endif -%}
+{{- "<|im_start|>system\n## Metadata\n\nKnowledge Cutoff Date: June 2025\n" -}}
+{{- "Today Date: " ~ strftime_now("%d %B %Y") ~ "\n" -}}
+{{- "Reasoning Mode: " + reasoning_mode + "\n\n## Custom Instructions\n\n" -}}
+{{- (custom_instructions or "You are a helpful AI assistant named SmolLM, trained by Hugging Face.") + "\n\n<|im_end|>\n" -}}
+{%- for message in messages -%}
+    {%- if message.role == "user" -%}
+        {{- "<|im_start|>user\n" + message.content + "<|im_end|>\n" -}}
+    {%- elif message.role == "assistant" -%}
+        {%- generation -%}
+        {{- "<|im_start|>assistant\n" + ("" if reasoning_mode == "/think" else "<think>\n\n</think>\n") -}}
+        {{- message.content.lstrip("\n") + "<|im_end|>\n" -}}
+        {%- endgeneration -%}
+    {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+    {{- "<|im_start|>assistant\n" + ("" if reasoning_mode == "/think" else "<think>\n\n</think>\n") -}}
+{%- endif -%}
+"""  # noqa: E501
+
+# Granite 3.x's, without tools and documents: a role stands between two tokens, one token ends turns and texts.
+GRANITE: Final = """{%- if messages[0]['role'] == 'system' %}
+    {%- set system_message = messages[0]['content'] %}
+    {%- set loop_messages = messages[1:] %}
+{%- else %}
+    {%- set system_message = "Knowledge Cutoff Date: April 2024.\nToday's Date: " + strftime_now('%B %d, %Y') + ".\nYou are Granite, developed by IBM. You are a helpful AI assistant." %}
+    {%- set loop_messages = messages %}
+{%- endif %}
+{{- '<|start_of_role|>system<|end_of_role|>' + system_message + '<|end_of_text|>\n' }}
+{%- for message in loop_messages %}
+    {{- '<|start_of_role|>' + message['role'] + '<|end_of_role|>' + message['content'] + '<|end_of_text|>\n' }}
+    {%- if loop.last and add_generation_prompt %}
+        {{- '<|start_of_role|>assistant<|end_of_role|>' }}
+    {%- endif %}
+{%- endfor %}"""  # noqa: E501

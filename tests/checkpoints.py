@@ -17,10 +17,10 @@ import safetensors.numpy
 from numpy.typing import NDArray
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from chat_templates import LLAMA3, QWEN2_5, QWEN3, SMOLLM2, ZEPHYR
+from chat_templates import GRANITE, LLAMA3, QWEN2_5, QWEN3, SMOLLM2, SMOLLM3, ZEPHYR
 
 Weights = dict[str, NDArray[np.float32]]
-TokenizerStyle = Literal["smollm", "qwen2", "llama3", "sentencepiece"]
+TokenizerStyle = Literal["smollm", "qwen2", "llama3", "smollm3", "granite", "sentencepiece"]
 
 CORPUS: Final = (
     """
@@ -86,7 +86,7 @@ def _model(
     config["vocab_size"] = -(-tokenizer.get_vocab_size() // 32) * 32
     start, end = _TURN[style]
     config["bos_token_id"] = tokenizer.token_to_id(start)
-    config["eos_token_id"] = tokenizer.token_to_id(end)
+    config["eos_token_id"] = config["pad_token_id"] = tokenizer.token_to_id(end)
     return TinyModel(name, model_type, config, style, template, pre, generation)
 
 
@@ -95,6 +95,8 @@ _TURN: Final = {
     "smollm": ("<|im_start|>", "<|im_end|>"),
     "qwen2": ("<|endoftext|>", "<|im_end|>"),
     "llama3": ("<|begin_of_text|>", "<|eot_id|>"),
+    "smollm3": ("<|begin_of_text|>", "<|im_end|>"),
+    "granite": ("<|end_of_text|>", "<|end_of_text|>"),
     "sentencepiece": ("<s>", "</s>"),
 }
 
@@ -149,6 +151,32 @@ def tiny_models() -> dict[str, TinyModel]:
             rms_norm_eps=1e-6,
             rope_theta=1_000_000.0,
         ),
+        _model(
+            "smollm3",
+            "SmolLM3ForCausalLM",
+            "smollm3",
+            "smollm3",
+            SMOLLM3,
+            "llama-bpe",
+            tie_word_embeddings=True,
+            # Each fourth layer is without rope.
+            num_hidden_layers=5,
+            rope_theta=50_000.0,
+            rms_norm_eps=1e-6,
+        ),
+        _model(
+            "granite",
+            "GraniteForCausalLM",
+            "granite",
+            "granite",
+            GRANITE,
+            "refact",
+            tie_word_embeddings=True,
+            embedding_multiplier=6.0,
+            residual_multiplier=0.22,
+            attention_multiplier=0.125,
+            logits_scaling=4.0,
+        ),
     ]
     return {model.name: model for model in models_}
 
@@ -198,12 +226,15 @@ def make_tokenizer(style: TokenizerStyle) -> Tokenizer:
     """Train a small tokenizer whose parts are those of the family's."""
     if style == "sentencepiece":
         return _sentencepiece_tokenizer()
-    tokenizer = Tokenizer(models.BPE(ignore_merges=style == "llama3"))
+    tokenizer = Tokenizer(models.BPE(ignore_merges=style in ("llama3", "smollm3")))
     tokenizer.pre_tokenizer = pre_tokenizer(style)
     tokenizer.decoder = decoders.ByteLevel()
     if style == "qwen2":
         tokenizer.normalizer = normalizers.NFC()
-    first = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"] if style == "smollm" else []
+    first = {
+        "smollm": ["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        "granite": ["<|end_of_text|>", "<|start_of_role|>", "<|end_of_role|>"],
+    }.get(style, [])
     trainer = trainers.BpeTrainer(
         vocab_size=400, special_tokens=first, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
@@ -215,12 +246,15 @@ def make_tokenizer(style: TokenizerStyle) -> Tokenizer:
         tokenizer.add_special_tokens(
             ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
         )
+    elif style == "smollm3":
+        tokenizer.add_special_tokens(["<|begin_of_text|>", "<|end_of_text|>", "<|im_start|>", "<|im_end|>"])
+        tokenizer.add_tokens([AddedToken("<think>", normalized=False), AddedToken("</think>", normalized=False)])
     return tokenizer
 
 
 def pre_tokenizer(style: TokenizerStyle) -> pre_tokenizers.PreTokenizer:
     """How the family cuts text into words, as its tokenizer.json says."""
-    if style == "smollm":
+    if style in ("smollm", "granite"):
         return pre_tokenizers.Sequence(
             [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
         )
@@ -363,6 +397,10 @@ _GGUF_NAMES: Final = {
 }
 
 
+# Conversions that derive from llama's, and with it from its order of q and k rows.
+_PERMUTED: Final = ("llama", "smollm3", "granite")
+
+
 def write_gguf(
     path: Path,
     model: TinyModel,
@@ -396,6 +434,11 @@ def write_gguf(
     _add_tokenizer(writer, model)
     for key, value in metadata.items():
         _add(writer, key.replace("__", "."), value)
+    if model.gguf_architecture == "granite":
+        writer.add_embedding_scale(config["embedding_multiplier"])
+        writer.add_residual_scale(config["residual_multiplier"])
+        writer.add_attention_scale(config["attention_multiplier"])
+        writer.add_logit_scale(config["logits_scaling"])
     if config["rope_scaling"]:
         writer.add_tensor("rope_freqs.weight", llama3_rope_factors(config))
     for name, values in (more or {}).items():
@@ -407,7 +450,7 @@ def write_gguf(
         if values.ndim == 2:
             stored = gguf.quants.quantize(values, quantization)
             readable[name] = np.array(gguf.quants.dequantize(stored, quantization), np.float32)
-        written = _reorder(name, values, config) if model.gguf_architecture == "llama" else values
+        written = _reorder(name, values, config) if model.gguf_architecture in _PERMUTED else values
         if values.ndim == 2:
             stored = gguf.quants.quantize(written, quantization)
             writer.add_tensor(_gguf_name(name), stored, raw_dtype=quantization)

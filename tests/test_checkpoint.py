@@ -104,8 +104,9 @@ def test_gguf_rope_factors_are_what_the_scaling_computes(tmp_path: Path) -> None
     with open_checkpoint(tmp_path / "tiny.gguf") as checkpoint:
         factors = checkpoint.config["rope_freq_factors"]
         np.testing.assert_array_equal(factors, llama3_rope_factors(model.config))
-        from_factors = DecoderSpec.from_config(checkpoint.config).rope_inverse_frequencies
-    np.testing.assert_allclose(from_factors, DecoderSpec.from_config(model.config).rope_inverse_frequencies, rtol=1e-6)
+        (from_factors,) = DecoderSpec.from_config(checkpoint.config).ropes
+    (computed,) = DecoderSpec.from_config(model.config).ropes
+    np.testing.assert_allclose(from_factors.inverse_frequencies, computed.inverse_frequencies, rtol=1e-6)
 
 
 def test_every_added_token_is_a_control_token(checkpoint: Checkpoint, model: TinyModel) -> None:

@@ -117,7 +117,7 @@ def test_license_comes_from_the_model_card(directory: Path) -> None:
     [
         (
             {"architectures": ["GemmaForCausalLM"]},
-            "architecture 'GemmaForCausalLM' is not supported; these are: LlamaFor",
+            "architecture 'GemmaForCausalLM' is not supported; these are: ",
         ),
         ({"architectures": None}, "architecture 'qwen2' is not supported"),
         ({"quantization_config": {"quant_method": "awq"}}, "quantised already"),

@@ -2,46 +2,75 @@
 
 Knows no weights, no ONNX and no files. Called by `builder`; `weights` and `graph` read the result. An architecture
 is a row of `ARCHITECTURES`: which of the optional parts it has. Everything that is not in a row is refused by name.
+docs/architectures.md shows how the next row is added.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
+from hearthd.build.layers import Layer, LayerRule, all_alike, some_without_rope
+from hearthd.build.rope import Rope
 from hearthd.errors import BuildError
 
-__all__ = ["ARCHITECTURES", "DecoderSpec", "rope_tables"]
+__all__ = ["ARCHITECTURES", "Architecture", "DecoderSpec", "Multipliers"]
 
 
 @dataclass(frozen=True, slots=True)
+class Multipliers:
+    """Fixed factors, none of which costs anything when the decoder runs: `weights` folds them in.
+
+    embedding: of a token's row, where the residual stream begins. branch: of what attention and MLP add to the stream.
+    attention: of the scores before softmax, None for 1 / sqrt(head_dim). logits: of the result.
+    """
+
+    embedding: float = 1.0
+    branch: float = 1.0
+    attention: float | None = None
+    logits: float = 1.0
+
+
+def granite_multipliers(config: Mapping[str, Any]) -> Multipliers:
+    """Return the four numbers of a Granite configuration; what it leaves out is 1, also for attention."""
+    return Multipliers(
+        embedding=_factor(config, "embedding_multiplier", 1.0),
+        branch=_factor(config, "residual_multiplier", 1.0),
+        attention=_factor(config, "attention_multiplier", 1.0),
+        logits=1 / _factor(config, "logits_scaling", 1.0),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Architecture:
     """Which optional parts the layers of an architecture have.
 
-    None means that the checkpoint's configuration says so (`attention_bias`, `mlp_bias`).
+    A bias of None: the checkpoint's configuration says so (`attention_bias`, `mlp_bias`). qk_norm: a norm over each
+    head of q and k. layers: the rule for what each layer attends to. multipliers: reads fixed factors, where there are.
     """
 
-    qkv_bias: bool | None
-    o_bias: bool | None
-    mlp_bias: bool | None
-    qk_norm: bool
+    qkv_bias: bool | None = False
+    o_bias: bool | None = False
+    mlp_bias: bool | None = False
+    qk_norm: bool = False
+    layers: LayerRule = all_alike
+    multipliers: Callable[[Mapping[str, Any]], Multipliers] | None = None
 
 
 ARCHITECTURES: Mapping[str, Architecture] = {
     # SmolLM2, TinyLlama, Llama 3.x
-    "LlamaForCausalLM": Architecture(qkv_bias=None, o_bias=None, mlp_bias=None, qk_norm=False),
+    "LlamaForCausalLM": Architecture(qkv_bias=None, o_bias=None, mlp_bias=None),
     # Qwen2, Qwen2.5
-    "Qwen2ForCausalLM": Architecture(qkv_bias=True, o_bias=False, mlp_bias=False, qk_norm=False),
-    "Qwen3ForCausalLM": Architecture(qkv_bias=None, o_bias=None, mlp_bias=False, qk_norm=True),
+    "Qwen2ForCausalLM": Architecture(qkv_bias=True),
+    "Qwen3ForCausalLM": Architecture(qkv_bias=None, o_bias=None, qk_norm=True),
+    "SmolLM3ForCausalLM": Architecture(qkv_bias=None, o_bias=None, mlp_bias=None, layers=some_without_rope),
+    # Granite 3.x
+    "GraniteForCausalLM": Architecture(qkv_bias=None, o_bias=None, mlp_bias=None, multipliers=granite_multipliers),
 }
 
 _HEAD_DIM_STEP = 16
-_ROPE_TYPES = ("default", "linear", "llama3")
 
 # A header may say anything: these bounds keep a hostile one from asking for all of the memory.
 _MAX_SIZE = {
@@ -58,7 +87,10 @@ _MAX_SIZE = {
 
 @dataclass(frozen=True, slots=True)
 class DecoderSpec:
-    """A decoder's shape. Sizes are counts of features, heads, layers or tokens."""
+    """A decoder's shape. Sizes are counts of features, heads, layers or tokens.
+
+    rotary_dim: features of each head that turn with the position, from the first one on.
+    """
 
     architecture: str
     hidden_size: int
@@ -75,7 +107,9 @@ class DecoderSpec:
     o_bias: bool
     mlp_bias: bool
     qk_norm: bool
-    rope_inverse_frequencies: tuple[float, ...]
+    rotary_dim: int
+    layers: tuple[Layer, ...]
+    multipliers: Multipliers
 
     @property
     def rotatable(self) -> bool:
@@ -89,6 +123,17 @@ class DecoderSpec:
     def padded_head_dim(self) -> int:
         """A head's features in the graph and in the KV buffers: ONNX Runtime's attention takes multiples of 16."""
         return -(-self.head_dim // _HEAD_DIM_STEP) * _HEAD_DIM_STEP
+
+    @property
+    def ropes(self) -> tuple[Rope, ...]:
+        """Each rope that some layer has, once."""
+        return tuple(dict.fromkeys(layer.rope for layer in self.layers if layer.rope is not None))
+
+    @property
+    def attention_scale(self) -> float:
+        """What scores are multiplied by before softmax."""
+        scale = self.multipliers.attention
+        return self.head_dim**-0.5 if scale is None else scale
 
     @property
     def q_size(self) -> int:
@@ -125,12 +170,14 @@ class DecoderSpec:
         if head_dim % 2:
             raise BuildError(f"head_dim {head_dim} is odd, which rotary positions cannot be: config.json is damaged")
         _refuse_unknown_parts(config, architecture)
+        num_layers = _size(config, "num_hidden_layers")
+        layers = parts.layers(config, num_layers, head_dim)
         attention_bias = bool(config.get("attention_bias", False))
         mlp_bias = bool(config.get("mlp_bias", False))
         return cls(
             architecture=architecture,
             hidden_size=hidden_size,
-            num_layers=_size(config, "num_hidden_layers"),
+            num_layers=num_layers,
             num_heads=num_heads,
             num_kv_heads=num_kv_heads,
             head_dim=head_dim,
@@ -143,16 +190,10 @@ class DecoderSpec:
             o_bias=attention_bias if parts.o_bias is None else parts.o_bias,
             mlp_bias=mlp_bias if parts.mlp_bias is None else parts.mlp_bias,
             qk_norm=parts.qk_norm,
-            rope_inverse_frequencies=tuple(_inverse_frequencies(config, head_dim)),
+            rotary_dim=head_dim,
+            layers=layers,
+            multipliers=parts.multipliers(config) if parts.multipliers else Multipliers(),
         )
-
-
-def rope_tables(spec: DecoderSpec, context_length: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Return cosines and sines of every position's angles, each float32 (context_length, padded_head_dim / 2)."""
-    frequencies = np.zeros(spec.padded_head_dim // 2)
-    frequencies[: spec.head_dim // 2] = spec.rope_inverse_frequencies
-    angles = np.outer(np.arange(context_length, dtype=np.float64), frequencies)
-    return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
 
 
 def _architecture_name(config: Mapping[str, Any]) -> str:
@@ -179,53 +220,13 @@ def _refuse_unknown_parts(config: Mapping[str, Any], architecture: str) -> None:
     activation = config.get("hidden_act", "silu")
     if activation not in ("silu", "swish"):
         raise BuildError(f"hidden_act {activation!r} is not supported with {architecture}; silu is")
-    if config.get("use_sliding_window"):
-        raise BuildError(f"use_sliding_window is not supported with {architecture}; full attention is")
-    layer_types = config.get("layer_types")
-    if layer_types and set(layer_types) != {"full_attention"}:
-        raise BuildError(
-            f"layer types {sorted(set(layer_types))} are not supported with {architecture}; full_attention is"
-        )
     factor = config.get("partial_rotary_factor", 1.0)
     if factor != 1.0:
         raise BuildError(f"partial_rotary_factor {factor} is not supported with {architecture}; 1.0 is")
 
 
-def _inverse_frequencies(config: Mapping[str, Any], head_dim: int) -> NDArray[np.float64]:
-    """Return the rope's angle for each step of position, float64 (head_dim / 2,).
-
-    Scaling as in transformers' `modeling_rope_utils` (`linear`, `llama3`); a GGUF file carries Llama 3's as divisors in
-    `rope_freq_factors`.
-    """
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    theta = float(rope.get("rope_theta") or config.get("rope_theta") or 10_000.0)
-    frequencies = theta ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
-    factors = config.get("rope_freq_factors")
-    if factors is not None:
-        divisors = np.asarray(factors, dtype=np.float64)
-        if divisors.shape != frequencies.shape or not np.all(np.isfinite(divisors) & (divisors > 0)):
-            raise BuildError(
-                f"rope_freqs has shape {divisors.shape} or values that are not positive; {frequencies.shape} is needed"
-            )
-        return frequencies / divisors
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    if kind not in _ROPE_TYPES:
-        raise BuildError(f"rope scaling {kind!r} is not supported; these are: {', '.join(_ROPE_TYPES)}")
-    if kind == "linear":
-        return frequencies / float(rope["factor"])
-    if kind == "llama3":
-        return _llama3_frequencies(frequencies, rope)
-    return frequencies
-
-
-def _llama3_frequencies(frequencies: NDArray[np.float64], rope: Mapping[str, Any]) -> NDArray[np.float64]:
-    """Stretch long wavelengths by `factor`, keep short ones, blend between (Llama 3.1's rope scaling)."""
-    try:
-        factor = float(rope["factor"])
-        low, high = float(rope["low_freq_factor"]), float(rope["high_freq_factor"])
-        original = float(rope["original_max_position_embeddings"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise BuildError(f"rope scaling llama3 lacks a number: {error}") from error
-    wavelengths = 2 * math.pi / frequencies
-    blend = np.clip((original / wavelengths - low) / (high - low), 0.0, 1.0)
-    return (1 - blend) * frequencies / factor + blend * frequencies
+def _factor(config: Mapping[str, Any], key: str, default: float) -> float:
+    value = config.get(key, default)
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+        raise BuildError(f"{key} is {value!r} in this checkpoint's configuration; a positive number is needed")
+    return float(value)

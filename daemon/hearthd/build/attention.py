@@ -18,27 +18,29 @@ __all__ = ["add_attention"]
 def add_attention(nodes: Nodes, spec: DecoderSpec, index: int, qkv: str, weights: LayerWeights) -> str:
     """Add layer `index`'s attention, rotary positions inside; returns its result, (B, S, q_size).
 
-    Constants `rope.cos` and `rope.sin` are there already.
+    The constants `<rope>.cos` and `<rope>.sin` of the layer's rope are there already.
     """
     path = f"layers.{index}"
     query, key, value = qkv, "", ""
     if weights.q_norm is not None and weights.k_norm is not None:
         query, key, value = _normed_heads(nodes, spec, path, qkv, weights.q_norm, weights.k_norm)
+    layer = spec.layers[index]
+    tables = [] if layer.rope is None else [f"{layer.rope.name}.cos", f"{layer.rope.name}.sin"]
     output = f"{path}.attention"
     nodes.nodes(
         "GroupQueryAttention",
         [
             *(query, key, value),
             *(f"past_key.{index}", f"past_value.{index}", "seqlens_k", "total_sequence_length"),
-            *("rope.cos", "rope.sin"),
+            *tables,
         ],
         [output, f"present_key.{index}", f"present_value.{index}"],
         domain=MICROSOFT,
         num_heads=spec.num_heads,
         kv_num_heads=spec.num_kv_heads,
-        do_rotary=1,
+        do_rotary=int(layer.rope is not None),
         rotary_interleaved=0,
-        scale=spec.head_dim**-0.5,
+        scale=spec.attention_scale,
     )
     return output
 

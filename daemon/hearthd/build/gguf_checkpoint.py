@@ -18,6 +18,7 @@ from hearthd.build.gguf_tokenizer import read_tokenizer
 from hearthd.errors import BuildError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -27,6 +28,18 @@ _ARCHITECTURES: Final = {
     "llama": ("LlamaForCausalLM", True),
     "qwen2": ("Qwen2ForCausalLM", False),
     "qwen3": ("Qwen3ForCausalLM", False),
+    "smollm3": ("SmolLM3ForCausalLM", True),
+    "granite": ("GraniteForCausalLM", True),
+}
+# Keys that one architecture alone has: config.json's name -> the file's. What the file leaves out is left to the
+# architecture's own default, as in llama.cpp (no file says which layers of SmolLM3 have no rope: each fourth).
+_OWN_NUMBERS: Final[Mapping[str, Mapping[str, str]]] = {
+    "granite": {
+        "embedding_multiplier": "embedding_scale",
+        "residual_multiplier": "residual_scale",
+        "attention_multiplier": "attention.scale",
+        "logits_scaling": "logit_scale",
+    },
 }
 _TOP_LEVEL: Final = {
     "token_embd.weight": "model.embed_tokens.weight",
@@ -53,7 +66,7 @@ _IGNORED: Final = re.compile(r"blk\.\d+\.attn_rot_embd\.weight|blk\.\d+\.attn_ro
 
 
 class GgufCheckpoint(Checkpoint):
-    """A GGUF file of the llama, qwen2 or qwen3 architecture. Tensors are dequantised one at a time."""
+    """A GGUF file of one of the architectures above. Tensors are dequantised one at a time."""
 
     def __init__(self, path: Path) -> None:
         """Open the file. Raises BuildError when it is damaged or of another architecture."""
@@ -179,6 +192,8 @@ class GgufCheckpoint(Checkpoint):
             "mlp_bias": "blk.0.ffn_up.bias" in self._file.tensors,
             "hidden_act": "silu",
         }
+        for key, name in _OWN_NUMBERS.get(self._architecture, {}).items():
+            config[key] = self._decimal(name, default=1.0)
         if _ROPE_FACTORS in self._file.tensors:
             config["rope_freq_factors"] = self._file.rows(_ROPE_FACTORS, 0, 1)[0]
         return config

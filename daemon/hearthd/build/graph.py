@@ -19,12 +19,13 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
-from hearthd.build.architecture import DecoderSpec, rope_tables
+from hearthd.build.architecture import DecoderSpec
 from hearthd.build.attention import add_attention
 from hearthd.build.external_data import ExternalData
 from hearthd.build.linear import SMALLEST_PEAK, add_linear
 from hearthd.build.nodes import MICROSOFT, Nodes
 from hearthd.build.recipe import MatMulName, Recipe
+from hearthd.build.rope import rope_tables
 from hearthd.build.weights import DecoderWeights, LayerWeights, Linear
 
 __all__ = ["DATA_FILE", "LAST_POSITION", "MODEL_FILE", "GraphOptions", "write_graph"]
@@ -81,9 +82,10 @@ class _GraphWriter:
 
     def write(self, weights: DecoderWeights) -> None:
         spec = self._spec
-        cos, sin = rope_tables(spec, self._options.context_length)
-        self._nodes.tensor("rope.cos", cos)
-        self._nodes.tensor("rope.sin", sin)
+        for rope in spec.ropes:
+            cos, sin = rope_tables(rope, self._options.context_length, spec.padded_head_dim // 2)
+            self._nodes.tensor(f"{rope.name}.cos", cos)
+            self._nodes.tensor(f"{rope.name}.sin", sin)
         hidden = self._embed(weights.embedding())
         branch = ""
         for index in range(spec.num_layers):

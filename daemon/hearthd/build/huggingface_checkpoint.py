@@ -34,6 +34,13 @@ _DEFAULTS: Final[Mapping[str, Mapping[str, Any]]] = {
     "LlamaForCausalLM": {"max_position_embeddings": 2048},
     "Qwen2ForCausalLM": {"max_position_embeddings": 32768, "num_key_value_heads": 32},
     "Qwen3ForCausalLM": {"max_position_embeddings": 32768, "num_key_value_heads": 32, "head_dim": 128},
+    "SmolLM3ForCausalLM": {
+        "max_position_embeddings": 32768,
+        "num_key_value_heads": 4,
+        "rope_theta": 2_000_000.0,
+        "tie_word_embeddings": True,
+    },
+    "GraniteForCausalLM": {"max_position_embeddings": 2048},
 }
 # Generation default -> (smallest, largest) that makes sense; top_k is a whole number.
 _GENERATION: Final = {

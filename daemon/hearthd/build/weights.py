@@ -72,7 +72,7 @@ class DecoderWeights:
 
     def embedding(self) -> Array:
         """Return the token embedding, float32 (vocab_size, hidden_size)."""
-        embedding = self._embedding()
+        embedding: Array = self._embedding() * np.float32(self._spec.multipliers.embedding)
         return embedding if self._rotation is None else embedding @ self._rotation
 
     def head(self) -> tuple[Array, Linear]:
@@ -83,7 +83,7 @@ class DecoderWeights:
             weight = self._embedding()
         else:
             weight = self._tensor("lm_head.weight", (spec.vocab_size, spec.hidden_size))
-        return self._reading(norm, Linear(weight.T, None))
+        return self._reading(norm, Linear(weight.T * np.float32(spec.multipliers.logits), None))
 
     def layer(self, index: int) -> LayerWeights:
         """Return one layer's weights, those of the same input joined: q, k and v; gate and up."""
@@ -146,7 +146,10 @@ class DecoderWeights:
         return np.ones_like(norm), Linear(self._rotation.T @ (norm[:, None] * linear.weight), linear.bias)
 
     def _writing(self, linear: Linear) -> Linear:
-        """Turn a matmul to write to the rotated stream."""
+        """Give a matmul's result the size that the stream takes it in, and turn it to write to the rotated stream."""
+        factor = np.float32(self._spec.multipliers.branch)
+        if factor != 1:
+            linear = Linear(linear.weight * factor, None if linear.bias is None else linear.bias * factor)
         if self._rotation is None:
             return linear
         return Linear(linear.weight @ self._rotation, None if linear.bias is None else linear.bias @ self._rotation)
