@@ -3,7 +3,7 @@
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test lint arm64 bundle protos constraints clean setup-daemon setup-dev setup-protos setup-emulator
+.PHONY: help demo test lint arm64 bundle protos constraints clean setup-daemon setup-dev setup-protos setup-emulator setup-export
 
 MODEL := smollm2-135m
 STATE := $(CURDIR)/.cache/state
@@ -40,7 +40,7 @@ constraints: setup-dev ## write constraints.txt from the ranges in pyproject.tom
 	.venv/bin/python deploy/dev/constraints.py
 
 clean: ## remove the environments, the built model and every cache
-	rm -rf .venv .venv-protos .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist
+	rm -rf .venv .venv-protos .venv-export .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist
 	find client daemon tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 setup-daemon:
@@ -51,6 +51,9 @@ setup-dev:
 
 setup-protos:
 	@deploy/dev/setup.sh protos
+
+setup-export:
+	@deploy/dev/setup.sh export
 
 setup-emulator:
 	@deploy/dev/setup.sh emulator

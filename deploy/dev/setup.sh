@@ -4,6 +4,7 @@
 #     deploy/dev/setup.sh daemon      what `make demo` needs
 #     deploy/dev/setup.sh dev         that, and the tools and references of `make test`
 #     deploy/dev/setup.sh protos      .venv-protos: the one compiler version that writes client/hearth/v1
+#     deploy/dev/setup.sh export      .venv-export: the daemon with the extra [export], whose transformers is older
 #     deploy/dev/setup.sh emulator    what tests/arm64 needs of the system; no environment
 #
 # Installs only what is missing, and asks for root only if a system package is missing. PYTHON names an interpreter,
@@ -12,12 +13,14 @@
 # and is made anew. Called by the Makefile.
 set -eu
 
-stage=${1:?"usage: deploy/dev/setup.sh daemon|dev|protos|emulator"}
+stage=${1:?"usage: deploy/dev/setup.sh daemon|dev|protos|export|emulator"}
+constraints=constraints.txt
 case $stage in
 daemon | dev) venv=.venv ;;
 protos) venv=.venv-protos ;;
+export) venv=.venv-export constraints=constraints-export.txt ;;
 emulator) ;;
-*) echo "setup: no stage \"$stage\": use daemon, dev, protos or emulator" >&2 && exit 2 ;;
+*) echo "setup: no stage \"$stage\": use daemon, dev, protos, export or emulator" >&2 && exit 2 ;;
 esac
 cd -- "$(dirname -- "$0")/../.."
 exec </dev/null # nothing here reads an answer, and a closed stdin would be reused as somebody's file
@@ -112,7 +115,7 @@ identity() {
 }
 
 contents() {
-    cat pyproject.toml constraints.txt deploy/dev/setup.sh | sha256sum | cut -d ' ' -f 1
+    cat pyproject.toml "$constraints" deploy/dev/setup.sh | sha256sum | cut -d ' ' -f 1
 }
 
 pip_install() {
@@ -149,14 +152,15 @@ if [ -z "$had_stage" ]; then
     "$python" -m venv "$venv"
 fi
 # Dependency groups need pip 25.1, --build-constraint 25.3; Debian 12 brings 23.0.
-pip_install -c constraints.txt pip
+pip_install -c "$constraints" pip
 case $stage in
 daemon) set -- -e '.[daemon]' ;;
 dev) set -- -e '.[daemon]' --group test --group reference ;;
 protos) set -- --group protos ;;
+export) set -- -e '.[daemon,export]' ;;
 esac
 # The compiler of the protos is older than the run time that its output must work with: own pins, in pyproject.toml.
-[ "$stage" = protos ] || set -- -c constraints.txt --build-constraint constraints.txt "$@"
+[ "$stage" = protos ] || set -- -c "$constraints" --build-constraint "$constraints" "$@"
 pip_install "$@"
 sync -f "$venv" # a power cut must not leave the stamp beside empty files
 printf '%s\n' "$stage" "$(identity)" "$(contents)" >"$stamp.new"
