@@ -40,11 +40,12 @@ BUILD_MAY_IMPORT = {
 }
 # Packages that few may know: everybody else stays testable, and replaceable, without them.
 ONLY_IN = {
-    "onnxruntime": {"hearthd.runner", "hearthd.build.session"},
+    # The oracle runs what others exported, whose inputs are not those of Hearth's own graphs.
+    "onnxruntime": {"hearthd.runner", "hearthd.build.session", "hearthd.build.oracle"},
     "systemd": {"hearthd.notify", "hearthd.logs"},
-    "torch": set(),
-    "transformers": set(),
-    "optimum": set(),
+    "torch": {"hearthd.build.optimum_export"},
+    "transformers": {"hearthd.build.optimum_export"},
+    "optimum": {"hearthd.build.optimum_export"},
 }
 MAX_LINES = 400
 
@@ -245,13 +246,20 @@ def test_generated_code_is_what_the_protos_say(tmp_path: Path) -> None:
     assert [name for name in fresh if fresh[name] != committed[name]] == [], remedy
 
 
-def test_constraints_pin_every_requirement_by_name_and_version_only() -> None:
-    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+@pytest.mark.parametrize(
+    ("file", "extras", "groups"),
+    [("constraints.txt", ["daemon"], ["test", "reference"]), ("constraints-export.txt", ["daemon", "export"], [])],
+)
+def test_constraints_pin_every_requirement_by_name_and_version_only(
+    file: str, extras: list[str], groups: list[str]
+) -> None:
+    lines = (ROOT / file).read_text(encoding="utf-8").splitlines()
     pins = [line for line in lines if line and not line.startswith("#")]
     assert [line for line in pins if not re.fullmatch(r"[a-z0-9-]+==[0-9][0-9a-z.]*", line)] == []
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    required = project["project"]["dependencies"] + project["project"]["optional-dependencies"]["daemon"]
-    required += project["dependency-groups"]["test"] + project["dependency-groups"]["reference"]
+    required = list(project["project"]["dependencies"])
+    required += [each for extra in extras for each in project["project"]["optional-dependencies"][extra]]
+    required += [each for group in groups for each in project["dependency-groups"][group]]
     names = {re.sub(r"[-_.]+", "-", re.split(r"[\s<>=!~;\[]", line)[0]).lower() for line in required}
     assert names - {pin.partition("==")[0] for pin in pins} == set(), "run `make constraints`"

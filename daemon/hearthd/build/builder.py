@@ -24,7 +24,8 @@ from hearthd.build.calibrate import calibrate
 from hearthd.build.checkpoint import Checkpoint
 from hearthd.build.documents import MAX_DOCUMENT_TOKENS, TokenDocument, first_tokens, tokenize
 from hearthd.build.graph import GraphOptions, write_graph
-from hearthd.build.quality import EVALUATION_TOKENS, MAX_KL, QualityFigures, Reference, compare
+from hearthd.build.oracle import Oracle
+from hearthd.build.quality import EVALUATION_TOKENS, MAX_KL, QualityFigures, Reference, ReferenceGraph, compare
 from hearthd.build.recipe import Recipe
 from hearthd.build.weights import DecoderWeights
 from hearthd.bundle import MANIFEST_NAME, Bundle, Manifest, file_entry
@@ -116,17 +117,36 @@ def measure_quality(
     max_tokens: int,
     scratch: Path,
     report: Report,
+    exported_graph: Path | None = None,
 ) -> QualityFigures:
     """Judge a finished bundle against the checkpoint that it came from, on any text.
 
-    max_tokens: of the text, in all. scratch: a directory with room for 4 bytes a weight.
+    max_tokens: of the text, in all. scratch: a directory with room for 4 bytes a weight. exported_graph: judge against
+    this graph as it is, and not against one of the checkpoint's weights.
     """
     spec = DecoderSpec.from_config(checkpoint.config)
+    _refuse_another_model(bundle.manifest, spec, checkpoint.source)
     tokenizer = ChatTokenizer.from_bundle(bundle)
     with tempfile.TemporaryDirectory(prefix=".verify-", dir=scratch) as name:
         parts = _Parts(checkpoint, spec, tokenizer, Path(name), len(os.sched_getaffinity(0)))
         text = parts.tokenized(documents, max_tokens)
-        return _judged(parts, _reference(parts), bundle.path, text, bundle.preset(), report)
+        reference: ReferenceGraph = (
+            Oracle(exported_graph, spec, num_threads=parts.num_threads) if exported_graph else _reference(parts)
+        )
+        return _judged(parts, reference, bundle.path, text, bundle.preset(), report)
+
+
+def _refuse_another_model(manifest: Manifest, spec: DecoderSpec, source: str) -> None:
+    shape = (spec.architecture, spec.num_layers, spec.num_heads, spec.num_kv_heads, spec.vocab_size)
+    of_bundle = (
+        *(manifest.architecture, manifest.num_layers, manifest.num_heads),
+        *(manifest.num_kv_heads, manifest.vocab_size),
+    )
+    if shape != of_bundle:
+        raise BuildError(
+            f"{manifest.name} was not built from {source}: architecture, layers, heads, KV heads and vocabulary are "
+            f"{of_bundle} of the one and {shape} of the other; name the checkpoint that it was built from"
+        )
 
 
 def _reference(parts: _Parts) -> Reference:
@@ -152,7 +172,7 @@ def _calibrated(parts: _Parts, preset: NDArray[np.float32] | None, report: Repor
 
 def _judged(
     parts: _Parts,
-    reference: Reference,
+    reference: ReferenceGraph,
     directory: Path,
     documents: tuple[TokenDocument, ...],
     preset: NDArray[np.float32] | None,

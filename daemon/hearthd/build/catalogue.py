@@ -55,6 +55,18 @@ class HubSource:
         return f"hub:{self.repository}@{self.revision}"
 
 
+@dataclass(frozen=True, slots=True)
+class ExportSource(HubSource):
+    """An ONNX graph on the hub, for example onnx/model.onnx, with what stands beside it. The catalogue has none."""
+
+    graph: str = "onnx/model.onnx"
+
+    @property
+    def reference(self) -> str:
+        """What a manifest says of where its weights came from."""
+        return f"hub:{self.repository}@{self.revision}/{self.graph}"
+
+
 Source = PackageSource | HubSource
 
 

@@ -12,7 +12,8 @@ import json
 import re
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -82,7 +83,15 @@ def _run(command: Callable[[argparse.Namespace], int], arguments: argparse.Names
 
 def _add_build(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     build = _add_command(commands, "build", _build, "build an int8 model from a checkpoint on this machine")
-    build.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="GGUF file or Hugging Face directory")
+    source = build.add_mutually_exclusive_group(required=True)
+    source.add_argument(
+        "checkpoint", metavar="CHECKPOINT", nargs="?", type=Path, help="GGUF file or Hugging Face directory"
+    )
+    source.add_argument(
+        "--from-optimum",
+        metavar="DIR_OR_ID",
+        help="directory that optimum exported to ONNX; or a checkpoint or hub repository (OWNER/NAME), exported first",
+    )
     build.add_argument("--name", help="what to call the model (default: after the checkpoint)")
     build.add_argument(
         "--output", type=Path, metavar="DIRECTORY", help="put the model's directory there, not among the models"
@@ -119,20 +128,39 @@ def _add_verify(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         help="judge on at most this many tokens of the text, of each kind equally many (default: as at the build)",
     )
     verify.add_argument("--files-only", action="store_true", help="check the files and nothing else")
-    verify.add_argument(
+    against = verify.add_mutually_exclusive_group()
+    against.add_argument(
         "--checkpoint", type=Path, metavar="PATH", help="what the model was built from, if not from the catalogue"
+    )
+    against.add_argument(
+        "--reference", metavar="DIR_OR_ID", help="judge against this ONNX graph itself; as `build --from-optimum`"
     )
     verify.add_argument("--quiet", action="store_true", help="show no progress")
 
 
 def _build(arguments: argparse.Namespace) -> int:
-    path: Path = arguments.checkpoint
-    name = arguments.name or _name_after(path)
+    # Not resolved before: the name of a hub repository is no path, and may be a directory's.
+    name = arguments.name or _name_after(arguments.checkpoint or Path(arguments.from_optimum.partition("@")[0]))
     store = Store(arguments.output) if arguments.output else _store(arguments)
-    with open_checkpoint(path) as checkpoint:
+    with _given(arguments) as checkpoint:
         manifest = _install(arguments, store, checkpoint, name)
     presentation.write_built(manifest, store.directory / manifest.name, as_json=arguments.json)
     return 0
+
+
+@contextmanager
+def _given(arguments: argparse.Namespace) -> Iterator[Checkpoint]:
+    """Open what a build was told to build from."""
+    if arguments.checkpoint:
+        with open_checkpoint(arguments.checkpoint) as checkpoint:
+            yield checkpoint
+        return
+    from hearthd.build.optimum_source import opened_export
+
+    with ExitStack() as opened:
+        with _Reporting(arguments) as report:
+            export = opened.enter_context(opened_export(arguments.from_optimum, paths.cache_directory(), report))
+        yield export
 
 
 def _add(arguments: argparse.Namespace) -> int:
@@ -210,7 +238,7 @@ def _judge(arguments: argparse.Namespace, bundle: Bundle, report: Report) -> dic
     from hearthd.build.quality import EVALUATION_TOKENS, MAX_KL
 
     documents = corpus.from_file(arguments.text) if arguments.text else corpus.load("evaluation")
-    with _source_of(arguments, bundle.manifest, report) as checkpoint:
+    with _reference_of(arguments, bundle.manifest, report) as (checkpoint, graph):
         paths.cache_directory().mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".verify-", dir=paths.cache_directory()) as scratch:
             figures = measure_quality(
@@ -220,9 +248,25 @@ def _judge(arguments: argparse.Namespace, bundle: Bundle, report: Report) -> dic
                 max_tokens=arguments.tokens or EVALUATION_TOKENS,
                 scratch=Path(scratch),
                 report=report,
+                exported_graph=graph,
             )
     text = arguments.text.name if arguments.text else "hearthd evaluation set"
     return asdict(figures) | {"text": text, "kl_limit": MAX_KL, "faithful": figures.kl_mean <= MAX_KL}
+
+
+@contextmanager
+def _reference_of(
+    arguments: argparse.Namespace, manifest: Manifest, report: Report
+) -> Iterator[tuple[Checkpoint, Path | None]]:
+    """Open what a bundle is judged against: a checkpoint, and its exported graph if that is to be the judge."""
+    if not arguments.reference:
+        with _source_of(arguments, manifest, report) as checkpoint:
+            yield checkpoint, None
+        return
+    from hearthd.build.optimum_source import opened_export
+
+    with opened_export(arguments.reference, paths.cache_directory(), report) as export:
+        yield export, export.graph
 
 
 def _source_of(arguments: argparse.Namespace, manifest: Manifest, report: Report) -> Checkpoint:
@@ -232,7 +276,7 @@ def _source_of(arguments: argparse.Namespace, manifest: Manifest, report: Report
     if found is None:
         raise BuildError(
             f"{manifest.name!r} was built from {manifest.source!r}, which is not in the catalogue; "
-            "name it with --checkpoint, or check the files alone with --files-only"
+            "name it with --checkpoint, or an export of it with --reference, or check the files alone with --files-only"
         )
     entry, source = found
     return _opened(fetch(source, paths.cache_directory(), report), entry, source)

@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from hearthd.build.catalogue import HubSource, PackageSource
+from hearthd.build.catalogue import ExportSource, HubSource, PackageSource
 from hearthd.directory_lock import exclusive
 from hearthd.errors import BuildError
 
@@ -35,15 +35,17 @@ if TYPE_CHECKING:
 _TEMPORARY: Final = ".fetching-"
 _CHUNK_BYTES: Final = 2**20
 # What a build reads, and nothing that could be run.
-_HUB_FILES: Final = ("config.json", "generation_config.json", "*.safetensors", "model.safetensors.index.json")
-_HUB_TEXTS: Final = ("tokenizer*.json", "special_tokens_map.json", "*.jinja", "README.md")
+_HUB_WEIGHTS: Final = ("*.safetensors", "model.safetensors.index.json")
+_HUB_TEXTS: Final = (
+    *("config.json", "generation_config.json"),
+    *("tokenizer*.json", "special_tokens_map.json", "*.jinja", "README.md"),
+)
 _INDEX: Final = "model.safetensors.index.json"
 # Asked for even if they did not come, so that one that the hub has and the download lacks is noticed.
-_HUB_EXPECTED: Final = (
+_HUB_EXPECTED_WEIGHTS: Final = ("model.safetensors", _INDEX)
+_HUB_EXPECTED_TEXTS: Final = (
     "config.json",
     "generation_config.json",
-    "model.safetensors",
-    _INDEX,
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -101,7 +103,8 @@ def discard(source: Source, cache: Path) -> int:
 def _directory(source: Source, cache: Path) -> Path:
     if isinstance(source, PackageSource):
         return cache / "packages" / f"{source.distribution}-{source.version}"
-    return cache / "hub" / f"{source.repository.replace('/', '--')}-{source.revision}"
+    name = f"{source.repository.replace('/', '--')}-{source.revision}"
+    return cache / "hub" / (f"{name}-onnx" if isinstance(source, ExportSource) else name)
 
 
 def _partial(directory: Path) -> Path:
@@ -189,7 +192,7 @@ def _fetch_hub(source: HubSource, cache: Path, report: Callable[[str, float], No
     with exclusive(cache / "hub"):
         # Kept under one name until it is whole: huggingface_hub goes on where it was interrupted.
         partial = _partial(directory)
-        with _silent_hub():
+        with silent_hub():
             _download_snapshot(source, partial)
             checked = _check_snapshot(source, partial)
         shutil.rmtree(partial / ".cache", ignore_errors=True)
@@ -210,13 +213,21 @@ def _download_snapshot(source: HubSource, directory: Path) -> None:
             source.repository,
             revision=source.revision,
             local_dir=directory,
-            allow_patterns=[*_HUB_FILES, *_HUB_TEXTS],
+            allow_patterns=[*(_graph_files(source) or _HUB_WEIGHTS), *_HUB_TEXTS],
         )
     except Exception as error:  # huggingface_hub lets through what its HTTP client and the file system raise
-        raise _hub_error(source, error) from error
+        raise hub_error(source, error) from error
 
 
-def _hub_error(source: HubSource, error: Exception) -> BuildError:
+def _graph_files(source: HubSource) -> tuple[str, ...]:
+    """Name an ONNX graph and where optimum and PyTorch put its weights, nothing for a source of safetensors."""
+    if not isinstance(source, ExportSource):
+        return ()
+    return tuple(f"{source.graph}{ending}" for ending in ("", "_data", ".data"))
+
+
+def hub_error(source: HubSource, error: Exception) -> BuildError:
+    """Return what to say of anything that went wrong on the way to the hub and back."""
     said = " ".join(str(error).split())[:300].rstrip(".")
     remedy = (
         "accept its licence on the hub and log in with `hf auth login`"
@@ -227,7 +238,7 @@ def _hub_error(source: HubSource, error: Exception) -> BuildError:
 
 
 @contextmanager
-def _silent_hub() -> Iterator[None]:
+def silent_hub() -> Iterator[None]:
     """Keep huggingface_hub and its HTTP clients from writing to standard error beside us."""
     try:
         # Imported now because it sets its loggers' level when it is, which would undo ours.
@@ -260,11 +271,12 @@ def _check_snapshot(source: HubSource, directory: Path) -> dict[str, dict[str, A
     from huggingface_hub.hf_api import RepoFile
 
     names, shards = _names(directory), _shards(directory / _INDEX)
-    asked = sorted({*names, *shards, *_HUB_EXPECTED})
+    expected_weights = _graph_files(source) or _HUB_EXPECTED_WEIGHTS
+    asked = sorted({*names, *shards, *expected_weights, *_HUB_EXPECTED_TEXTS})
     try:
         answers = HfApi().get_paths_info(source.repository, asked, revision=source.revision)
     except Exception as error:
-        raise _hub_error(source, error) from error
+        raise hub_error(source, error) from error
     known = {answer.path: answer for answer in answers if isinstance(answer, RepoFile)}
     checked: dict[str, dict[str, Any]] = {}
     for name in sorted(names):

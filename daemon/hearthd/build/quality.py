@@ -6,9 +6,10 @@ and by `cli` for `hearthd model verify`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import onnx
@@ -22,7 +23,7 @@ from hearthd.build.session import GraphSession
 from hearthd.build.weights import DecoderWeights, TensorSource
 from hearthd.errors import BuildError
 
-__all__ = ["EVALUATION_TOKENS", "MAX_KL", "QualityFigures", "Reference", "compare"]
+__all__ = ["EVALUATION_TOKENS", "MAX_KL", "QualityFigures", "Reference", "ReferenceGraph", "compare"]
 
 # The gate of a build. What 8-bit blocks of 32 weights reach is 0.004, what people call lossless; 4 bit is at 0.35.
 MAX_KL = 0.02
@@ -45,6 +46,26 @@ class QualityFigures:
     top1_agreement: float
     tokens: int
     kl_by_kind: dict[str, float] = field(default_factory=dict)
+
+
+class ReferenceSession(Protocol):
+    """A float32 graph that runs one document after another, as `GraphSession` does."""
+
+    def continue_from(
+        self, token_ids: Sequence[int], start: int
+    ) -> Iterator[tuple[NDArray[np.float32], Mapping[str, NDArray[np.float32]]]]:
+        """Run a document from `start` on; yields the logits of each chunk, and what was captured."""
+
+
+class ReferenceGraph(Protocol):
+    """What a bundle is held against: `Reference`, or `oracle.Oracle`."""
+
+    @property
+    def session(self) -> ReferenceSession:
+        """The graph, loaded."""
+
+    def keys_and_values(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
+        """Run a document's first tokens, so that `session` can go on after them; returns their KV."""
 
 
 class Reference:
@@ -90,7 +111,7 @@ class _Sums:
 
 
 def compare(
-    reference: Reference,
+    reference: ReferenceGraph,
     directory: Path,
     spec: DecoderSpec,
     documents: Sequence[TokenDocument],

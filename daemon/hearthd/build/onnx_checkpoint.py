@@ -1,0 +1,228 @@
+"""A directory that optimum exported as a checkpoint: the weights are read out of the graph, by module path.
+
+The graph's constants have names like `onnx::MatMul_1085`, and one may stand for several modules, or a transposed one
+for the embedding; but a node keeps the path of the module that it came from: what `/model/layers.0/mlp/up_proj/MatMul`
+multiplies with is `model.layers.0.mlp.up_proj.weight`, transposed. Needs neither torch nor optimum, and loads no
+tensor before it is asked for. Knows nothing of how an export is made (optimum_export). Called by `optimum_source`,
+`optimum_export` and `oracle`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Final
+
+import numpy as np
+
+from hearthd.build.huggingface_checkpoint import HuggingFaceCheckpoint
+from hearthd.build.onnx_file import OnnxFile
+from hearthd.errors import BuildError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+    from hearthd.build.huggingface_checkpoint import WeightFile
+    from hearthd.build.onnx_file import Node, Tensor
+
+__all__ = ["GRAPHS", "OnnxCheckpoint", "exported_graph", "is_exported", "refuse_quantized"]
+
+# As repositories on the hub have it, and as optimum writes it.
+GRAPHS: Final = ("onnx/model.onnx", "model.onnx")
+_EMBEDDING: Final = "model.embed_tokens.weight"
+_HEAD: Final = "lm_head.weight"
+_NODE_NAME: Final = re.compile(r"/((?:[A-Za-z0-9_.]+/)+)[A-Za-z0-9_]+")
+_NORMS: Final = ("SimplifiedLayerNormalization", "RMSNormalization")
+_QUANTIZED: Final = re.compile(
+    r"(Dynamic)?QuantizeLinear|DequantizeLinear|QLinear\w+|\w*MatMulInteger\w*|DynamicQuantize\w+|MatMulNBits|"
+    r"MatMulBnb4|GatherBlockQuantized|QGemm|QAttention|QMoE"
+)
+# Rows that two tensors are compared by at a time.
+_CHUNK_ROWS: Final = 4_096
+
+
+def is_exported(directory: Path) -> bool:
+    """Say whether there is any ONNX graph where an export has it."""
+    return any(each for folder in (directory, directory / "onnx") for each in folder.glob("*.onnx"))
+
+
+def exported_graph(directory: Path) -> Path:
+    """Return the path of a directory's float32 graph. Raises BuildError, with the remedy, if there is none."""
+    for name in GRAPHS:
+        if (directory / name).is_file():
+            return directory / name
+    others = sorted(each.name for folder in (directory, directory / "onnx") for each in folder.glob("*.onnx"))
+    if others:
+        raise BuildError(
+            f"{directory}: has {', '.join(others[:5])} and neither of {' and '.join(GRAPHS)}, the float32 graph, which "
+            "alone is read; fetch that one too, or export the checkpoint again"
+        )
+    raise BuildError(f"{directory}: has neither of {' and '.join(GRAPHS)}; give a directory that optimum exported")
+
+
+def refuse_quantized(path: Path, file: OnnxFile) -> None:
+    """Raise BuildError, with the remedy, for a graph that computes with integers."""
+    for node in file.nodes:
+        if _QUANTIZED.fullmatch(node.operator):
+            raise BuildError(
+                f"{path}: is quantised (it has {node.operator}); take the float32 graph, onnx/model.onnx on the hub, "
+                "or export the checkpoint again with --dtype fp32"
+            )
+
+
+class OnnxCheckpoint(HuggingFaceCheckpoint):
+    """A directory with config.json, tokenizer.json, a template, and a float32 graph of a whole decoder."""
+
+    kind: ClassVar[str] = "ONNX export"
+    remedy: ClassVar[str] = "give the directory that optimum exported to, which has it beside the graph or above onnx"
+
+    @property
+    def graph(self) -> Path:
+        """Where the graph itself is."""
+        return exported_graph(self._path)
+
+    def _open_weights(self) -> Mapping[str, WeightFile]:
+        weights = GraphWeights(exported_graph(self._path))
+        self._files.append(weights)
+        names = dict.fromkeys(weights.shapes, weights)
+        if self.config["tie_word_embeddings"] and _HEAD in names and _EMBEDDING in names:
+            # Often saved twice, the second time transposed.
+            if not weights.same(_HEAD, _EMBEDDING):
+                raise self._error(
+                    "has tie_word_embeddings in config.json and an LM head that is not the embedding in the graph; "
+                    "the two are not of one export"
+                )
+            del names[_HEAD]
+        return names
+
+
+@dataclass(frozen=True, slots=True)
+class _Weight:
+    """A constant, and whether it is the weight as Hugging Face has it, or transposed."""
+
+    tensor: Tensor
+    transposed: bool
+
+
+class GraphWeights:
+    """The weights in a graph by their Hugging Face names: `WeightFile`s of one ONNX file."""
+
+    def __init__(self, path: Path) -> None:
+        """Open the graph. Raises BuildError for one that is damaged, quantised, or names no modules."""
+        self._path = path
+        self._file = OnnxFile(path)
+        try:
+            self._weights = self._found()
+        except BaseException:
+            self._file.close()
+            raise
+        self.shapes: Mapping[str, tuple[int, ...]] = {
+            name: weight.tensor.shape[::-1] if weight.transposed else weight.tensor.shape
+            for name, weight in self._weights.items()
+        }
+
+    def rows(self, name: str, start: int, stop: int) -> NDArray[np.float32]:
+        """Rows [start, stop) of a weight as a new array."""
+        weight = self._weights[name]
+        if not weight.transposed:
+            return self._file.read(weight.tensor, start, stop).astype(np.float32)
+        num_rows = weight.tensor.shape[1]
+        if not 0 <= start <= stop <= num_rows:
+            raise IndexError(f"rows {start}:{stop} of {name}, which has {num_rows}")
+        columns = self._file.read(weight.tensor, 0, weight.tensor.shape[0])[:, start:stop]
+        return columns.T.astype(np.float32, order="C")
+
+    def same(self, name: str, other: str) -> bool:
+        """Say whether two weights have the same values."""
+        first, second = self._weights[name], self._weights[other]
+        if self.shapes[name] != self.shapes[other]:
+            return False
+        if first.tensor is second.tensor and first.transposed == second.transposed:
+            return True
+        num_rows = math.prod(self.shapes[name][:-1])
+        return all(
+            np.array_equal(self.rows(name, start, stop), self.rows(other, start, stop))
+            for start in range(0, num_rows, _CHUNK_ROWS)
+            for stop in [min(start + _CHUNK_ROWS, num_rows)]
+        )
+
+    def close(self) -> None:
+        """Let go of the graph's files."""
+        self._file.close()
+
+    def _found(self) -> dict[str, _Weight]:
+        refuse_quantized(self._path, self._file)
+        constants = {name: _Weight(tensor, transposed=False) for name, tensor in self._file.tensors.items()}
+        linear: set[str] = set()
+        for node in self._file.nodes:
+            if node.operator in ("MatMul", "Gemm"):
+                linear.add(_module(node))
+            elif node.operator in ("Transpose", "Identity") and node.inputs[:1] and node.inputs[0] in constants:
+                self._add_view(constants, node)
+        weights: dict[str, _Weight] = {}
+        for node in self._file.nodes:
+            module = _module(node)
+            for kind, weight in _weights_of(node, constants, is_linear=module in linear) if module else ():
+                name = f"{module}.{kind}"
+                if weights.setdefault(name, weight) != weight:
+                    raise self._error(f"has two tensors for {name!r}; export the checkpoint again")
+        if not weights:
+            raise self._error(
+                "has no node that multiplies with a weight under its module's path, for example "
+                "/model/layers.0/self_attn/q_proj/MatMul; export the checkpoint again without --optimize"
+            )
+        return weights
+
+    def _add_view(self, constants: dict[str, _Weight], node: Node) -> None:
+        """Note what a node makes of a constant, a tied embedding above all."""
+        of = constants[node.inputs[0]]
+        if node.operator == "Identity":
+            constants[node.outputs[0]] = of
+        elif len(of.tensor.shape) == 2 and node.attributes.get("perm", (1, 0)) == (1, 0):
+            constants[node.outputs[0]] = _Weight(of.tensor, not of.transposed)
+
+    def _error(self, message: str) -> BuildError:
+        return BuildError(f"{self._path}: {message}")
+
+
+def _module(node: Node) -> str:
+    """Return the path of a node's module as Hugging Face writes it, "" if the node says none."""
+    found = _NODE_NAME.fullmatch(node.name)
+    return found[1].rstrip("/").replace("/", ".") if found else ""
+
+
+def _weights_of(node: Node, constants: Mapping[str, _Weight], *, is_linear: bool) -> Iterator[tuple[str, _Weight]]:
+    """Yield "weight" or "bias" with each constant that a node takes as such.
+
+    is_linear: the node's module multiplies matrices, so that what it adds is a bias; a norm multiplies with its weight.
+    """
+    inputs = [constants.get(name) for name in node.inputs]
+    sizes = [0 if each is None else len(each.tensor.shape) for each in inputs]
+    match node.operator:
+        case "Gather" if sizes[:1] == [2] and inputs[0] is not None:
+            yield "weight", inputs[0]
+        case "MatMul" if sizes[1:] == [2] and inputs[1] is not None:
+            # (in, out) here, (out, in) at Hugging Face.
+            yield "weight", _Weight(inputs[1].tensor, not inputs[1].transposed)
+        case "Gemm" if sizes[1:2] == [2] and inputs[1] is not None and _is_plain(node):
+            transposed = inputs[1].transposed == bool(node.attributes.get("transB", 0))
+            yield "weight", _Weight(inputs[1].tensor, transposed)
+            if sizes[2:] == [1] and inputs[2] is not None:
+                yield "bias", inputs[2]
+        case "Add" | "Mul" if is_linear == (node.operator == "Add") and sorted(sizes) == [0, 1]:
+            vector = inputs[sizes.index(1)]
+            assert vector is not None
+            yield "bias" if is_linear else "weight", vector
+        case operator if operator in _NORMS and sizes[1:2] == [1] and inputs[1] is not None:
+            yield "weight", inputs[1]
+
+
+def _is_plain(node: Node) -> bool:
+    """Say whether a Gemm does nothing but multiply and add."""
+    return not node.attributes.get("transA", 0) and all(
+        node.attributes.get(factor, 1.0) == 1.0 for factor in ("alpha", "beta")
+    )
