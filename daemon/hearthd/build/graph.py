@@ -22,9 +22,10 @@ from onnx import TensorProto, helper
 from hearthd.build.architecture import DecoderSpec
 from hearthd.build.attention import add_attention
 from hearthd.build.external_data import ExternalData
-from hearthd.build.linear import SMALLEST_PEAK, add_linear
+from hearthd.build.linear import add_linear
 from hearthd.build.nodes import MICROSOFT, Nodes
 from hearthd.build.recipe import MatMulName, Recipe
+from hearthd.build.rounding import SMALLEST_PEAK, Nearest, Rounding
 from hearthd.build.rope import rope_tables
 from hearthd.build.weights import DecoderWeights, LayerWeights, Linear
 
@@ -51,11 +52,19 @@ class GraphOptions:
 
 
 def write_graph(
-    directory: Path, spec: DecoderSpec, weights: DecoderWeights, recipe: Recipe, options: GraphOptions
+    directory: Path,
+    spec: DecoderSpec,
+    weights: DecoderWeights,
+    recipe: Recipe,
+    options: GraphOptions,
+    rounding: Rounding | None = None,
 ) -> Path:
-    """Write `model.onnx` and `model.data` into the directory; returns the model's path."""
+    """Write `model.onnx` and `model.data` into the directory; returns the model's path.
+
+    rounding: how weights of the int8 forms are rounded, to the nearest if nothing is said.
+    """
     with ExternalData(directory / DATA_FILE) as data:
-        graph = _GraphWriter(data, spec, recipe, options)
+        graph = _GraphWriter(data, spec, recipe, options, rounding or Nearest())
         graph.write(weights)
     model = helper.make_model(
         graph.finish(),
@@ -72,12 +81,15 @@ def write_graph(
 class _GraphWriter:
     """Adds nodes in the order of the data's way; each method returns the name of its result."""
 
-    def __init__(self, data: ExternalData, spec: DecoderSpec, recipe: Recipe, options: GraphOptions) -> None:
+    def __init__(
+        self, data: ExternalData, spec: DecoderSpec, recipe: Recipe, options: GraphOptions, rounding: Rounding
+    ) -> None:
         self._data = data
         self._nodes = Nodes(data)
         self._spec = spec
         self._recipe = recipe
         self._options = options
+        self._rounding = rounding
         self._captured: list[str] = []
 
     def write(self, weights: DecoderWeights) -> None:
@@ -168,4 +180,4 @@ class _GraphWriter:
         name = str(matmul)
         if self._options.capture:
             self._captured.append(self._nodes.node("Identity", [value], f"capture.{name}"))
-        return add_linear(self._nodes, name, value, linear, self._recipe.of(matmul), output or name)
+        return add_linear(self._nodes, name, value, linear, self._recipe.of(matmul), self._rounding, output or name)

@@ -9,15 +9,15 @@ import numpy as np
 
 from hearthd.build.nodes import MICROSOFT, Nodes
 from hearthd.build.recipe import MatMulForm, MatMulRecipe
+from hearthd.build.rounding import SMALLEST_PEAK, Rounding
 from hearthd.build.weights import Linear
 
-__all__ = ["SMALLEST_PEAK", "add_linear"]
-
-# A row of zeros must not divide by zero; any positive value gives zeros then.
-SMALLEST_PEAK = 1e-12
+__all__ = ["add_linear"]
 
 
-def add_linear(nodes: Nodes, name: str, value: str, linear: Linear, recipe: MatMulRecipe, output: str) -> str:
+def add_linear(
+    nodes: Nodes, name: str, value: str, linear: Linear, recipe: MatMulRecipe, rounding: Rounding, output: str
+) -> str:
     """Add value @ weight + bias in the recipe's form; the input features are the value's last axis."""
     bias = None if linear.bias is None else nodes.tensor(f"{name}.bias", linear.bias)
     if recipe.form is MatMulForm.FLOAT:
@@ -25,8 +25,8 @@ def add_linear(nodes: Nodes, name: str, value: str, linear: Linear, recipe: MatM
         product = nodes.node("MatMul", [value, weight], f"{name}.product" if bias else output)
         return nodes.node("Add", [product, bias], output) if bias else product
 
-    scales = np.maximum(np.abs(linear.weight).max(axis=0) / 127, SMALLEST_PEAK).astype(np.float32)
-    weight = nodes.tensor(f"{name}.weight", np.rint(linear.weight / scales).astype(np.int8))
+    integers, scales = rounding.rounded(name, linear.weight)
+    weight = nodes.tensor(f"{name}.weight", integers)
     weight_scales = nodes.tensor(f"{name}.weight_scale", scales)
     matmul = _IntegerMatMul(nodes, name, weight, weight_scales)
     if recipe.form is MatMulForm.STATIC:
