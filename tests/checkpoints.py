@@ -5,6 +5,7 @@ time, so that reading back is proved against it. Used by the tests of checkpoint
 """
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -17,10 +18,10 @@ import safetensors.numpy
 from numpy.typing import NDArray
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from chat_templates import GRANITE, LLAMA3, QWEN2_5, QWEN3, SMOLLM2, SMOLLM3, ZEPHYR
+from chat_templates import GEMMA3, GRANITE, LLAMA3, PHI3, PHI4, QWEN2_5, QWEN3, SMOLLM2, SMOLLM3, ZEPHYR
 
 Weights = dict[str, NDArray[np.float32]]
-TokenizerStyle = Literal["smollm", "qwen2", "llama3", "smollm3", "granite", "sentencepiece"]
+TokenizerStyle = Literal["smollm", "qwen2", "llama3", "smollm3", "granite", "phi4", "sentencepiece", "phi3", "gemma"]
 
 CORPUS: Final = (
     """
@@ -41,6 +42,12 @@ LLAMA3_ROPE: Final = {
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
+}
+# Of six pairs of features; the short ones hold up to the original length.
+LONGROPE: Final = {
+    "rope_type": "longrope",
+    "short_factor": [1.0, 1.05, 1.1, 1.2, 1.3, 1.5],
+    "long_factor": [1.0, 1.3, 2.0, 4.0, 9.0, 16.0],
 }
 
 
@@ -87,7 +94,7 @@ def _model(
     start, end = _TURN[style]
     config["bos_token_id"] = tokenizer.token_to_id(start)
     config["eos_token_id"] = config["pad_token_id"] = tokenizer.token_to_id(end)
-    return TinyModel(name, model_type, config, style, template, pre, generation)
+    return TinyModel(name, model_type.removesuffix("_text"), config, style, template, pre, generation)
 
 
 # Style -> (bos token, eos token)
@@ -97,7 +104,10 @@ _TURN: Final = {
     "llama3": ("<|begin_of_text|>", "<|eot_id|>"),
     "smollm3": ("<|begin_of_text|>", "<|im_end|>"),
     "granite": ("<|end_of_text|>", "<|end_of_text|>"),
+    "phi4": ("<|endoftext|>", "<|endoftext|>"),
     "sentencepiece": ("<s>", "</s>"),
+    "phi3": ("<s>", "<|endoftext|>"),
+    "gemma": ("<bos>", "<end_of_turn>"),
 }
 
 
@@ -177,6 +187,43 @@ def tiny_models() -> dict[str, TinyModel]:
             attention_multiplier=0.125,
             logits_scaling=4.0,
         ),
+        # Full rope, and a window in each layer.
+        _model("phi3", "Phi3ForCausalLM", "phi3", "phi3", PHI3, "default", sliding_window=9, num_key_value_heads=4),
+        _model(
+            "phi4",
+            "Phi3ForCausalLM",
+            "phi3",
+            "phi4",
+            PHI4,
+            "gpt-4o",
+            tie_word_embeddings=True,
+            partial_rotary_factor=0.75,
+            original_max_position_embeddings=128,
+            rope_scaling=LONGROPE,
+            sliding_window=262_144,
+        ),
+        _model(
+            "gemma3",
+            "Gemma3ForCausalLM",
+            "gemma3_text",
+            "gemma",
+            GEMMA3,
+            "default",
+            tie_word_embeddings=True,
+            # A number of heads that is not hidden_size / head_dim, five layers of seven with a window.
+            head_dim=32,
+            num_key_value_heads=1,
+            num_hidden_layers=7,
+            hidden_act="gelu_pytorch_tanh",
+            hidden_activation="gelu_pytorch_tanh",
+            query_pre_attn_scalar=32,
+            sliding_window=7,
+            sliding_window_pattern=6,
+            rope_theta=1_000_000.0,
+            rope_local_base_freq=10_000.0,
+            rms_norm_eps=1e-6,
+            generation={"temperature": 1.0, "top_k": 64, "top_p": 0.95},
+        ),
     ]
     return {model.name: model for model in models_}
 
@@ -187,6 +234,9 @@ def random_weights(config: Mapping[str, Any], seed: int = 0) -> Weights:
     hidden, inner, head_dim = config["hidden_size"], config["intermediate_size"], config["head_dim"]
     query, key = config["num_attention_heads"] * head_dim, config["num_key_value_heads"] * head_dim
     qkv_bias = config["model_type"] == "qwen2" or config.get("attention_bias", False)
+    is_gemma = config["model_type"] == "gemma3_text"
+    # Gemma's norms multiply by 1 more than their weights.
+    norm_mean = 0.0 if is_gemma else 1.0
 
     def matrix(rows: int, columns: int) -> NDArray[np.float32]:
         return (random.standard_normal((rows, columns)) * 1.5 / np.sqrt(columns)).astype(np.float32)
@@ -197,7 +247,7 @@ def random_weights(config: Mapping[str, Any], seed: int = 0) -> Weights:
     weights: Weights = {"model.embed_tokens.weight": matrix(config["vocab_size"], hidden) * np.float32(4)}
     for layer in range(config["num_hidden_layers"]):
         prefix = f"model.layers.{layer}"
-        weights[f"{prefix}.input_layernorm.weight"] = vector(hidden, 1.0)
+        weights[f"{prefix}.input_layernorm.weight"] = vector(hidden, norm_mean)
         for name, rows in (("q", query), ("k", key), ("v", key)):
             weights[f"{prefix}.self_attn.{name}_proj.weight"] = matrix(rows, hidden)
             if qkv_bias:
@@ -205,27 +255,41 @@ def random_weights(config: Mapping[str, Any], seed: int = 0) -> Weights:
         weights[f"{prefix}.self_attn.o_proj.weight"] = matrix(hidden, query)
         if config.get("attention_bias", False):
             weights[f"{prefix}.self_attn.o_proj.bias"] = vector(hidden, 0.0)
-        if config["model_type"] == "qwen3":
-            weights[f"{prefix}.self_attn.q_norm.weight"] = vector(head_dim, 1.0)
-            weights[f"{prefix}.self_attn.k_norm.weight"] = vector(head_dim, 1.0)
-        weights[f"{prefix}.post_attention_layernorm.weight"] = vector(hidden, 1.0)
+        if config["model_type"] in ("qwen3", "gemma3_text"):
+            weights[f"{prefix}.self_attn.q_norm.weight"] = vector(head_dim, norm_mean)
+            weights[f"{prefix}.self_attn.k_norm.weight"] = vector(head_dim, norm_mean)
+        weights[f"{prefix}.post_attention_layernorm.weight"] = vector(hidden, norm_mean)
+        if is_gemma:
+            weights[f"{prefix}.pre_feedforward_layernorm.weight"] = vector(hidden, norm_mean)
+            weights[f"{prefix}.post_feedforward_layernorm.weight"] = vector(hidden, norm_mean)
         weights[f"{prefix}.mlp.gate_proj.weight"] = matrix(inner, hidden)
         weights[f"{prefix}.mlp.up_proj.weight"] = matrix(inner, hidden)
         weights[f"{prefix}.mlp.down_proj.weight"] = matrix(hidden, inner)
         if config.get("mlp_bias", False):
             for name, rows in (("gate", inner), ("up", inner), ("down", hidden)):
                 weights[f"{prefix}.mlp.{name}_proj.bias"] = vector(rows, 0.0)
-    weights["model.norm.weight"] = vector(hidden, 1.0)
+        if config["model_type"] == "phi3":
+            _fuse(
+                weights, f"{prefix}.self_attn.qkv_proj.weight", [f"{prefix}.self_attn.{x}_proj.weight" for x in "qkv"]
+            )
+            _fuse(
+                weights, f"{prefix}.mlp.gate_up_proj.weight", [f"{prefix}.mlp.{x}_proj.weight" for x in ("gate", "up")]
+            )
+    weights["model.norm.weight"] = vector(hidden, norm_mean)
     if not config["tie_word_embeddings"]:
         weights["lm_head.weight"] = matrix(config["vocab_size"], hidden)
     return weights
 
 
+def _fuse(weights: Weights, name: str, parts: list[str]) -> None:
+    weights[name] = np.concatenate([weights.pop(part) for part in parts])
+
+
 @cache
 def make_tokenizer(style: TokenizerStyle) -> Tokenizer:
     """Train a small tokenizer whose parts are those of the family's."""
-    if style == "sentencepiece":
-        return _sentencepiece_tokenizer()
+    if style in _FIRST_PIECES:
+        return _sentencepiece_tokenizer(style)
     tokenizer = Tokenizer(models.BPE(ignore_merges=style in ("llama3", "smollm3")))
     tokenizer.pre_tokenizer = pre_tokenizer(style)
     tokenizer.decoder = decoders.ByteLevel()
@@ -246,6 +310,8 @@ def make_tokenizer(style: TokenizerStyle) -> Tokenizer:
         tokenizer.add_special_tokens(
             ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
         )
+    elif style == "phi4":
+        tokenizer.add_special_tokens(["<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"])
     elif style == "smollm3":
         tokenizer.add_special_tokens(["<|begin_of_text|>", "<|end_of_text|>", "<|im_start|>", "<|im_end|>"])
         tokenizer.add_tokens([AddedToken("<think>", normalized=False), AddedToken("</think>", normalized=False)])
@@ -258,11 +324,31 @@ def pre_tokenizer(style: TokenizerStyle) -> pre_tokenizers.PreTokenizer:
         return pre_tokenizers.Sequence(
             [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
         )
+    if style == "phi4":
+        return _split(O200K_PATTERN)
     digits = r"\p{N}" if style == "qwen2" else r"\p{N}{1,3}"
     pattern = (
         r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|" + digits + r"| ?[^\s\p{L}\p{N}]+[\r\n]*"
         r"|\s*[\r\n]+|\s+(?!\S)|\s+"
     )
+    return _split(pattern)
+
+
+# Of GPT-4o's tokenizer, which Phi-4-mini has: an ending in capitals or small letters, contractions with their word.
+O200K_PATTERN: Final = "|".join(
+    [
+        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
+        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
+        r"\p{N}{1,3}",
+        r" ?[^\s\p{L}\p{N}]+[\r\n/]*",
+        r"\s*[\r\n]+",
+        r"\s+(?!\S)",
+        r"\s+",
+    ]
+)
+
+
+def _split(pattern: str) -> pre_tokenizers.PreTokenizer:
     return pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
@@ -271,8 +357,22 @@ def pre_tokenizer(style: TokenizerStyle) -> pre_tokenizers.PreTokenizer:
     )
 
 
-def _sentencepiece_tokenizer() -> Tokenizer:
-    """A SentencePiece BPE as converted by transformers: byte fallback, "▁" for a space, one before the text."""
+# What stands before the bytes in a SentencePiece vocabulary.
+_FIRST_PIECES: Final[Mapping[str, list[str]]] = {
+    "sentencepiece": ["<unk>", "<s>", "</s>"],
+    "phi3": ["<unk>", "<s>", "</s>"],
+    "gemma": ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"],
+}
+# Gemma has runs of line ends and of spaces as tokens, which its tokenizer.json also lists as added ones.
+GEMMA_WHITE_SPACE: Final = ["\n", "\n\n", "\n\n\n", "▁▁", "▁▁▁", "▁▁▁▁"]
+
+
+def _sentencepiece_tokenizer(style: TokenizerStyle) -> Tokenizer:
+    """A SentencePiece BPE as converted by transformers: byte fallback, "▁" for a space, one before the text.
+
+    Gemma's puts none before the text, and joins line ends and spaces before anything else.
+    """
+    is_gemma = style == "gemma"
     trained = Tokenizer(models.BPE())
     trained.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     # Without spaces inside of pieces, as SentencePiece keeps them.
@@ -281,20 +381,29 @@ def _sentencepiece_tokenizer() -> Tokenizer:
         CORPUS.splitlines(), trainers.BpeTrainer(vocab_size=330, limit_alphabet=60, show_progress=False)
     )
     model = json.loads(trained.to_str())["model"]
-    merged = [left + right for left, right in model["merges"]]
+    white = GEMMA_WHITE_SPACE if is_gemma else []
+    merges = [(run[:cut], run[cut:]) for run in white for cut in range(1, len(run))]
+    merges += [(left, right) for left, right in model["merges"]]
+    merged = [left + right for left, right in merges]
     letters = sorted(set(model["vocab"]) - set(merged))
-    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *dict.fromkeys(merged), *letters]
-    merges = [(left, right) for left, right in model["merges"]]
+    first = _FIRST_PIECES[style]
+    pieces = [*first, *(f"<0x{byte:02X}>" for byte in range(256)), *dict.fromkeys([*white, *merged]), *letters]
     tokenizer = Tokenizer(
         models.BPE(
             {piece: i for i, piece in enumerate(pieces)}, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True
         )
     )
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in ("<unk>", "<s>", "</s>")])
+    space = normalizers.Replace(" ", "▁")
+    tokenizer.normalizer = space if is_gemma else normalizers.Sequence([normalizers.Prepend("▁"), space])
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    tokenizer.decoder = decoders.Sequence(steps if is_gemma else [*steps, decoders.Strip(" ", 1, 0)])
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in first])
+    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in white])
+    if style == "phi3":
+        tokenizer.add_special_tokens([AddedToken("<|endoftext|>", normalized=False)])
+        # Its line end belongs to a turn's token.
+        turns = ("<|assistant|>", "<|system|>", "<|end|>", "<|user|>")
+        tokenizer.add_special_tokens([AddedToken(token, normalized=False, rstrip=True) for token in turns])
     return tokenizer
 
 
@@ -325,8 +434,16 @@ def write_huggingface(
         _write_json(path / "model.safetensors.index.json", {"metadata": {}, "weight_map": where})
     config = dict(model.config)
     if transformers_5:
-        rope = config.pop("rope_scaling") or {"rope_type": "default"}
-        config["rope_parameters"] = rope | {"rope_theta": config.pop("rope_theta")}
+        rope = (config.pop("rope_scaling") or {"rope_type": "default"}) | {"rope_theta": config.pop("rope_theta")}
+        if "partial_rotary_factor" in config:
+            rope["partial_rotary_factor"] = config.pop("partial_rotary_factor")
+        if "rope_local_base_freq" in config:
+            near = {"rope_type": "default", "rope_theta": config.pop("rope_local_base_freq")}
+            rope = {"full_attention": rope, "sliding_attention": near}
+            pattern = config.pop("sliding_window_pattern")
+            kinds = ["full_attention", *["sliding_attention"] * (pattern - 1)]
+            config["layer_types"] = [kinds[(index + 1) % pattern] for index in range(config["num_hidden_layers"])]
+        config["rope_parameters"] = rope
         config["dtype"] = config.pop("torch_dtype")
     _write_json(path / "config.json", config)
     _write_json(path / "generation_config.json", {"eos_token_id": [config["eos_token_id"]], **model.generation})
@@ -394,6 +511,13 @@ _GGUF_NAMES: Final = {
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
+    "self_attn.qkv_proj": "attn_qkv",
+    "mlp.gate_up_proj": "ffn_up",
+}
+_GEMMA_GGUF_NAMES: Final = _GGUF_NAMES | {
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
 }
 
 
@@ -428,7 +552,7 @@ def write_gguf(
     writer.add_head_count_kv(config["num_key_value_heads"])
     writer.add_key_length(config["head_dim"])
     writer.add_value_length(config["head_dim"])
-    writer.add_rope_dimension_count(config["head_dim"])
+    writer.add_rope_dimension_count(int(config["head_dim"] * config.get("partial_rotary_factor", 1.0)))
     writer.add_rope_freq_base(config["rope_theta"])
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     _add_tokenizer(writer, model)
@@ -439,7 +563,11 @@ def write_gguf(
         writer.add_residual_scale(config["residual_multiplier"])
         writer.add_attention_scale(config["attention_multiplier"])
         writer.add_logit_scale(config["logits_scaling"])
-    if config["rope_scaling"]:
+    if model.gguf_architecture == "gemma3":
+        writer.add_sliding_window(config["sliding_window"])
+    if model.gguf_architecture == "phi3":
+        _add_phi3(writer, config)
+    elif config["rope_scaling"]:
         writer.add_tensor("rope_freqs.weight", llama3_rope_factors(config))
     for name, values in (more or {}).items():
         writer.add_tensor(name, values)
@@ -451,11 +579,16 @@ def write_gguf(
             stored = gguf.quants.quantize(values, quantization)
             readable[name] = np.array(gguf.quants.dequantize(stored, quantization), np.float32)
         written = _reorder(name, values, config) if model.gguf_architecture in _PERMUTED else values
+        names = _GEMMA_GGUF_NAMES if model.gguf_architecture == "gemma3" else _GGUF_NAMES
         if values.ndim == 2:
             stored = gguf.quants.quantize(written, quantization)
-            writer.add_tensor(_gguf_name(name), stored, raw_dtype=quantization)
-        else:
-            writer.add_tensor(_gguf_name(name), written)
+            writer.add_tensor(_gguf_name(name, names), stored, raw_dtype=quantization)
+            continue
+        if model.gguf_architecture == "gemma3":
+            # Every norm is written as what it multiplies by; there are no other vectors.
+            written = values + np.float32(1)
+            readable[name] = written - np.float32(1)
+        writer.add_tensor(_gguf_name(name, names), written)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -463,12 +596,25 @@ def write_gguf(
     return readable
 
 
-def _gguf_name(name: str) -> str:
+def _add_phi3(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
+    """As Phi3MiniModel of the conversion does: a window of 0 for none, the attention factor computed."""
+    original = config.get("original_max_position_embeddings", config["max_position_embeddings"])
+    writer.add_rope_scaling_orig_ctx_len(original)
+    writer.add_sliding_window(config.get("sliding_window") or 0)
+    if config["rope_scaling"]:
+        scale = config["max_position_embeddings"] / original
+        writer.add_rope_scaling_attn_factors(math.sqrt(1 + math.log(scale) / math.log(original)))
+        for kind in ("long", "short"):
+            factors = np.asarray(config["rope_scaling"][f"{kind}_factor"], np.float32)
+            writer.add_tensor(f"rope_factors_{kind}.weight", factors)
+
+
+def _gguf_name(name: str, names: Mapping[str, str]) -> str:
     stem, kind = name.rsplit(".", 1)
     if stem.startswith("model.layers."):
         layer, part = stem.removeprefix("model.layers.").split(".", 1)
-        return f"blk.{layer}.{_GGUF_NAMES[part]}.{kind}"
-    return f"{_GGUF_NAMES[stem]}.{kind}"
+        return f"blk.{layer}.{names[part]}.{kind}"
+    return f"{names[stem]}.{kind}"
 
 
 def _reorder(name: str, values: NDArray[np.float32], config: Mapping[str, Any]) -> NDArray[np.float32]:
@@ -511,14 +657,18 @@ def _add_tokenizer(writer: gguf.GGUFWriter, model: TinyModel) -> None:
         types[added["id"]] = gguf.TokenType.CONTROL if added["special"] else gguf.TokenType.USER_DEFINED
     for token_id in range(len(tokens), model.config["vocab_size"]):
         tokens[token_id], types[token_id] = f"[PAD{token_id}]", gguf.TokenType.UNUSED
-    if model.style == "sentencepiece":
+    if model.style in _FIRST_PIECES:
         for token_id, token in tokens.items():
             if token.startswith("<0x"):
                 types[token_id] = gguf.TokenType.BYTE
-        types[0] = gguf.TokenType.UNKNOWN
+            if token == "<unk>":
+                types[token_id] = gguf.TokenType.UNKNOWN
         writer.add_tokenizer_model("llama")
         # Better pieces come first, as sentencepiece numbers them; control and byte tokens score 0.
-        writer.add_token_scores([0.0 if token_id < 259 else 258.0 - token_id for token_id in sorted(tokens)])
+        first = len(_FIRST_PIECES[model.style]) + 256
+        writer.add_token_scores([min(0.0, first - 1.0 - token_id) for token_id in sorted(tokens)])
+        if model.style == "gemma":
+            writer.add_add_space_prefix(False)
     else:
         writer.add_tokenizer_model("gpt2")
         writer.add_token_merges([" ".join(merge) for merge in content["model"]["merges"]])

@@ -88,7 +88,7 @@ HOSTILE = {
     "tensor twice": (header(num_tensors=2) + tensor_info("t", (1,)) * 2 + bytes(64), "'t' twice"),
     "alignment 0": (header(num_metadata=1) + text("general.alignment") + struct.pack("<II", 4, 0), "alignment 0"),
     "alignment 3": (header(num_metadata=1) + text("general.alignment") + struct.pack("<II", 4, 3), "power of two"),
-    "no architecture": (header(), "architecture '' is not supported; these are: LlamaForCausalLM"),
+    "no architecture": (header(), "architecture '' is not supported; these are: Gemma3ForCausalLM"),
 }
 
 
@@ -173,7 +173,7 @@ def test_rows_outside_of_a_tensor_are_an_error(tiny: bytes, tmp_path: Path) -> N
         ({"llama__rope__dimension_count": 8}, "rope over a part of each head"),
         ({"llama__expert_count": 8}, "mixtures of experts"),
         ({"llama__rope__freq_base": float("nan")}, "'llama.rope.freq_base' is nan"),
-        ({"general__architecture": "gemma3"}, "architecture 'gemma3' is not supported; these are: LlamaForCausalLM, Q"),
+        ({"general__architecture": "gemma2"}, "architecture 'gemma2' is not supported; these are: Gemma3ForCausalLM, "),
         ({"tokenizer__chat_template": None}, "no chat template"),
         ({"tokenizer__ggml__pre": "tekken"}, "the pre-tokenizer 'tekken'; these are known: deepseek-r1-qwen, default"),
         ({"tokenizer__ggml__pre": None}, "names no pre-tokenizer (an old conversion)"),

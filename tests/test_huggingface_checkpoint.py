@@ -115,10 +115,8 @@ def test_license_comes_from_the_model_card(directory: Path) -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        (
-            {"architectures": ["GemmaForCausalLM"]},
-            "architecture 'GemmaForCausalLM' is not supported; these are: ",
-        ),
+        ({"architectures": ["GemmaForCausalLM"]}, "architecture 'GemmaForCausalLM' is not supported; these are: "),
+        ({"architectures": ["Gemma3ForConditionalGeneration"]}, "reads images too; of its family take 270M or 1B"),
         ({"architectures": None}, "architecture 'qwen2' is not supported"),
         ({"quantization_config": {"quant_method": "awq"}}, "quantised already"),
         ({"rope_scaling": "linear"}, "no object"),

@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
-from hearthd.build.layers import Layer, LayerRule, all_alike, some_without_rope
+from hearthd.build.layers import Layer, LayerRule, all_alike, all_windowed, some_sliding, some_without_rope
 from hearthd.build.rope import Rope
 from hearthd.errors import BuildError
 
-__all__ = ["ARCHITECTURES", "Architecture", "DecoderSpec", "Multipliers"]
+__all__ = ["ARCHITECTURES", "Activation", "Architecture", "DecoderSpec", "Multipliers"]
+
+# Of the gate in the MLP; the values are what configurations call it.
+Activation = Literal["silu", "gelu_pytorch_tanh"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,18 +46,32 @@ def granite_multipliers(config: Mapping[str, Any]) -> Multipliers:
     )
 
 
+def gemma_multipliers(config: Mapping[str, Any]) -> Multipliers:
+    """Return Gemma's: rows as large as the stream's other parts, and scores scaled by a number of its own."""
+    scalar = _factor(config, "query_pre_attn_scalar", 256.0)
+    return Multipliers(embedding=math.sqrt(_size(config, "hidden_size")), attention=scalar**-0.5)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Architecture:
     """Which optional parts the layers of an architecture have.
 
     A bias of None: the checkpoint's configuration says so (`attention_bias`, `mlp_bias`). qk_norm: a norm over each
-    head of q and k. layers: the rule for what each layer attends to. multipliers: reads fixed factors, where there are.
+    head of q and k. fused_projections: q, k and v are one tensor in the checkpoint, gate and up another. branch_norms:
+    what attention and MLP give is normalised before it is added to the stream. norm_offset: what a norm's weights lack
+    in the checkpoint. partial_rotary: only the first features of a head turn, if the configuration says so. layers: the
+    rule for what each layer attends to. multipliers: reads fixed factors, where there are.
     """
 
     qkv_bias: bool | None = False
     o_bias: bool | None = False
     mlp_bias: bool | None = False
     qk_norm: bool = False
+    fused_projections: bool = False
+    branch_norms: bool = False
+    norm_offset: float = 0.0
+    partial_rotary: bool = False
+    activation: Activation = "silu"
     layers: LayerRule = all_alike
     multipliers: Callable[[Mapping[str, Any]], Multipliers] | None = None
 
@@ -66,6 +83,19 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "Qwen2ForCausalLM": Architecture(qkv_bias=True),
     "Qwen3ForCausalLM": Architecture(qkv_bias=None, o_bias=None, qk_norm=True),
     "SmolLM3ForCausalLM": Architecture(qkv_bias=None, o_bias=None, mlp_bias=None, layers=some_without_rope),
+    # Phi-3, Phi-3.5, Phi-4-mini
+    "Phi3ForCausalLM": Architecture(fused_projections=True, partial_rotary=True, layers=all_windowed),
+    # Gemma 3 for text: 270M, 1B
+    "Gemma3ForCausalLM": Architecture(
+        qkv_bias=None,
+        o_bias=None,
+        qk_norm=True,
+        branch_norms=True,
+        norm_offset=1.0,
+        activation="gelu_pytorch_tanh",
+        layers=some_sliding,
+        multipliers=gemma_multipliers,
+    ),
     # Granite 3.x
     "GraniteForCausalLM": Architecture(qkv_bias=None, o_bias=None, mlp_bias=None, multipliers=granite_multipliers),
 }
@@ -107,6 +137,10 @@ class DecoderSpec:
     o_bias: bool
     mlp_bias: bool
     qk_norm: bool
+    fused_projections: bool
+    branch_norms: bool
+    norm_offset: float
+    activation: Activation
     rotary_dim: int
     layers: tuple[Layer, ...]
     multipliers: Multipliers
@@ -117,7 +151,7 @@ class DecoderSpec:
 
         Not where a norm's elementwise weight stands between a branch and the stream: it does not commute with rotation.
         """
-        return True
+        return not self.branch_norms
 
     @property
     def padded_head_dim(self) -> int:
@@ -171,7 +205,12 @@ class DecoderSpec:
             raise BuildError(f"head_dim {head_dim} is odd, which rotary positions cannot be: config.json is damaged")
         _refuse_unknown_parts(config, architecture)
         num_layers = _size(config, "num_hidden_layers")
-        layers = parts.layers(config, num_layers, head_dim)
+        rotary_dim = _rotary_dim(config, head_dim, parts.partial_rotary)
+        layers = parts.layers(config, num_layers, rotary_dim)
+        max_context_length = _size(config, "max_position_embeddings")
+        for layer in layers:
+            if layer.rope is not None and layer.rope.max_positions is not None:
+                max_context_length = min(max_context_length, layer.rope.max_positions)
         attention_bias = bool(config.get("attention_bias", False))
         mlp_bias = bool(config.get("mlp_bias", False))
         return cls(
@@ -183,15 +222,23 @@ class DecoderSpec:
             head_dim=head_dim,
             intermediate_size=_size(config, "intermediate_size"),
             vocab_size=_size(config, "vocab_size"),
-            max_context_length=_size(config, "max_position_embeddings"),
+            max_context_length=max_context_length,
             rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
             tied_embedding=bool(config.get("tie_word_embeddings", False)),
             qkv_bias=attention_bias if parts.qkv_bias is None else parts.qkv_bias,
             o_bias=attention_bias if parts.o_bias is None else parts.o_bias,
             mlp_bias=mlp_bias if parts.mlp_bias is None else parts.mlp_bias,
             qk_norm=parts.qk_norm,
-            rotary_dim=head_dim,
-            layers=layers,
+            fused_projections=parts.fused_projections,
+            branch_norms=parts.branch_norms,
+            norm_offset=parts.norm_offset,
+            activation=parts.activation,
+            rotary_dim=rotary_dim,
+            # A window that no context outgrows is none.
+            layers=tuple(
+                replace(layer, window=None) if layer.window and layer.window >= max_context_length else layer
+                for layer in layers
+            ),
             multipliers=parts.multipliers(config) if parts.multipliers else Multipliers(),
         )
 
@@ -217,12 +264,27 @@ def _size(config: Mapping[str, Any], key: str, default: int | None = None) -> in
 
 
 def _refuse_unknown_parts(config: Mapping[str, Any], architecture: str) -> None:
-    activation = config.get("hidden_act", "silu")
-    if activation not in ("silu", "swish"):
-        raise BuildError(f"hidden_act {activation!r} is not supported with {architecture}; silu is")
+    activation = config.get("hidden_act", ARCHITECTURES[architecture].activation)
+    expected = ARCHITECTURES[architecture].activation
+    if activation != expected and (activation, expected) != ("swish", "silu"):
+        raise BuildError(f"hidden_act {activation!r} is not supported with {architecture}; {expected} is")
+    for key in ("attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention"):
+        if config.get(key):
+            raise BuildError(f"{key} {config[key]!r} is not supported with {architecture}; none is")
+
+
+def _rotary_dim(config: Mapping[str, Any], head_dim: int, may_be_partial: bool) -> int:
     factor = config.get("partial_rotary_factor", 1.0)
-    if factor != 1.0:
-        raise BuildError(f"partial_rotary_factor {factor} is not supported with {architecture}; 1.0 is")
+    if factor == 1.0:
+        return head_dim
+    if not may_be_partial:
+        raise BuildError(f"partial_rotary_factor {factor} is not supported with this architecture; 1.0 is")
+    size = int(head_dim * _factor(config, "partial_rotary_factor", 1.0))
+    if size % 2 or not 2 <= size <= head_dim:
+        raise BuildError(
+            f"partial_rotary_factor {factor} of head_dim {head_dim} is {size}; an even number up to that is needed"
+        )
+    return size
 
 
 def _factor(config: Mapping[str, Any], key: str, default: float) -> float:

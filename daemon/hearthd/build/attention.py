@@ -41,6 +41,8 @@ def add_attention(nodes: Nodes, spec: DecoderSpec, index: int, qkv: str, weights
         do_rotary=int(layer.rope is not None),
         rotary_interleaved=0,
         scale=spec.attention_scale,
+        # How many tokens a token sees, itself included, in this kernel as in transformers; -1 for all.
+        local_window_size=layer.window or -1,
     )
     return output
 

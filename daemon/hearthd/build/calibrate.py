@@ -92,9 +92,9 @@ def calibrate(
     start = 0 if preset is None else preset.shape[3]
     longest = max(len(document.token_ids) for document in documents)
     ranges = {name: _Range() for name in matmul_names(spec)}
-    weights = DecoderWeights(source, spec, rotated=True)
+    weights = DecoderWeights(source, spec, rotated=spec.rotatable)
     options = GraphOptions(context_length=longest, all_logits=True, capture=True)
-    path = write_graph(directory, spec, weights, Recipe({}, rotated=True), options)
+    path = write_graph(directory, spec, weights, Recipe({}, rotated=spec.rotatable), options)
     session = GraphSession(
         path.read_bytes(),
         spec,
@@ -108,7 +108,7 @@ def calibrate(
             for name, values in ranges.items():
                 values.include(captured[str(name)])
         report((index + 1) / len(documents))
-    return Recipe({name: _chosen(name, values) for name, values in ranges.items()}, rotated=True)
+    return Recipe({name: _chosen(name, values) for name, values in ranges.items()}, rotated=spec.rotatable)
 
 
 def _chosen(name: MatMulName, values: _Range) -> MatMulRecipe:

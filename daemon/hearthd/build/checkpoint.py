@@ -17,10 +17,19 @@ from numpy.typing import NDArray
 from hearthd.build.architecture import ARCHITECTURES
 from hearthd.errors import BuildError
 
+# Architectures of a supported family whose directories hold more than a decoder of text -> what to take instead.
+_WITH_IMAGES = {
+    "Gemma3ForConditionalGeneration": "take 270M or 1B, which are for text, or a GGUF file of this one",
+    "Phi4MultimodalForCausalLM": "take Phi-4-mini-instruct",
+}
+
 
 def unsupported_architecture(where: Path, name: str) -> BuildError:
     """Return the refusal of an architecture that the graph cannot express, with what works."""
-    return BuildError(f"{where}: architecture {name!r} is not supported; these are: {', '.join(sorted(ARCHITECTURES))}")
+    known = ", ".join(sorted(ARCHITECTURES))
+    if name in _WITH_IMAGES:
+        known += f". This one reads images too; of its family {_WITH_IMAGES[name]}"
+    return BuildError(f"{where}: architecture {name!r} is not supported; these are: {known}")
 
 
 def one_line(text: object, longest: int) -> str:

@@ -8,45 +8,29 @@ tokenizer files (gguf_tokenizer). Called by checkpoint.open_checkpoint.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from hearthd.build.architecture import ARCHITECTURES
 from hearthd.build.checkpoint import Checkpoint, one_line, unsupported_architecture
 from hearthd.build.gguf_file import GgufFile
 from hearthd.build.gguf_tokenizer import read_tokenizer
 from hearthd.errors import BuildError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
     from pathlib import Path
 
     from numpy.typing import NDArray
 
-# general.architecture -> (config.json's architecture, whether the rows of q and k are reordered)
-_ARCHITECTURES: Final = {
-    "llama": ("LlamaForCausalLM", True),
-    "qwen2": ("Qwen2ForCausalLM", False),
-    "qwen3": ("Qwen3ForCausalLM", False),
-    "smollm3": ("SmolLM3ForCausalLM", True),
-    "granite": ("GraniteForCausalLM", True),
-}
-# Keys that one architecture alone has: config.json's name -> the file's. What the file leaves out is left to the
-# architecture's own default, as in llama.cpp (no file says which layers of SmolLM3 have no rope: each fourth).
-_OWN_NUMBERS: Final[Mapping[str, Mapping[str, str]]] = {
-    "granite": {
-        "embedding_multiplier": "embedding_scale",
-        "residual_multiplier": "residual_scale",
-        "attention_multiplier": "attention.scale",
-        "logits_scaling": "logit_scale",
-    },
-}
 _TOP_LEVEL: Final = {
     "token_embd.weight": "model.embed_tokens.weight",
     "output_norm.weight": "model.norm.weight",
     "output.weight": "lm_head.weight",
 }
-_IN_LAYER: Final = {
+_IN_LAYER: Final[Mapping[str, str]] = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
@@ -59,9 +43,60 @@ _IN_LAYER: Final = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Family:
+    """What a `general.architecture` of llama.cpp is in Hugging Face's words.
+
+    architecture: config.json's. reorders_qk: whether the rows of q and k are in the order of interleaved rope. names:
+    of a layer's tensors. numbers: config.json's keys that this family alone has, and the file's key, whose default
+    is 1. fixed: what llama.cpp knows of the family and no file says. norm_offset: what the conversion added to norms.
+    """
+
+    architecture: str
+    reorders_qk: bool = False
+    names: Mapping[str, str] = field(default_factory=lambda: _IN_LAYER)
+    numbers: Mapping[str, str] = field(default_factory=dict)
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    norm_offset: float = 0.0
+
+
+_FAMILIES: Final = {
+    "llama": _Family(architecture="LlamaForCausalLM", reorders_qk=True),
+    "qwen2": _Family(architecture="Qwen2ForCausalLM"),
+    "qwen3": _Family(architecture="Qwen3ForCausalLM"),
+    "smollm3": _Family(architecture="SmolLM3ForCausalLM", reorders_qk=True, fixed={"no_rope_layer_interval": 4}),
+    "granite": _Family(
+        architecture="GraniteForCausalLM",
+        reorders_qk=True,
+        numbers={
+            "embedding_multiplier": "embedding_scale",
+            "residual_multiplier": "residual_scale",
+            "attention_multiplier": "attention.scale",
+            "logits_scaling": "logit_scale",
+        },
+    ),
+    "phi3": _Family(
+        architecture="Phi3ForCausalLM",
+        names={**_IN_LAYER, "attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"},
+    ),
+    "gemma3": _Family(
+        architecture="Gemma3ForCausalLM",
+        names={
+            **_IN_LAYER,
+            "post_attention_norm": "post_attention_layernorm",
+            "ffn_norm": "pre_feedforward_layernorm",
+            "post_ffw_norm": "post_feedforward_layernorm",
+        },
+        fixed={"model_type": "gemma3_text", "hidden_act": "gelu_pytorch_tanh"},
+        norm_offset=1.0,
+    ),
+}
 _LAYER_TENSOR: Final = re.compile(r"blk\.(\d{1,4})\.([a-z_]+)\.(weight|bias)")
 _ROPE_FACTORS: Final = "rope_freqs.weight"
 # 64-wide tensors of positions that old converters wrote; they can be computed.
+_LONGROPE_FACTORS: Final = {"long_factor": "rope_factors_long.weight", "short_factor": "rope_factors_short.weight"}
 _IGNORED: Final = re.compile(r"blk\.\d+\.attn_rot_embd\.weight|blk\.\d+\.attn_rot_embd")
 
 
@@ -74,9 +109,10 @@ class GgufCheckpoint(Checkpoint):
         self._file = GgufFile(path)
         try:
             name = str(self._file.metadata.get("general.architecture", ""))
-            if name not in _ARCHITECTURES:
+            if name not in _FAMILIES:
                 raise unsupported_architecture(path, name)
             self._architecture = name
+            self._family = _FAMILIES[name]
             self._names = self._hugging_face_names()
             tokenizer = read_tokenizer(path, self._file.metadata)
             self.config = self._config()
@@ -109,6 +145,8 @@ class GgufCheckpoint(Checkpoint):
         if len(shape) > 2:
             raise BuildError(f"{self._path}: tensor {gguf_name!r} has {len(shape)} dimensions; 1 or 2 are expected")
         values = self._file.rows(gguf_name, 0, shape[0] if len(shape) == 2 else 1).reshape(shape)
+        if self._family.norm_offset and name.endswith("norm.weight"):
+            return values - np.float32(self._family.norm_offset)
         num_heads = self._reordered_heads(name)
         if not num_heads:
             return values
@@ -135,7 +173,7 @@ class GgufCheckpoint(Checkpoint):
 
     def _reordered_heads(self, name: str) -> int:
         """Into how many heads the rows of this tensor were reordered; 0 for a tensor that was not."""
-        if not _ARCHITECTURES[self._architecture][1]:
+        if not self._family.reorders_qk:
             return 0
         if ".q_proj." in name:
             return int(self.config["num_attention_heads"])
@@ -148,13 +186,13 @@ class GgufCheckpoint(Checkpoint):
                 names[_TOP_LEVEL[gguf_name]] = gguf_name
             elif match := _LAYER_TENSOR.fullmatch(gguf_name):
                 layer, part, kind = match.groups()
-                if part in _IN_LAYER:
-                    names[f"model.layers.{int(layer)}.{_IN_LAYER[part]}.{kind}"] = gguf_name
+                if part in self._family.names:
+                    names[f"model.layers.{int(layer)}.{self._family.names[part]}.{kind}"] = gguf_name
                     continue
                 if not _IGNORED.fullmatch(gguf_name):
                     # A tensor that is left out would change the answers without a word (experts, for example).
                     raise BuildError(f"{self._path}: tensor {gguf_name!r} has no place in {self._architecture}")
-            elif gguf_name != _ROPE_FACTORS:
+            elif gguf_name not in (_ROPE_FACTORS, *_LONGROPE_FACTORS.values()):
                 raise BuildError(f"{self._path}: tensor {gguf_name!r} has no place in {self._architecture}")
         return names
 
@@ -164,15 +202,13 @@ class GgufCheckpoint(Checkpoint):
         head_dim = self._number("attention.key_length", default=hidden_size // num_heads)
         if self._number("attention.value_length", default=head_dim) != head_dim:
             raise BuildError(f"{self._path}: key and value heads of different size are not supported")
-        if self._number("rope.dimension_count", default=head_dim) != head_dim:
-            raise BuildError(f"{self._path}: rope over a part of each head is not supported")
         if self._number("expert_count", default=0):
             raise BuildError(f"{self._path}: mixtures of experts are not supported")
         embedding = self._file.tensors.get("token_embd.weight")
         if embedding is None or len(embedding.shape) != 2:
             raise BuildError(f"{self._path}: has no token_embd.weight matrix; the file is incomplete")
         config: dict[str, Any] = {
-            "architectures": [_ARCHITECTURES[self._architecture][0]],
+            "architectures": [self._family.architecture],
             "model_type": self._architecture,
             "hidden_size": hidden_size,
             "intermediate_size": self._number("feed_forward_length"),
@@ -192,13 +228,42 @@ class GgufCheckpoint(Checkpoint):
             "mlp_bias": "blk.0.ffn_up.bias" in self._file.tensors,
             "hidden_act": "silu",
         }
-        for key, name in _OWN_NUMBERS.get(self._architecture, {}).items():
-            config[key] = self._decimal(name, default=1.0)
+        config |= self._family.fixed
+        config |= {key: self._decimal(name, default=1.0) for key, name in self._family.numbers.items()}
+        rotary_dim = self._number("rope.dimension_count", default=head_dim)
+        if rotary_dim != head_dim:
+            if not ARCHITECTURES[self._family.architecture].partial_rotary:
+                raise BuildError(f"{self._path}: rope over a part of each head is not supported")
+            config["partial_rotary_factor"] = rotary_dim / head_dim
+        # Only of files that have it, and 0 for none: the other families have windows in no layer.
+        window = self._number("attention.sliding_window", default=0)
+        if window:
+            config["sliding_window"] = window
+        if self._architecture == "gemma3":
+            config |= self._gemma_config(hidden_size // num_heads)
+        if self._architecture == "phi3":
+            config["original_max_position_embeddings"] = self._number(
+                "rope.scaling.original_context_length", default=config["max_position_embeddings"]
+            )
         if _ROPE_FACTORS in self._file.tensors:
             config["rope_freq_factors"] = self._file.rows(_ROPE_FACTORS, 0, 1)[0]
         return config
 
+    def _gemma_config(self, hidden_share: int) -> dict[str, Any]:
+        """Return what llama.cpp derives from the size of the model: hidden_share is hidden_size / heads."""
+        head_dim = self._number("attention.key_length", default=hidden_share)
+        return {
+            # Of 27B, which alone has 62 layers, and of all others.
+            "query_pre_attn_scalar": hidden_share if self._number("block_count") == 62 else head_dim,
+            "sliding_window_pattern": self._number("attention.sliding_window_pattern", default=6),
+            "rope_local_base_freq": self._decimal("rope.freq_base_swa", default=10_000.0),
+        }
+
     def _rope_scaling(self) -> dict[str, Any] | None:
+        if all(name in self._file.tensors for name in _LONGROPE_FACTORS.values()):
+            factors = {key: self._file.rows(name, 0, 1)[0].tolist() for key, name in _LONGROPE_FACTORS.items()}
+            magnitude = self._decimal("rope.scaling.attn_factor", default=1.0)
+            return {"rope_type": "longrope", "attention_factor": magnitude} | factors
         kind = self._file.metadata.get(f"{self._architecture}.rope.scaling.type", "none")
         if kind == "none":
             return None

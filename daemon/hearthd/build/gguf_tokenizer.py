@@ -51,6 +51,12 @@ _LLAMA3_PATTERN: Final = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+# GPT-4o's (o200k), which Phi-4-mini has.
+_O200K_WORDS: Final = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
+)
+_O200K_PATTERN: Final = "|".join(_O200K_WORDS) + r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _QWEN2_PATTERN: Final = _LLAMA3_PATTERN.replace(r"\p{N}{1,3}", r"\p{N}")
 
 
@@ -74,6 +80,7 @@ _PRE_TOKENIZERS: Final[Mapping[str, dict[str, Any]]] = {
     "smollm": _SMOLLM,
     "starcoder": _SMOLLM,
     "refact": _SMOLLM,
+    "gpt-4o": _split(_O200K_PATTERN),
     "llama-bpe": _split(_LLAMA3_PATTERN),
     "llama3": _split(_LLAMA3_PATTERN),
     "llama-v3": _split(_LLAMA3_PATTERN),
@@ -85,8 +92,13 @@ _IGNORES_MERGES: Final = frozenset({"llama-bpe", "llama3", "llama-v3"})
 _NORMALIZES_NFC: Final = frozenset({"qwen2"})
 # Control tokens that end a turn or a text, whichever of them tokenizer.ggml.eos_token_id names.
 _END_TOKENS: Final = frozenset(
-    {"<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|end|>", "</s>"}
+    {
+        *("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|end|>", "</s>"),
+        *("<eos>", "<end_of_turn>"),
+    }
 )
+# No file says it: the line end behind one of Phi-3's tokens belongs to the token, but for these. As in llama.cpp.
+_PHI3_WITHOUT_LINE_END: Final = frozenset({"<unk>", "<s>", "<|endoftext|>"})
 _MAX_VOCABULARY: Final = 1_048_576
 
 
@@ -236,6 +248,10 @@ class _Conversion:
         }
 
     def _added_tokens(self) -> list[dict[str, Any]]:
+        is_phi3 = (
+            self._metadata.get("general.architecture") == "phi3"
+            and self._metadata.get("tokenizer.ggml.model") == "llama"
+        )
         special = {TokenType.CONTROL: True, TokenType.UNKNOWN: True, TokenType.USER_DEFINED: False}
         return [
             {
@@ -243,7 +259,7 @@ class _Conversion:
                 "content": token,
                 "single_word": False,
                 "lstrip": False,
-                "rstrip": False,
+                "rstrip": is_phi3 and token not in _PHI3_WITHOUT_LINE_END,
                 "normalized": False,
                 "special": special[kind],
             }

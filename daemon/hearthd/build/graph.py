@@ -22,11 +22,11 @@ from onnx import TensorProto, helper
 from hearthd.build.architecture import DecoderSpec
 from hearthd.build.attention import add_attention
 from hearthd.build.external_data import ExternalData
-from hearthd.build.linear import add_linear
+from hearthd.build.linear import add_linear, switch_names
 from hearthd.build.nodes import MICROSOFT, Nodes
-from hearthd.build.recipe import MatMulName, Recipe
-from hearthd.build.rounding import SMALLEST_PEAK, Nearest, Rounding
+from hearthd.build.recipe import MatMulForm, MatMulName, Recipe
 from hearthd.build.rope import rope_tables
+from hearthd.build.rounding import SMALLEST_PEAK, Nearest, Rounding
 from hearthd.build.weights import DecoderWeights, LayerWeights, Linear
 
 __all__ = ["DATA_FILE", "LAST_POSITION", "MODEL_FILE", "GraphOptions", "write_graph"]
@@ -43,6 +43,8 @@ class GraphOptions:
 
     capture: each matmul's input is an output too, named `capture.<matmul>`. int8_embedding: rows as int8 with a scale
     each, which is what a bundle has; False keeps float32, which is the reference.
+
+    A matmul of the form SWITCHED adds two inputs, `linear.switch_names`.
     """
 
     context_length: int
@@ -91,6 +93,7 @@ class _GraphWriter:
         self._options = options
         self._rounding = rounding
         self._captured: list[str] = []
+        self._switches: list[str] = []
 
     def write(self, weights: DecoderWeights) -> None:
         spec = self._spec
@@ -114,6 +117,7 @@ class _GraphWriter:
             helper.make_tensor_value_info("seqlens_k", TensorProto.INT32, ["B"]),
             helper.make_tensor_value_info("total_sequence_length", TensorProto.INT32, [1]),
         ]
+        inputs += [helper.make_tensor_value_info(name, TensorProto.FLOAT, []) for name in self._switches]
         shape: list[str | int | None] = ["B", "S", spec.vocab_size] if options.all_logits else ["B", spec.vocab_size]
         outputs = [helper.make_tensor_value_info("logits", TensorProto.FLOAT, shape)]
         for index in range(spec.num_layers):
@@ -146,31 +150,44 @@ class _GraphWriter:
             attended = self._last_position(attended, f"{path}.attention{LAST_POSITION}")
             hidden = self._last_position(hidden, f"{path}.hidden{LAST_POSITION}")
         branch = self._linear(MatMulName("o", index), attended, weights.o)
+        branch = self._branch_norm(f"{path}.attention_branch_norm", branch, weights.attention_branch_norm)
         normed, hidden = self._residual_norm(f"{path}.post_attention_norm", hidden, branch, weights.post_attention_norm)
         gate_up = self._linear(MatMulName("gate_up", index), normed, weights.gate_up)
         gate, up = f"{path}.gate", f"{path}.up"
         self._nodes.nodes("Split", [gate_up], [gate, up], axis=-1, num_outputs=2)
+        inner = self._nodes.node("Mul", [self._activated(path, gate), up], f"{path}.inner")
+        branch = self._linear(MatMulName("down", index), inner, weights.down)
+        return hidden, self._branch_norm(f"{path}.mlp_branch_norm", branch, weights.mlp_branch_norm)
+
+    def _activated(self, path: str, gate: str) -> str:
+        if self._spec.activation == "gelu_pytorch_tanh":
+            return self._nodes.node("Gelu", [gate], f"{path}.gelu", approximate="tanh")
         # x * sigmoid(x): QuickGelu with alpha 1 is SiLU in one kernel.
-        gate = self._nodes.node("QuickGelu", [gate], f"{path}.silu", domain=MICROSOFT, alpha=1.0)
-        inner = self._nodes.node("Mul", [gate, up], f"{path}.inner")
-        return hidden, self._linear(MatMulName("down", index), inner, weights.down)
+        return self._nodes.node("QuickGelu", [gate], f"{path}.silu", domain=MICROSOFT, alpha=1.0)
+
+    def _branch_norm(self, name: str, branch: str, weight: NDArray[np.float32] | None) -> str:
+        """Normalise what is about to be added to the residual stream, where an architecture does that."""
+        return branch if weight is None else self._norm(name, branch, weight)
 
     def _residual_norm(self, name: str, hidden: str, branch: str, weight: NDArray[np.float32]) -> tuple[str, str]:
         """Add the branch to the residual stream and normalise; returns the normed and the new stream."""
-        epsilon = self._spec.rms_norm_eps
-        gamma = self._nodes.tensor(f"{name}.weight", weight)
         if not branch:
-            normed = self._nodes.node("SimplifiedLayerNormalization", [hidden, gamma], name, axis=-1, epsilon=epsilon)
-            return normed, hidden
+            return self._norm(name, hidden, weight), hidden
         total = f"{name}.residual"
+        gamma = self._nodes.tensor(f"{name}.weight", weight)
         self._nodes.nodes(
             "SkipSimplifiedLayerNormalization",
             [hidden, branch, gamma],
             [name, "", "", total],
             domain=MICROSOFT,
-            epsilon=epsilon,
+            epsilon=self._spec.rms_norm_eps,
         )
         return name, total
+
+    def _norm(self, name: str, value: str, weight: NDArray[np.float32]) -> str:
+        gamma = self._nodes.tensor(f"{name}.weight", weight)
+        epsilon = self._spec.rms_norm_eps
+        return self._nodes.node("SimplifiedLayerNormalization", [value, gamma], name, axis=-1, epsilon=epsilon)
 
     def _last_position(self, value: str, name: str) -> str:
         """(B, S, features) -> (B, features)."""
@@ -180,4 +197,7 @@ class _GraphWriter:
         name = str(matmul)
         if self._options.capture:
             self._captured.append(self._nodes.node("Identity", [value], f"capture.{name}"))
-        return add_linear(self._nodes, name, value, linear, self._recipe.of(matmul), self._rounding, output or name)
+        recipe = self._recipe.of(matmul)
+        if recipe.form is MatMulForm.SWITCHED:
+            self._switches += switch_names(matmul)
+        return add_linear(self._nodes, name, value, linear, recipe, self._rounding, output or name)

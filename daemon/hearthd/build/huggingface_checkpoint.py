@@ -40,6 +40,21 @@ _DEFAULTS: Final[Mapping[str, Mapping[str, Any]]] = {
         "rope_theta": 2_000_000.0,
         "tie_word_embeddings": True,
     },
+    "Phi3ForCausalLM": {
+        "max_position_embeddings": 4096,
+        "original_max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-5,
+    },
+    "Gemma3ForCausalLM": {
+        "max_position_embeddings": 131_072,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+        "hidden_act": "gelu_pytorch_tanh",
+        "rope_theta": 1_000_000.0,
+        "sliding_window": 4096,
+        "tie_word_embeddings": True,
+    },
     "GraniteForCausalLM": {"max_position_embeddings": 2048},
 }
 # Generation default -> (smallest, largest) that makes sense; top_k is a whole number.
@@ -284,12 +299,26 @@ def _one_spelling(config: Mapping[str, Any], architecture: str) -> dict[str, Any
     same.setdefault("tie_word_embeddings", False)
     same.setdefault("attention_bias", False)
     same.setdefault("mlp_bias", False)
-    same.setdefault("hidden_act", "silu")
+    same["hidden_act"] = same.pop("hidden_activation", same.get("hidden_act", "silu"))
     same.setdefault("bos_token_id", None)
     same["architectures"] = [architecture]
     # transformers 5 has all of the rope in rope_parameters, transformers 4 rope_theta beside rope_scaling.
     rope = dict(same.pop("rope_parameters", None) or same.get("rope_scaling") or {})
+    if "full_attention" in rope or "sliding_attention" in rope:
+        rope = _one_rope(same, rope)
+    if "partial_rotary_factor" in rope:
+        same["partial_rotary_factor"] = rope.pop("partial_rotary_factor")
     same["rope_theta"] = rope.pop("rope_theta", None) or same.get("rope_theta", 10_000.0)
     rope["rope_type"] = rope.pop("type", None) or rope.get("rope_type", "default")
     same["rope_scaling"] = None if rope["rope_type"] == "default" else rope
     return same
+
+
+def _one_rope(same: dict[str, Any], ropes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the rope of the layers without a window, and note the base of the others as transformers 4 does."""
+    near, far = ropes.get("sliding_attention") or {}, ropes.get("full_attention") or {}
+    if not isinstance(near, dict) or not isinstance(far, dict) or near.get("rope_type", "default") != "default":
+        raise BuildError("rope_parameters scales the rope of sliding_attention; only that of full_attention may be")
+    if "rope_theta" in near:
+        same["rope_local_base_freq"] = near["rope_theta"]
+    return dict(far)

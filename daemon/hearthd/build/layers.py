@@ -13,7 +13,7 @@ from typing import Any
 from hearthd.build.rope import Rope, read_rope
 from hearthd.errors import BuildError
 
-__all__ = ["Layer", "LayerRule", "all_alike", "some_without_rope"]
+__all__ = ["Layer", "LayerRule", "all_alike", "all_windowed", "some_sliding", "some_without_rope"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +50,44 @@ def some_without_rope(config: Mapping[str, Any], num_layers: int, rotary_dim: in
         )
     rope = read_rope(config, rotary_dim)
     return tuple(Layer(rope if turn else None) for turn in turns[:num_layers])
+
+
+def all_windowed(config: Mapping[str, Any], num_layers: int, rotary_dim: int) -> tuple[Layer, ...]:
+    """Phi-3: `sliding_window`, where it is given, in every layer."""
+    window = None if config.get("sliding_window") is None else _window(config)
+    return (Layer(read_rope(config, rotary_dim), window),) * num_layers
+
+
+def some_sliding(config: Mapping[str, Any], num_layers: int, rotary_dim: int) -> tuple[Layer, ...]:
+    """Gemma 3: `layer_types`, by default five layers with a window and a rope of their own before each one without."""
+    kinds = config.get("layer_types")
+    if kinds is None:
+        pattern = config.get("sliding_window_pattern", 6)
+        if not isinstance(pattern, int) or pattern < 1:
+            raise BuildError(f"sliding_window_pattern is {pattern!r}; a whole number of 1 or more is needed")
+        kinds = ["sliding_attention" if (index + 1) % pattern else "full_attention" for index in range(num_layers)]
+    if not isinstance(kinds, list) or len(kinds) != num_layers:
+        raise BuildError(
+            f"layer_types is no list with one kind for each of {num_layers} layers: config.json is damaged"
+        )
+    by_kind = {
+        "full_attention": Layer(read_rope(config, rotary_dim)),
+        "sliding_attention": Layer(
+            read_rope({"rope_theta": config.get("rope_local_base_freq")}, rotary_dim, name="rope.sliding"),
+            _window(config),
+        ),
+    }
+    unknown = {str(kind) for kind in kinds} - by_kind.keys()
+    if unknown:
+        raise BuildError(f"layer types {sorted(unknown)} are not supported; these are: {', '.join(sorted(by_kind))}")
+    return tuple(by_kind[kind] for kind in kinds)
+
+
+def _window(config: Mapping[str, Any]) -> int:
+    window = config.get("sliding_window")
+    if not isinstance(window, int) or isinstance(window, bool) or window < 1:
+        raise BuildError(f"sliding_window is {window!r}; a whole number of 1 or more is needed")
+    return window
 
 
 def _refuse_windows(config: Mapping[str, Any]) -> None:

@@ -64,6 +64,8 @@ def read_rope(config: Mapping[str, Any], rotary_dim: int, *, name: str = "rope")
     if divisors is not None:
         return Rope(name, tuple(frequencies / _divisors(divisors, len(frequencies), "rope_freqs")))
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
+    if kind == "su":  # what Phi-3's first configurations call it
+        kind = "longrope"
     if kind not in _ROPE_TYPES:
         raise BuildError(f"rope scaling {kind!r} is not supported; these are: {', '.join(_ROPE_TYPES)}")
     if kind == "longrope":
