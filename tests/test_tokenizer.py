@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 import tiny_tokenizers as tiny
+from checkpoints import make_tokenizer, tiny_models
 from hearthd.chat_template import ChatTemplate
 from hearthd.errors import BundleError, InvalidRequestError
 from hearthd.tokenizer import ChatTokenizer, Message
@@ -93,7 +94,31 @@ def control_ids(kind: str, ids: list[int]) -> list[int]:
     return [token_id for token_id in ids if token_id in controls]
 
 
+def gemma() -> tuple[Tokenizer, ChatTokenizer]:
+    """Return a tokenizer that has white space among its added tokens, and ours."""
+    tokenizer, model = make_tokenizer("gemma"), tiny_models()["gemma3"]
+    eos_ids = [model.config["eos_token_id"]]
+    return tokenizer, ChatTokenizer(tokenizer.to_str(), model.template, eos_ids=eos_ids, bos_token="<bos>")
+
+
 class TestOrdinaryText:
+    @given(text=st.text(alphabet="\n ▁\ta<end_of_turn>", max_size=30))
+    def test_white_space_that_is_an_added_token_is_text(self, text: str) -> None:
+        tokenizer, ours = gemma()
+        ids = ours.encode_text(text)
+        if "<end_of_turn>" not in text:
+            assert ids == tokenizer.encode(text, add_special_tokens=False).ids
+        assert ours.control_ids.isdisjoint(ids)
+
+    def test_white_space_joins_in_a_conversation_as_in_a_text(self) -> None:
+        tokenizer, ours = gemma()
+        ids = ours.encode_chat([Message("user", "a\n\nb <end_of_turn>   c")])
+        assert ids.count(tokenizer.token_to_id("\n\n")) == 1
+        assert ids.count(tokenizer.token_to_id("▁▁▁")) == 1
+        assert ids.count(tokenizer.token_to_id("<end_of_turn>")) == 1, "the template's own"
+        assert {"<bos>", "<start_of_turn>"} <= {tokenizer.id_to_token(each) for each in ours.control_ids}
+        assert "\n" not in {tokenizer.id_to_token(each) for each in ours.control_ids}
+
     @kinds
     @templates
     def test_conversations_have_the_ids_that_the_library_gives(self, kind: str, template: str) -> None:

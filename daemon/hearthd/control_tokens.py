@@ -1,6 +1,7 @@
 """Keeps a caller's text from becoming a control token: marks it before the template, and tells it apart afterwards.
 
-Every added token counts, whether it is flagged special or not. Before a conversation is rendered, `mark` puts a mark,
+Every added token counts, whether it is flagged special or not, but for plain runs of white space, which Gemma lists
+among them: those are text, in whoever's words they stand. Before a conversation is rendered, `mark` puts a mark,
 one character that stands nowhere else, before each place in the callers' texts where a control token could begin, or
 could be completed by the template's text beside it. After rendering, `split` takes as control tokens only what the
 template itself wrote: no match may begin at a mark or reach across one. Texts without such places are not changed, so
@@ -41,6 +42,12 @@ class ControlToken:
     is_single_word: bool = False
     is_added: bool = True
     """Whether `tokenizers` looks for it in text. If not, the template cannot write it either."""
+
+    @property
+    def is_text(self) -> bool:
+        """Whether this is nothing but a run of line ends, tabs or spaces ("▁" in a vocabulary), and stands for them."""
+        plain = not (self.is_special or self.is_normalized or self.strips_left or self.strips_right)
+        return plain and not self.is_single_word and not self.content.strip("\t\n\r ▁")
 
     @classmethod
     def from_json(cls, entry: Mapping[str, Any]) -> Self:

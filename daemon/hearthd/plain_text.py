@@ -1,18 +1,18 @@
 """Encodes text into a model's tokens, but never into a control token.
 
-`tokenizers` looks for added tokens in any text that it is given. Here it is given none to look for; and where the
-vocabulary itself has the text of a control token in reach, that entry gets a name which no text can have. Each id that
-comes out is checked all the same.
+`tokenizers` looks for added tokens in any text that it is given. Here it is given none to look for but those that are
+text (`ControlToken.is_text`); and where the vocabulary itself has the text of a control token in reach, that entry gets
+a name which no text can have. Each id that comes out is checked all the same.
 
 Knows no conversation and no template. Called by `tokenizer`.
 """
 
 import json
 import secrets
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, pre_tokenizers
 
 from hearthd.errors import BundleError, InvalidRequestError
 
@@ -36,8 +36,9 @@ class PlainTextEncoder:
                 json.dumps({**config, "model": model, "added_tokens": [], "post_processor": None})
             )
         # Both share the model, which is most of a tokenizer's memory: 40 MB for 49,152 tokens.
-        self._beginning = _bare(source, config["pre_tokenizer"])
-        self._later = _bare(source, _without_first_space(config["pre_tokenizer"]))
+        text = [entry["content"] for entry in config["added_tokens"] if entry["id"] not in self._control_ids]
+        self._beginning = _bare(source, config["pre_tokenizer"], text)
+        self._later = _bare(source, _without_first_space(config["pre_tokenizer"]), text)
 
     def encode(self, field: str, text: str, *, is_beginning: bool = True) -> list[int]:
         """Encode a text that has been checked to be Unicode.
@@ -55,12 +56,15 @@ class PlainTextEncoder:
         return list(ids)
 
 
-def _bare(source: Tokenizer, pre_tokenizer: Mapping[str, Any] | None) -> Tokenizer:
+def _bare(source: Tokenizer, pre_tokenizer: Mapping[str, Any] | None, added_text: Sequence[str]) -> Tokenizer:
     bare = Tokenizer(source.model)
     if source.normalizer is not None:
         bare.normalizer = source.normalizer
     if pre_tokenizer is not None:
         bare.pre_tokenizer = _pre_tokenizer(pre_tokenizer)
+    # Those that the vocabulary has keep their ids; another one would get an id of something else.
+    known = [AddedToken(text, normalized=False) for text in added_text if source.model.token_to_id(text) is not None]
+    bare.add_tokens(known)
     return bare
 
 

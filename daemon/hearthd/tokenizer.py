@@ -50,7 +50,8 @@ class ChatTokenizer:
             raise BundleError(f"tokenizer.json cannot be read: {str(error)[:200]}") from error
         self.eos_ids = frozenset(eos_ids)
         self._template = ChatTemplate(chat_template, bos_token=bos_token, eos_token=eos_token, now=now)
-        tokens = {token.token_id: token for token in map(ControlToken.from_json, config["added_tokens"])}
+        added = [ControlToken.from_json(entry) for entry in config["added_tokens"]]
+        tokens = {token.token_id: token for token in added if not token.is_text}
         for token_id in {*control_ids, *self.eos_ids} - tokens.keys():
             content = self._tokenizer.id_to_token(token_id)
             if content is None:
@@ -61,6 +62,7 @@ class ChatTokenizer:
         self._control_token_of = tokens
         self._control_tokens = ControlTokens(tokens.values())
         self._plain_text = PlainTextEncoder(self._tokenizer, config, tokens.keys())
+        self.control_ids = frozenset(tokens)
         self._decoder_config = config["decoder"]
         self._new_steps = decoder_steps(self._decoder_config)
 

@@ -200,7 +200,7 @@ def _manifest(
     parts: _Parts, directory: Path, name: str, begin: tuple[int, ...], recipe: Recipe, figures: QualityFigures
 ) -> Manifest:
     checkpoint, spec = parts.checkpoint, parts.spec
-    control_ids = {int(entry["id"]) for entry in json.loads(checkpoint.tokenizer_json).get("added_tokens", [])}
+    control_ids = parts.tokenizer.control_ids
     conversation = [Message("system", "a"), Message("user", "b"), Message("assistant", "c"), Message("user", "d")]
     quality = asdict(figures)
     by_kind = quality.pop("kl_by_kind")

@@ -4,7 +4,6 @@ Both kinds of checkpoint (a GGUF file, a Hugging Face directory) look the same f
 quantisation or bundles. Called by `builder`, `quality` and `cli`.
 """
 
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
@@ -92,11 +91,6 @@ class Checkpoint(ABC):
     def eos_ids(self) -> tuple[int, ...]:
         """Token ids that end a turn; at least one."""
         return tuple(self.config["eos_token_id"])
-
-    @property
-    def control_ids(self) -> tuple[int, ...]:
-        """Ids that a person's text must never become: every added token, whether flagged special or not."""
-        return tuple(sorted(token["id"] for token in json.loads(self.tokenizer_json)["added_tokens"]))
 
     def __enter__(self) -> Self:
         return self
