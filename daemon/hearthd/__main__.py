@@ -1,8 +1,9 @@
-"""The daemon's command line: serve, check-config, token, model.
+"""The daemon's command line: serve, check-config, token, model, bench.
 
 Exit codes:
     0   done; for `serve`, told to stop and stopped
-    1   failed: a token that is not there, a model that cannot be built; a hard exit, where shutting down took too long
+    1   failed: a token that is not there, a model that cannot be built or measured; a hard exit, where shutting down
+        took too long
     2   wrong usage of the command line
     69  another program serves the address (EX_UNAVAILABLE)
     70  a fault of the daemon itself (EX_SOFTWARE); systemd starts it again
@@ -23,9 +24,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from hearthd import paths
+from hearthd.bench.cli import add_parser as add_bench
 from hearthd.config import Config, choose_file, load_config, settings
 from hearthd.errors import (
     AddressInUseError,
+    BenchError,
     BuildError,
     BundleError,
     ConfigError,
@@ -96,7 +99,7 @@ def exit_code(error: BaseException) -> int:
             return EXIT_CONFIG
         case AddressInUseError():
             return EXIT_IN_USE
-        case BuildError():
+        case BuildError() | BenchError():
             return EXIT_FAILED
         case _:
             return EXIT_FAULT
@@ -143,6 +146,7 @@ def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
         add_parser(commands)
     else:
         commands.add_parser("model", help="build, list and remove models")
+    add_bench(commands)
     return parser
 
 

@@ -4,6 +4,7 @@
     ├── ConfigError          the configuration cannot be used; exit before READY
     ├── BundleError          a model directory is missing, damaged or of another kind; exit before READY
     ├── BuildError           a checkpoint cannot become a bundle
+    ├── BenchError           a model cannot be measured on this machine
     ├── MissingPackageError  the daemon's packages are not all installed; exit before READY
     ├── AddressInUseError    another daemon serves the address
     ├── InvalidRequestError  a request field is wrong           -> INVALID_ARGUMENT
@@ -25,6 +26,7 @@ from typing import Final, Self
 __all__ = [
     "MAX_PROBLEMS",
     "AddressInUseError",
+    "BenchError",
     "BuildError",
     "BundleError",
     "ConfigError",
@@ -58,6 +60,10 @@ class BundleError(HearthdError):
 
 class BuildError(HearthdError):
     """A checkpoint cannot become a bundle, or the bundle is not faithful enough."""
+
+
+class BenchError(HearthdError):
+    """A model cannot be measured on this machine."""
 
 
 class MissingPackageError(HearthdError):

@@ -1,7 +1,7 @@
 """How fast a runner reads prompts and writes tokens: one measurement each, as the engine would run it.
 
 The model's own runs and nothing else: no sampling, no text, no gRPC. Knows no rounds, no statistics and no output.
-Called by `session`, which repeats these, and by `benchmarks/`.
+Called by `suite`, which repeats these, and by `benchmarks/`.
 """
 
 from __future__ import annotations
