@@ -182,10 +182,10 @@ def tiny_models() -> dict[str, TinyModel]:
             GRANITE,
             "refact",
             tie_word_embeddings=True,
-            embedding_multiplier=6.0,
-            residual_multiplier=0.22,
+            embedding_multiplier=3.0,
+            residual_multiplier=0.6,
             attention_multiplier=0.125,
-            logits_scaling=4.0,
+            logits_scaling=0.5,
         ),
         # Full rope, and a window in each layer.
         _model("phi3", "Phi3ForCausalLM", "phi3", "phi3", PHI3, "default", sliding_window=9, num_key_value_heads=4),
@@ -244,7 +244,9 @@ def random_weights(config: Mapping[str, Any], seed: int = 0) -> Weights:
     def vector(size: int, mean: float) -> NDArray[np.float32]:
         return (mean + 0.2 * random.standard_normal(size)).astype(np.float32)
 
-    weights: Weights = {"model.embed_tokens.weight": matrix(config["vocab_size"], hidden) * np.float32(4)}
+    # Not so large behind its multiplier that the layers would hardly change what the last token says.
+    size = 4 / (math.sqrt(hidden) if is_gemma else config.get("embedding_multiplier", 1.0))
+    weights: Weights = {"model.embed_tokens.weight": matrix(config["vocab_size"], hidden) * np.float32(size)}
     for layer in range(config["num_hidden_layers"]):
         prefix = f"model.layers.{layer}"
         weights[f"{prefix}.input_layernorm.weight"] = vector(hidden, norm_mean)
@@ -397,7 +399,9 @@ def _sentencepiece_tokenizer(style: TokenizerStyle) -> Tokenizer:
     tokenizer.normalizer = space if is_gemma else normalizers.Sequence([normalizers.Prepend("▁"), space])
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     tokenizer.decoder = decoders.Sequence(steps if is_gemma else [*steps, decoders.Strip(" ", 1, 0)])
-    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in first])
+    # Phi-3's "</s>" takes the white space behind it along, as its turns' tokens do.
+    ends = {"</s>"} if style == "phi3" else set()
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False, rstrip=token in ends) for token in first])
     tokenizer.add_tokens([AddedToken(token, normalized=False) for token in white])
     if style == "phi3":
         tokenizer.add_special_tokens([AddedToken("<|endoftext|>", normalized=False)])
