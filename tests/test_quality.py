@@ -79,25 +79,6 @@ def test_figures_are_those_of_the_definition(tmp_path: Path) -> None:
     assert figures.top1_agreement == pytest.approx(float((p.argmax(axis=1) == q.argmax(axis=1)).mean()))
 
 
-@pytest.mark.parametrize("name", sorted(tiny_models()))
-def test_every_architecture_builds_to_a_bundle_that_opens(tmp_path: Path, name: str) -> None:
-    checkpoint = tiny_checkpoint(tmp_path, name)
-    directory = tmp_path / "bundle"
-    directory.mkdir()
-    # Random layers exaggerate errors, so the gate may close on them; the figures are what is tested here.
-    manifest = build_bundle(checkpoint, directory, name=name, force=True, report=silent)
-    bundle = Bundle.open(directory)
-    assert bundle.manifest == manifest
-    assert manifest.quality["kl_mean"] < 0.2
-    assert manifest.quality["tokens"] > 1_000
-    assert manifest.parameter_count == sum(each.size for each in tiny_models()[name].weights().values())
-    again = measure_quality(
-        bundle, checkpoint, corpus.load("evaluation"), max_tokens=600, scratch=tmp_path, report=silent
-    )
-    assert again.kl_mean == pytest.approx(float(manifest.quality["kl_mean"]), rel=0.5)
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["bundle", name]), "scratch files are left"
-
-
 def test_an_unfaithful_build_fails_and_writes_no_manifest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = tiny_checkpoint(tmp_path)
     directory = tmp_path / "bundle"
