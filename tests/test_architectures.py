@@ -41,14 +41,14 @@ def name_of(variant: tuple[str, dict[str, object]]) -> str:
     return "-".join([variant[0], *variant[1]])
 
 
-def transformers_logits(path: Path) -> NDArray[np.float32]:
-    """Logits after each of IDS, float32 (tokens, vocab_size)."""
+def transformers_logits(path: Path, ids: list[int] = IDS) -> NDArray[np.float32]:
+    """Logits after each token, float32 (tokens, vocab_size)."""
     torch = pytest.importorskip("torch", reason="`make test` installs the reference group")
     transformers = pytest.importorskip("transformers", reason="`make test` installs the reference group")
     model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
     model.eval()
     with torch.no_grad():
-        return np.asarray(model(torch.tensor([IDS])).logits[0].numpy(), np.float32)
+        return np.asarray(model(torch.tensor([ids])).logits[0].numpy(), np.float32)
 
 
 def decoded(runner: OnnxRunner) -> NDArray[np.float32]:
@@ -155,3 +155,103 @@ def test_greedy_answer_after_a_chunked_prefill_is_that_of_transformers(tmp_path:
             found.append(int(logits.argmax()))
             waiting = [found[-1]]
     assert found == expected
+
+
+def read_at_once(runner: OnnxRunner, ids: list[int]) -> NDArray[np.float32]:
+    """Logits after the last of `ids`, float32 (vocab_size,)."""
+    return runner.forward(np.asarray([ids]), 0, np.asarray([0], np.int32))[0].copy()
+
+
+def long_prompt(size: int) -> list[int]:
+    return np.random.default_rng(size).integers(3, 400, size).tolist()
+
+
+@pytest.mark.reference
+@pytest.mark.parametrize("name", ["gemma3", "phi3"])
+@pytest.mark.parametrize("size", [6, 7, 8, 9, 10, 95])
+def test_a_window_ends_at_the_token_where_it_ends_in_transformers(tmp_path: Path, name: str, size: int) -> None:
+    """Windows of 7 and 9 tokens: prompts one shorter and one longer, read at once, and token by token."""
+    checkpoint = tiny_checkpoint(tmp_path, name)
+    ids = long_prompt(size)
+    expected = transformers_logits(tmp_path / name, ids)
+    runner = tiny_runner(tmp_path / "graph", checkpoint, Recipe.reference())
+    tolerance = {"rtol": 2e-4, "atol": 2e-4 * float(np.abs(expected).max())}
+    np.testing.assert_allclose(read_at_once(runner, ids), expected[-1], **tolerance)
+    one_by_one = [
+        runner.forward(np.asarray([[each]]), 1, np.asarray([at], np.int32))[0].copy() for at, each in enumerate(ids)
+    ]
+    np.testing.assert_allclose(np.asarray(one_by_one), expected, **tolerance)
+
+
+@pytest.mark.parametrize("name", ["gemma3", "phi3"])
+def test_windows_of_a_batch_end_at_each_rows_own_length(tmp_path: Path, name: str) -> None:
+    checkpoint = tiny_checkpoint(tmp_path, name)
+    runner = tiny_runner(tmp_path / "graph", checkpoint, Recipe.reference())
+    prompts = [long_prompt(size) for size in (3, 40, 11, 70)]
+    for slot, prompt in enumerate(prompts):
+        runner.forward(np.asarray([prompt]), slot, np.asarray([0], np.int32))
+    lengths = np.asarray([len(prompt) for prompt in prompts], np.int32)
+    together = runner.forward(np.asarray([[5]] * 4), 0, lengths).copy()
+    # Two rows are the fewest that the engine runs.
+    for first in range(3):
+        pair = runner.forward(np.asarray([[5]] * 2), first, lengths[first : first + 2])
+        np.testing.assert_array_equal(together[first : first + 2], pair)
+    for slot, prompt in enumerate(prompts):
+        at_once = runner.forward(np.asarray([[*prompt, 5]]), slot, np.asarray([0], np.int32))[0]
+        np.testing.assert_allclose(together[slot], at_once, rtol=2e-4, atol=2e-4 * float(np.abs(at_once).max()))
+
+
+@pytest.mark.reference
+def test_long_rope_is_exact_up_to_where_the_bundle_ends(tmp_path: Path) -> None:
+    """transformers takes the long factors from one token more on; a bundle's context ends before."""
+    checkpoint = tiny_checkpoint(tmp_path, "phi4", original_max_position_embeddings=CONTEXT - 1)
+    spec = DecoderSpec.from_config(checkpoint.config)
+    assert spec.max_context_length == CONTEXT - 1
+    assert checkpoint.config["max_position_embeddings"] == 2048
+    runner = tiny_runner(tmp_path / "graph", checkpoint, Recipe.reference())
+    ids = long_prompt(CONTEXT)
+    inside = transformers_logits(tmp_path / "phi4", ids[:-1])[-1]
+    tolerance = {"rtol": 2e-4, "atol": 2e-4 * float(np.abs(inside).max())}
+    np.testing.assert_allclose(read_at_once(runner, ids[:-1]), inside, **tolerance)
+    # The table that this test writes reaches one position further than a bundle's.
+    beyond = transformers_logits(tmp_path / "phi4", ids)[-1]
+    assert np.abs(read_at_once(runner, ids) - beyond).max() > 10 * tolerance["atol"]
+
+
+def test_long_rope_is_not_long_where_the_context_was_not_extended() -> None:
+    config = dict(tiny_models()["phi4"].config)
+    (rope,) = DecoderSpec.from_config(config).ropes
+    # sqrt(1 + ln(2048 / 128) / ln(128))
+    assert rope.magnitude == pytest.approx(1.2536, abs=1e-4)
+    assert rope.max_positions == 128
+    (same,) = DecoderSpec.from_config(config | {"max_position_embeddings": 128}).ropes
+    assert same.magnitude == 1.0
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        (
+            "gemma3",
+            {"layer_types": ["chunked_attention"] * 7},
+            r"layer types \['chunked_attention'\] are not",
+        ),
+        ("gemma3", {"layer_types": ["full_attention"]}, "layer_types is no list with one kind for each of 7 layers"),
+        ("gemma3", {"sliding_window": 0}, "sliding_window is 0"),
+        ("gemma3", {"sliding_window_pattern": 0}, "sliding_window_pattern is 0"),
+        ("gemma3", {"final_logit_softcapping": 30.0}, r"final_logit_softcapping 30\.0 is not supported"),
+        ("gemma3", {"use_bidirectional_attention": True}, "use_bidirectional_attention True is not supported"),
+        ("gemma3", {"hidden_act": "silu"}, "hidden_act 'silu' is not supported .*; gelu_pytorch_tanh is"),
+        ("gemma3", {"query_pre_attn_scalar": -1}, "query_pre_attn_scalar is -1"),
+        ("phi4", {"partial_rotary_factor": 0.7}, "is 11; an even number"),
+        ("phi4", {"rope_scaling": {"rope_type": "longrope"}}, r"short_factor has shape \(\)"),
+        ("phi4", {"original_max_position_embeddings": None}, "original_max_position_embeddings None"),
+        ("smollm3", {"no_rope_layers": [1, 0]}, "no_rope_layers is no list of 0 and 1 for each of 5 layers"),
+        ("smollm3", {"no_rope_layer_interval": 0}, "no_rope_layer_interval is 0"),
+        ("granite", {"residual_multiplier": "small"}, "residual_multiplier is 'small'"),
+        ("granite", {"logits_scaling": 0}, "logits_scaling is 0"),
+    ],
+)
+def test_what_a_family_cannot_follow_is_refused_by_name(name: str, changes: dict[str, object], message: str) -> None:
+    with pytest.raises(BuildError, match=message):
+        DecoderSpec.from_config(dict(tiny_models()[name].config) | changes)
