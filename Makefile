@@ -17,7 +17,7 @@ help: ## show these lines
 demo: setup-daemon $(BUNDLE) ## install what is missing, build the default model, ask it a question
 	@deploy/dev/demo.sh "$(STATE)"
 
-test: setup-dev setup-protos lint $(BUNDLE) ## set up likewise, then lint and the whole test suite (ARGS="-k name")
+test: setup-dev setup-protos setup-export lint $(BUNDLE) ## set up likewise, then lint and the whole test suite (ARGS="-k name")
 	.venv/bin/python -m pytest $(ARGS)
 
 lint: setup-dev ## ruff and mypy --strict

@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Final
 
 import numpy as np
+from onnx import TensorProto
 
+from hearthd.build.architecture import ARCHITECTURES
 from hearthd.build.huggingface_checkpoint import HuggingFaceCheckpoint
 from hearthd.build.onnx_file import OnnxFile
 from hearthd.errors import BuildError
@@ -35,12 +37,15 @@ __all__ = ["GRAPHS", "OnnxCheckpoint", "exported_graph", "is_exported", "refuse_
 GRAPHS: Final = ("onnx/model.onnx", "model.onnx")
 _EMBEDDING: Final = "model.embed_tokens.weight"
 _HEAD: Final = "lm_head.weight"
-_NODE_NAME: Final = re.compile(r"/((?:[A-Za-z0-9_.]+/)+)[A-Za-z0-9_]+")
+# The last part is the operator's; ONNX Runtime's optimiser (optimum's --optimize O2) puts the fusion's behind it.
+_NODE_NAME: Final = re.compile(r"/((?:[A-Za-z0-9_.]+/)+)[A-Za-z0-9_]+(?:/[A-Za-z]+Fusion/)?")
 _NORMS: Final = ("SimplifiedLayerNormalization", "RMSNormalization")
 _QUANTIZED: Final = re.compile(
     r"(Dynamic)?QuantizeLinear|DequantizeLinear|QLinear\w+|\w*MatMulInteger\w*|DynamicQuantize\w+|MatMulNBits|"
     r"MatMulBnb4|GatherBlockQuantized|QGemm|QAttention|QMoE"
 )
+# Other constants are sizes and positions. Of these only float32 can be read, the others are refused by name.
+_FLOATS: Final = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE)
 # Rows that two tensors are compared by at a time.
 _CHUNK_ROWS: Final = 4_096
 
@@ -86,7 +91,8 @@ class OnnxCheckpoint(HuggingFaceCheckpoint):
         return exported_graph(self._path)
 
     def _open_weights(self) -> Mapping[str, WeightFile]:
-        weights = GraphWeights(exported_graph(self._path))
+        offset = ARCHITECTURES[self.config["architectures"][0]].norm_offset
+        weights = GraphWeights(exported_graph(self._path), norm_offset=offset)
         self._files.append(weights)
         names = dict.fromkeys(weights.shapes, weights)
         if self.config["tie_word_embeddings"] and _HEAD in names and _EMBEDDING in names:
@@ -111,9 +117,14 @@ class _Weight:
 class GraphWeights:
     """The weights in a graph by their Hugging Face names: `WeightFile`s of one ONNX file."""
 
-    def __init__(self, path: Path) -> None:
-        """Open the graph. Raises BuildError for one that is damaged, quantised, or names no modules."""
+    def __init__(self, path: Path, *, norm_offset: float = 0.0) -> None:
+        """Open the graph. Raises BuildError for one that is damaged, quantised, or names no modules.
+
+        norm_offset: what the exporter has folded into the norms, and the checkpoint has not. Taken off it may differ
+        from the checkpoint in the last bits; added again it is, bit for bit, what the graph multiplies with.
+        """
         self._path = path
+        self._norm_offset = np.float32(norm_offset)
         self._file = OnnxFile(path)
         try:
             self._weights = self._found()
@@ -129,7 +140,8 @@ class GraphWeights:
         """Rows [start, stop) of a weight as a new array."""
         weight = self._weights[name]
         if not weight.transposed:
-            return self._file.read(weight.tensor, start, stop).astype(np.float32)
+            values = self._file.read(weight.tensor, start, stop).astype(np.float32)
+            return values - self._norm_offset if name.endswith("norm.weight") else values
         num_rows = weight.tensor.shape[1]
         if not 0 <= start <= stop <= num_rows:
             raise IndexError(f"rows {start}:{stop} of {name}, which has {num_rows}")
@@ -156,7 +168,11 @@ class GraphWeights:
 
     def _found(self) -> dict[str, _Weight]:
         refuse_quantized(self._path, self._file)
-        constants = {name: _Weight(tensor, transposed=False) for name, tensor in self._file.tensors.items()}
+        constants = {
+            name: _Weight(tensor, transposed=False)
+            for name, tensor in self._file.tensors.items()
+            if tensor.data_type in _FLOATS
+        }
         linear: set[str] = set()
         for node in self._file.nodes:
             if node.operator in ("MatMul", "Gemm"):

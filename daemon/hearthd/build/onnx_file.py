@@ -203,8 +203,8 @@ class OnnxFile:
         num_bytes = self._number(name, entries.get("length", str(max(size - offset, 0))))
         if offset + num_bytes > size:
             raise self._error(
-                f"has the tensor {_quoted(name)} end at byte {offset + num_bytes} of {file.name}, which has {size}; "
-                "fetch or export it again"
+                f"has a tensor {_quoted(name)} that ends at byte {offset + num_bytes} of {file.name}, which has {size}"
+                "; fetch or export it again"
             )
         return file, offset, num_bytes
 

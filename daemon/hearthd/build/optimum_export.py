@@ -15,7 +15,7 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -28,7 +28,7 @@ from hearthd.errors import BuildError
 if TYPE_CHECKING:
     from hearthd.build.checkpoint import Checkpoint
 
-__all__ = ["export_checkpoint"]
+__all__ = ["complete_export", "export_checkpoint", "export_graph"]
 
 _PACKAGES: Final = ("torch", "transformers", "optimum", "optimum.exporters.onnx")
 _TASK: Final = "text-generation-with-past"
@@ -41,14 +41,36 @@ def export_checkpoint(checkpoint: Path, directory: Path) -> str:
     cannot express the architecture, and when transformers reads the checkpoint otherwise than Hearth.
     """
     with open_checkpoint(checkpoint) as source:
-        spec = DecoderSpec.from_config(source.config)
+        DecoderSpec.from_config(source.config)
         _require_packages()
         directory.mkdir(parents=True)
         _run_exporter(checkpoint, directory)
-        _write_texts(source, directory)
-        with OnnxCheckpoint(directory) as exported:
-            _check_same(checkpoint, asdict(spec), asdict(DecoderSpec.from_config(exported.config)))
+        complete_export(source, directory)
         return source.license
+
+
+def export_graph(checkpoint: Path, directory: Path) -> None:
+    """Load a checkpoint with transformers and export it: graph and config.json, what the process of its own does."""
+    import torch
+    from optimum.exporters.onnx import onnx_export_from_model
+    from transformers import AutoModelForCausalLM
+
+    where: dict[str, Any] = {"gguf_file": checkpoint.name} if checkpoint.is_file() else {"use_safetensors": True}
+    folder = checkpoint.parent if checkpoint.is_file() else checkpoint
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False, **where
+    )
+    # GGUF files do not name it, and the graph alone does not tell.
+    model.config.architectures = [type(model).__name__]
+    onnx_export_from_model(model, directory, task=_TASK, do_validation=False)
+
+
+def complete_export(source: Checkpoint, directory: Path) -> None:
+    """Write the texts beside an exported graph. Raises BuildError when transformers read the checkpoint otherwise."""
+    _write_texts(source, directory)
+    spec = DecoderSpec.from_config(source.config)
+    with OnnxCheckpoint(directory) as exported:
+        _check_same(source.source, asdict(spec), asdict(DecoderSpec.from_config(exported.config)))
 
 
 def _require_packages() -> None:
@@ -98,42 +120,29 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def _check_same(checkpoint: Path, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
+def _check_same(source: str, ours: object, theirs: object) -> None:
     """Hold what transformers made of the configuration, which the graph now is, against what Hearth makes of it."""
-    for key, value in ours.items():
-        if not _is_close(value, theirs[key]):
-            raise BuildError(
-                f"{checkpoint}: transformers reads its {key} as {str(theirs[key])[:80]}, it is {str(value)[:80]}; the "
-                "exported graph would be of another model. Build from the checkpoint itself, without --from-optimum"
-            )
+    for where, value, other in _differences("", ours, theirs):
+        raise BuildError(
+            f"{source}: transformers reads {where} as {str(other)[:40]}, and it is {str(value)[:40]}: the exported "
+            "graph would be of another model. Build from the checkpoint itself, without --from-optimum"
+        )
 
 
-def _is_close(value: Any, other: Any) -> bool:
-    """Compare numbers, and what is made of numbers, up to the rounding of float32."""
-    if isinstance(value, float) and isinstance(other, float):
-        return math.isclose(value, other, rel_tol=1e-6)
-    if isinstance(value, Mapping) and isinstance(other, Mapping):
-        return value.keys() == other.keys() and all(_is_close(value[key], other[key]) for key in value)
-    if isinstance(value, tuple | list) and isinstance(other, tuple | list):
-        return len(value) == len(other) and all(map(_is_close, value, other))
-    return bool(value == other)
-
-
-def _main(checkpoint: Path, directory: Path) -> None:
-    """Load a checkpoint with transformers and export it: what the process of its own does."""
-    import torch
-    from optimum.exporters.onnx import onnx_export_from_model
-    from transformers import AutoModelForCausalLM
-
-    where: dict[str, Any] = {"gguf_file": checkpoint.name} if checkpoint.is_file() else {"use_safetensors": True}
-    folder = checkpoint.parent if checkpoint.is_file() else checkpoint
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False, **where
-    )
-    # GGUF files do not name it, and the graph alone does not tell.
-    model.config.architectures = [type(model).__name__]
-    onnx_export_from_model(model, directory, task=_TASK, do_validation=False)
+def _differences(where: str, value: Any, other: Any) -> Iterator[tuple[str, object, object]]:
+    """Yield where two configurations differ, and how; numbers only by more than the rounding of float32."""
+    if isinstance(value, Mapping) and isinstance(other, Mapping) and value.keys() == other.keys():
+        for key in value:
+            yield from _differences(f"{where}.{key}".lstrip("."), value[key], other[key])
+    elif isinstance(value, list | tuple) and isinstance(other, list | tuple) and len(value) == len(other):
+        for index, (each, counterpart) in enumerate(zip(value, other, strict=True)):
+            yield from _differences(f"{where}[{index}]", each, counterpart)
+    elif isinstance(value, float) and isinstance(other, float):
+        if not math.isclose(value, other, rel_tol=1e-6):
+            yield where, float(value), float(other)
+    elif value != other:
+        yield where, value, other
 
 
 if __name__ == "__main__":
-    _main(Path(sys.argv[1]), Path(sys.argv[2]))
+    export_graph(Path(sys.argv[1]), Path(sys.argv[2]))
