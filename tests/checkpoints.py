@@ -167,7 +167,7 @@ def tiny_models() -> dict[str, TinyModel]:
             "smollm3",
             "smollm3",
             SMOLLM3,
-            "llama-bpe",
+            "smaug-bpe",
             tie_word_embeddings=True,
             # Each fourth layer is without rope.
             num_hidden_layers=5,
@@ -385,8 +385,9 @@ def _sentencepiece_tokenizer(style: TokenizerStyle) -> Tokenizer:
     model = json.loads(trained.to_str())["model"]
     white = GEMMA_WHITE_SPACE if is_gemma else []
     merges = [(run[:cut], run[cut:]) for run in white for cut in range(1, len(run))]
+    merges.sort(key=lambda pair: (len(pair[0]), len(pair[1])), reverse=True)
     merges += [(left, right) for left, right in model["merges"]]
-    merged = [left + right for left, right in merges]
+    merged = [left + right for left, right in model["merges"]]
     letters = sorted(set(model["vocab"]) - set(merged))
     first = _FIRST_PIECES[style]
     pieces = [*first, *(f"<0x{byte:02X}>" for byte in range(256)), *dict.fromkeys([*white, *merged]), *letters]
@@ -670,7 +671,10 @@ def _add_tokenizer(writer: gguf.GGUFWriter, model: TinyModel) -> None:
         writer.add_tokenizer_model("llama")
         # Better pieces come first, as sentencepiece numbers them; control and byte tokens score 0.
         first = len(_FIRST_PIECES[model.style]) + 256
-        writer.add_token_scores([min(0.0, first - 1.0 - token_id) for token_id in sorted(tokens)])
+        scores = {token_id: min(0.0, first - 1.0 - token_id) for token_id in tokens}
+        # What the conversion gives to all that tokenizer_config.json lists.
+        scores |= {added["id"]: -1000.0 for added in content["added_tokens"]}
+        writer.add_token_scores([scores[token_id] for token_id in sorted(tokens)])
         if model.style == "gemma":
             writer.add_add_space_prefix(False)
     else:

@@ -47,7 +47,10 @@ def sha256(path: Path) -> str:
 
 def test_shipped_catalogue_has_the_promised_models() -> None:
     entries = Catalogue.shipped().entries
-    assert set(entries) == {"smollm2-135m", "smollm2-360m", "qwen2.5-0.5b", "qwen3-0.6b", "llama-3.2-1b"}
+    assert set(entries) == {
+        *("smollm2-135m", "smollm2-360m", "qwen2.5-0.5b", "qwen3-0.6b", "llama-3.2-1b"),
+        *("gemma-3-270m", "gemma-3-1b", "granite-3.3-2b", "smollm3-3b", "phi-4-mini"),
+    }
     default = entries["smollm2-135m"]
     assert default.package is not None
     assert default.package.tested
@@ -77,7 +80,7 @@ def test_every_source_is_found_again_by_what_its_manifest_says() -> None:
 
 
 def test_unknown_name_lists_the_known_ones() -> None:
-    with pytest.raises(ModelNotFoundError, match=r"'gpt-9' is not in the catalogue; these are: llama-3.2-1b, qwen2"):
+    with pytest.raises(ModelNotFoundError, match=r"'gpt-9' is not in the catalogue; these are: gemma-3-1b, gemma"):
         Catalogue.shipped().entry("gpt-9")
 
 

@@ -130,7 +130,9 @@ TEXTS = st.text(max_size=60) | st.text(alphabet="abc deTH 0123456789\n\r\t'.,Ã¼ä
 TOKENIZERS: dict[str, Tokenizer] = {}
 
 
-@pytest.mark.parametrize("name", ["smollm2", "llama3", "qwen2", "tinyllama"])
+@pytest.mark.parametrize(
+    "name", ["smollm2", "llama3", "qwen2", "tinyllama", "smollm3", "granite", "phi3", "phi4", "gemma3"]
+)
 @given(text=TEXTS)
 def test_gguf_tokenizer_gives_the_ids_of_the_original(
     name: str, text: str, tmp_path_factory: pytest.TempPathFactory

@@ -83,12 +83,14 @@ _PRE_TOKENIZERS: Final[Mapping[str, dict[str, Any]]] = {
     "gpt-4o": _split(_O200K_PATTERN),
     "llama-bpe": _split(_LLAMA3_PATTERN),
     "llama3": _split(_LLAMA3_PATTERN),
+    # What llama.cpp takes Llama 3's for where no text begins with a token: SmolLM3.
+    "smaug-bpe": _split(_LLAMA3_PATTERN),
     "llama-v3": _split(_LLAMA3_PATTERN),
     "qwen2": _split(_QWEN2_PATTERN),
     "deepseek-r1-qwen": _split(_QWEN2_PATTERN),
 }
 # Words that are tokens as a whole are taken without going through the merges.
-_IGNORES_MERGES: Final = frozenset({"llama-bpe", "llama3", "llama-v3"})
+_IGNORES_MERGES: Final = frozenset({"llama-bpe", "llama3", "llama-v3", "smaug-bpe"})
 _NORMALIZES_NFC: Final = frozenset({"qwen2"})
 # Control tokens that end a turn or a text, whichever of them tokenizer.ggml.eos_token_id names.
 _END_TOKENS: Final = frozenset(
@@ -213,21 +215,23 @@ class _Conversion:
     def _merges_from_scores(self, vocabulary: Mapping[str, int]) -> list[tuple[str, str]]:
         """SentencePiece joins the pair whose piece scores best: one merge for each way to cut a piece in two.
 
-        Order as in transformers' `generate_merges`: by score, then as the pieces stand in the vocabulary.
+        Order as in transformers' `generate_merges`: by score, then as the pieces stand in the vocabulary. Gemma's runs
+        of line ends and spaces, which a file marks as added tokens, are pieces too, and better than any other.
         """
         scores = self._metadata.get("tokenizer.ggml.scores")
         if not isinstance(scores, list) or len(scores) != len(self._tokens):
             raise self._error("has no tokenizer.ggml.scores for its tokens")
         merges: list[tuple[float, str, str]] = []
         for token, score, kind in zip(self._tokens, scores, self._types, strict=True):
-            if kind != TokenType.NORMAL:
+            is_white_space = kind == TokenType.USER_DEFINED and not token.strip("\t\n▁")
+            if kind != TokenType.NORMAL and not is_white_space:
                 continue
             if not isinstance(score, int | float) or score != score:
                 raise self._error("has a score that is not a number")
             cuts = [(token[:cut], token[cut:]) for cut in range(1, len(token))]
             halves = [(left, right) for left, right in cuts if left in vocabulary and right in vocabulary]
             halves.sort(key=lambda pair: (vocabulary[pair[0]], vocabulary[pair[1]]))
-            merges += [(score, left, right) for left, right in halves]
+            merges += [(0.0 if is_white_space else score, left, right) for left, right in halves]
         merges.sort(key=lambda merge: (merge[0], len(merge[1]), len(merge[2])), reverse=True)
         return [(left, right) for _, left, right in merges]
 
