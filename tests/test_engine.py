@@ -684,6 +684,15 @@ class TestPrefixReuse:
             assert [length for _, _, length in bench.runner.calls if length < 2] == []
         assert bench.finished(sequence).cached_prompt_tokens == num_tokens - 2
 
+    def test_answer_is_read_again_where_decoding_writes_other_bits(self) -> None:
+        bench = Bench(FakeRunner(min_run=2))
+        first = bench.add(range(10))
+        bench.finish()
+        second = bench.add([*range(10), *first.output_ids, 1, 2, 3])
+        bench.finish()
+        assert bench.finished(second).cached_prompt_tokens == 10
+        assert second.output_ids == solo(second.prompt_ids)
+
     def test_one_conversation_at_a_time_moves_no_kv(self) -> None:
         bench = Bench()
         conversations: list[list[int]] = [[1], [2], [3]]

@@ -96,6 +96,35 @@ def test_failed_run_leaves_nothing_to_reuse(cache: KVCache, runner: FakeRunner) 
     assert cache.acquire([1, 2, 3, 4], "a").num_past == 0
 
 
+class TestDecodedTokensOfOtherBits:
+    """With a runner whose decoding writes other bits than its prefill, only prefilled tokens are there for others."""
+
+    @pytest.fixture
+    def runner(self) -> FakeRunner:
+        return FakeRunner(num_slots=3, min_run=2)
+
+    def test_are_not_kept_for_the_next_turn(self, cache: KVCache, runner: FakeRunner) -> None:
+        place = run(cache, runner, [1, 2, 3])
+        for token in (4, 5):
+            fill(cache, runner, place.slot, [token])
+        assert cache.num_tokens(place.slot) == 5
+        cache.release(place.slot)
+        assert cache.acquire([1, 2, 3, 4, 5, 6, 7], "a") == Place(slot=place.slot, num_past=3, num_cached=3)
+
+    def test_are_not_copied_from_a_running_sequence(self, cache: KVCache, runner: FakeRunner) -> None:
+        place = run(cache, runner, [1, 2, 3])
+        fill(cache, runner, place.slot, [4])
+        assert cache.acquire([1, 2, 3, 4, 5, 6], "a") == Place(slot=1, num_past=3, num_cached=3)
+        assert runner.slots[1] == [1, 2, 3]
+
+    def test_hide_what_was_prefilled_behind_them(self, cache: KVCache, runner: FakeRunner) -> None:
+        place = run(cache, runner, [1, 2, 3])
+        fill(cache, runner, place.slot, [4])
+        fill(cache, runner, place.slot, [5, 6])
+        cache.release(place.slot)
+        assert cache.acquire([1, 2, 3, 4, 5, 6, 7, 8], "a").num_past == 3
+
+
 class TestPreset:
     @pytest.fixture
     def runner(self) -> FakeRunner:

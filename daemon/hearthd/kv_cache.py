@@ -1,12 +1,13 @@
 """Which token ids the KV of each slot holds, for whom, and what of it a new prompt can reuse.
 
-A slot that no sequence holds keeps its tokens, so that the next turn of a conversation finds them. Reuse is bound to an
-identity: by the time that a prompt takes, a caller could otherwise learn what others have asked.
+A slot that no sequence holds keeps its tokens, so that the next turn of a conversation finds them; but none whose KV
+differs in a bit from what a prefill would write, so that a cache changes no answer. Reuse is bound to an identity: by the
+time that a prompt takes, a caller could otherwise learn what others have asked.
 
 Knows no scheduling; moves KV only through `Runner`, the engine's view of a model. Called by `engine`.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -40,7 +41,10 @@ class Runner(Protocol):
 
     @property
     def min_run(self) -> int:
-        """Tokens of a prompt that belong into one run at least, for logits that do not depend on where it was cut."""
+        """Tokens that belong into one run at least, for KV and logits that do not depend on where a text was cut.
+
+        If it is over 1, decoding writes other bits than prefill would: such KV serves its own answer alone.
+        """
 
     @property
     def preset_tokens(self) -> tuple[int, ...]:
@@ -83,6 +87,8 @@ class Place:
 @dataclass(slots=True)
 class _Slot:
     tokens: list[int] = field(default_factory=list)
+    num_reusable: int = 0
+    """The first of them, whose KV is what a prefill of the same tokens writes, bit for bit."""
     identity: str = ""
     is_held: bool = False
     last_used: int = 0
@@ -121,15 +127,16 @@ class KVCache:
             if not self._slots[source].is_held and num_lost <= self.num_tokens(target):
                 target = source  # going on there throws away less than copying over another slot would
             else:
-                self._slots[target].tokens = []
+                self.forget(target)
                 self._runner.copy_slot(source, target, num_shared)
         else:
             num_past = num_preset
-            self._slots[target].tokens = []
+            self.forget(target)
             if num_preset:
                 self._runner.load_preset(target)
         slot = self._slots[target]
         slot.tokens = list(prompt_ids[:num_past])
+        slot.num_reusable = num_past
         slot.identity = identity
         slot.is_held = True
         return Place(target, num_past, num_cached)
@@ -138,19 +145,25 @@ class KVCache:
         """How many of a prompt's tokens need not be run."""
         return max(len(prompt_ids) - self._runner.min_run, 0)
 
-    def extend(self, slot: int, token_ids: Iterable[int]) -> None:
-        """Note that the KV of further tokens was written behind those that are there."""
-        self._slots[slot].tokens.extend(token_ids)
+    def extend(self, slot: int, token_ids: Sequence[int]) -> None:
+        """Note that one run wrote the KV of further tokens behind those that are there."""
+        held = self._slots[slot]
+        if held.num_reusable == len(held.tokens) and len(token_ids) >= self._runner.min_run:
+            held.num_reusable += len(token_ids)
+        held.tokens.extend(token_ids)
 
     def release(self, slot: int) -> None:
-        """Let a slot go idle. It keeps its tokens for prompts of the same identity."""
+        """Let a slot go idle. It keeps its reusable tokens for prompts of the same identity."""
         self._num_releases += 1
-        self._slots[slot].is_held = False
-        self._slots[slot].last_used = self._num_releases
+        released = self._slots[slot]
+        del released.tokens[released.num_reusable :]
+        released.is_held = False
+        released.last_used = self._num_releases
 
     def forget(self, slot: int) -> None:
         """Note that a slot holds nothing of use: a run over it failed."""
         self._slots[slot].tokens = []
+        self._slots[slot].num_reusable = 0
 
     def swap(self, a: int, b: int) -> None:
         """Exchange two slots, with all that is known of them."""
@@ -168,7 +181,7 @@ class KVCache:
         best, most = 0, 0
         for number, slot in enumerate(self._slots):
             if slot.identity == identity:
-                num_shared = _num_shared(slot.tokens, prompt_ids)
+                num_shared = min(_num_shared(slot.tokens, prompt_ids), slot.num_reusable)
                 # Equal ones: rather one that can be taken as it is.
                 if num_shared > most or (num_shared == most and self._slots[best].is_held):
                     best, most = number, num_shared
