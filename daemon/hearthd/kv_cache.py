@@ -1,8 +1,8 @@
 """Which token ids the KV of each slot holds, for whom, and what of it a new prompt can reuse.
 
 A slot that no sequence holds keeps its tokens, so that the next turn of a conversation finds them; but none whose KV
-differs in a bit from what a prefill would write, so that a cache changes no answer. Reuse is bound to an identity: by the
-time that a prompt takes, a caller could otherwise learn what others have asked.
+differs in a bit from what a prefill would write, so that a cache changes no answer. Reuse is bound to an identity: by
+the time that a prompt takes, a caller could otherwise learn what others have asked.
 
 Knows no scheduling; moves KV only through `Runner`, the engine's view of a model. Called by `engine`.
 """
