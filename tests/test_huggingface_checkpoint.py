@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from checkpoints import tiny_models, write_huggingface
 from hearthd.build.checkpoint import open_checkpoint
+from hearthd.build.huggingface_config import one_spelling
 from hearthd.build.safetensors_file import SafetensorsFile
 from hearthd.errors import BuildError
 
@@ -157,6 +158,26 @@ def test_shard_that_lacks_a_tensor_is_refused(tmp_path: Path) -> None:
     assert "no tensor 'model.norm.bias' in model-00001-of-00002.safetensors" in refusal(directory)
     (directory / "model-00002-of-00002.safetensors").unlink()
     assert "model-00002-of-00002.safetensors: cannot be read" in refusal(directory)
+
+
+@pytest.mark.reference
+@pytest.mark.parametrize("name", sorted(tiny_models()))
+def test_a_key_that_is_left_out_is_what_transformers_takes(name: str) -> None:
+    transformers = pytest.importorskip("transformers", reason="`make test` installs the reference group")
+    model = tiny_models()[name].config
+    default = transformers.AutoConfig.for_model(model["model_type"])
+    given = {"hidden_size": default.hidden_size, "num_attention_heads": default.num_attention_heads}
+    ours = one_spelling(given, model["architectures"][0])
+    expected = default.to_dict()
+    if not expected.get("use_sliding_window", True):
+        expected["sliding_window"] = None
+    same = ("max_position_embeddings", "num_key_value_heads", "rms_norm_eps", "tie_word_embeddings", "attention_bias")
+    for key in (*same, "mlp_bias", "sliding_window", "original_max_position_embeddings", "head_dim"):
+        if expected.get(key) is not None:
+            assert ours[key] == expected[key], key
+    assert ours["hidden_act"] == expected.get("hidden_activation", expected.get("hidden_act"))
+    ropes = expected["rope_parameters"]
+    assert ours["rope_theta"] == ropes.get("full_attention", ropes)["rope_theta"]
 
 
 def test_bfloat16_is_the_upper_half_of_a_float32(tmp_path: Path) -> None:

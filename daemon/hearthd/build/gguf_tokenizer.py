@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from tokenizers import Tokenizer
 
+from hearthd.build.gguf_pre_tokenizers import IGNORES_MERGES, NORMALIZES_NFC, PRE_TOKENIZERS, byte_level
 from hearthd.errors import BuildError
 
 if TYPE_CHECKING:
@@ -46,52 +47,6 @@ class GgufTokenizer:
     eos_token: str
 
 
-# The patterns are the models' own (their tokenizer.json); the names are llama.cpp's (convert_hf_to_gguf_update.py).
-_LLAMA3_PATTERN: Final = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-# GPT-4o's (o200k), which Phi-4-mini has.
-_O200K_WORDS: Final = (
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
-)
-_O200K_PATTERN: Final = "|".join(_O200K_WORDS) + r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_QWEN2_PATTERN: Final = _LLAMA3_PATTERN.replace(r"\p{N}{1,3}", r"\p{N}")
-
-
-def _byte_level(*, use_regex: bool) -> dict[str, Any]:
-    return {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": use_regex}
-
-
-def _split(pattern: str) -> dict[str, Any]:
-    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
-    return {"type": "Sequence", "pretokenizers": [split, _byte_level(use_regex=False)]}
-
-
-_GPT2: Final = _byte_level(use_regex=True)
-_SMOLLM: Final[dict[str, Any]] = {
-    "type": "Sequence",
-    "pretokenizers": [{"type": "Digits", "individual_digits": True}, _GPT2],
-}
-_PRE_TOKENIZERS: Final[Mapping[str, dict[str, Any]]] = {
-    "default": _GPT2,
-    "gpt-2": _GPT2,
-    "smollm": _SMOLLM,
-    "starcoder": _SMOLLM,
-    "refact": _SMOLLM,
-    "gpt-4o": _split(_O200K_PATTERN),
-    "llama-bpe": _split(_LLAMA3_PATTERN),
-    "llama3": _split(_LLAMA3_PATTERN),
-    # What llama.cpp takes Llama 3's for where no text begins with a token: SmolLM3.
-    "smaug-bpe": _split(_LLAMA3_PATTERN),
-    "llama-v3": _split(_LLAMA3_PATTERN),
-    "qwen2": _split(_QWEN2_PATTERN),
-    "deepseek-r1-qwen": _split(_QWEN2_PATTERN),
-}
-# Words that are tokens as a whole are taken without going through the merges.
-_IGNORES_MERGES: Final = frozenset({"llama-bpe", "llama3", "llama-v3", "smaug-bpe"})
-_NORMALIZES_NFC: Final = frozenset({"qwen2"})
 # Control tokens that end a turn or a text, whichever of them tokenizer.ggml.eos_token_id names.
 _END_TOKENS: Final = frozenset(
     {
@@ -148,9 +103,9 @@ class _Conversion:
 
     def _byte_level_bpe(self) -> dict[str, Any]:
         name = self._metadata.get("tokenizer.ggml.pre")
-        if not isinstance(name, str) or name not in _PRE_TOKENIZERS:
+        if not isinstance(name, str) or name not in PRE_TOKENIZERS:
             found = "names no pre-tokenizer (an old conversion)" if name is None else f"has the pre-tokenizer {name!r}"
-            known = ", ".join(sorted(_PRE_TOKENIZERS))
+            known = ", ".join(sorted(PRE_TOKENIZERS))
             raise self._error(f"{found}; these are known: {known}. Build from the Hugging Face checkpoint instead")
         merges = [tuple(merge.split(" ")) for merge in self._strings("tokenizer.ggml.merges")]
         if any(len(merge) != 2 for merge in merges):
@@ -160,10 +115,10 @@ class _Conversion:
             "truncation": None,
             "padding": None,
             "added_tokens": self._added_tokens(),
-            "normalizer": {"type": "NFC"} if name in _NORMALIZES_NFC else None,
-            "pre_tokenizer": _PRE_TOKENIZERS[name],
+            "normalizer": {"type": "NFC"} if name in NORMALIZES_NFC else None,
+            "pre_tokenizer": PRE_TOKENIZERS[name],
             "post_processor": None,
-            "decoder": _byte_level(use_regex=True),
+            "decoder": byte_level(use_regex=True),
             "model": {
                 "type": "BPE",
                 "dropout": None,
@@ -172,7 +127,7 @@ class _Conversion:
                 "end_of_word_suffix": None,
                 "fuse_unk": False,
                 "byte_fallback": False,
-                "ignore_merges": name in _IGNORES_MERGES,
+                "ignore_merges": name in IGNORES_MERGES,
                 "vocab": self._vocabulary(),
                 "merges": merges,
             },

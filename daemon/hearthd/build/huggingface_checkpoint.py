@@ -1,6 +1,6 @@
 """A Hugging Face checkpoint directory as a checkpoint: config.json, safetensors, tokenizer.json, chat template.
 
-Written by transformers 4 or 5; their different spellings of the configuration become one here. Knows no GGUF and needs
+Written by transformers 4 or 5; huggingface_config makes one spelling of their configurations. Knows no GGUF and needs
 neither torch nor transformers. Called by checkpoint.open_checkpoint.
 """
 
@@ -15,6 +15,7 @@ from tokenizers import Tokenizer
 
 from hearthd.build.architecture import ARCHITECTURES
 from hearthd.build.checkpoint import Checkpoint, one_line, unsupported_architecture
+from hearthd.build.huggingface_config import one_spelling
 from hearthd.build.safetensors_file import SafetensorsFile
 from hearthd.errors import BuildError
 
@@ -29,34 +30,6 @@ _MAX_JSON_BYTES: Final = 128 * 2**20
 _MAX_SHARDS: Final = 1000
 _SHARD_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}\.safetensors")
 _LICENSE: Final = re.compile(r"^license:[ \t]*([A-Za-z0-9][A-Za-z0-9.+_-]{0,63})[ \t]*$", re.MULTILINE)
-# What transformers takes for a key that config.json leaves out, where the architectures differ.
-_DEFAULTS: Final[Mapping[str, Mapping[str, Any]]] = {
-    "LlamaForCausalLM": {"max_position_embeddings": 2048},
-    "Qwen2ForCausalLM": {"max_position_embeddings": 32768, "num_key_value_heads": 32},
-    "Qwen3ForCausalLM": {"max_position_embeddings": 32768, "num_key_value_heads": 32, "head_dim": 128},
-    "SmolLM3ForCausalLM": {
-        "max_position_embeddings": 32768,
-        "num_key_value_heads": 4,
-        "rope_theta": 2_000_000.0,
-        "tie_word_embeddings": True,
-    },
-    "Phi3ForCausalLM": {
-        "max_position_embeddings": 4096,
-        "original_max_position_embeddings": 4096,
-        "rms_norm_eps": 1e-5,
-    },
-    "Gemma3ForCausalLM": {
-        "max_position_embeddings": 131_072,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
-        "head_dim": 256,
-        "hidden_act": "gelu_pytorch_tanh",
-        "rope_theta": 1_000_000.0,
-        "sliding_window": 4096,
-        "tie_word_embeddings": True,
-    },
-    "GraniteForCausalLM": {"max_position_embeddings": 2048},
-}
 # Generation default -> (smallest, largest) that makes sense; top_k is a whole number.
 _GENERATION: Final = {
     "temperature": (0.0, 100.0),
@@ -106,7 +79,7 @@ class HuggingFaceCheckpoint(Checkpoint):
         self.license = self._license()
         if not all(isinstance(config.get(key) or {}, dict) for key in ("rope_parameters", "rope_scaling")):
             raise self._error("has rope_parameters or rope_scaling that are no object in config.json")
-        self.config = _one_spelling(config, architecture)
+        self.config = one_spelling(config, architecture)
         self.config["eos_token_id"] = self._eos_ids(config, generation, tokenizer)
         try:
             self._where = self._open_weights()
@@ -283,42 +256,3 @@ class HuggingFaceCheckpoint(Checkpoint):
 
     def _error(self, message: str) -> BuildError:
         return BuildError(f"{self._path}: {message}")
-
-
-def _one_spelling(config: Mapping[str, Any], architecture: str) -> dict[str, Any]:
-    """Return config.json with the keys and defaults that `Checkpoint` promises; values are checked where used."""
-    same: dict[str, Any] = {
-        **_DEFAULTS[architecture],
-        **{key: value for key, value in config.items() if value is not None},
-    }
-    heads, hidden = same.get("num_attention_heads"), same.get("hidden_size")
-    if "head_dim" not in same and type(heads) is int and type(hidden) is int and heads > 0:
-        same["head_dim"] = hidden // heads
-    same.setdefault("num_key_value_heads", heads)
-    same.setdefault("rms_norm_eps", 1e-6)
-    same.setdefault("tie_word_embeddings", False)
-    same.setdefault("attention_bias", False)
-    same.setdefault("mlp_bias", False)
-    same["hidden_act"] = same.pop("hidden_activation", same.get("hidden_act", "silu"))
-    same.setdefault("bos_token_id", None)
-    same["architectures"] = [architecture]
-    # transformers 5 has all of the rope in rope_parameters, transformers 4 rope_theta beside rope_scaling.
-    rope = dict(same.pop("rope_parameters", None) or same.get("rope_scaling") or {})
-    if "full_attention" in rope or "sliding_attention" in rope:
-        rope = _one_rope(same, rope)
-    if "partial_rotary_factor" in rope:
-        same["partial_rotary_factor"] = rope.pop("partial_rotary_factor")
-    same["rope_theta"] = rope.pop("rope_theta", None) or same.get("rope_theta", 10_000.0)
-    rope["rope_type"] = rope.pop("type", None) or rope.get("rope_type", "default")
-    same["rope_scaling"] = None if rope["rope_type"] == "default" else rope
-    return same
-
-
-def _one_rope(same: dict[str, Any], ropes: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the rope of the layers without a window, and note the base of the others as transformers 4 does."""
-    near, far = ropes.get("sliding_attention") or {}, ropes.get("full_attention") or {}
-    if not isinstance(near, dict) or not isinstance(far, dict) or near.get("rope_type", "default") != "default":
-        raise BuildError("rope_parameters scales the rope of sliding_attention; only that of full_attention may be")
-    if "rope_theta" in near:
-        same["rope_local_base_freq"] = near["rope_theta"]
-    return dict(far)
