@@ -1,6 +1,6 @@
 """A GGUF file as a checkpoint: llama.cpp's names and row order turned back into Hugging Face's.
 
-llama.cpp's conversion renames every tensor and, for the llama architecture only, reorders the rows of the q and k
+llama.cpp's conversion renames every tensor and, for llama and what derives from it, reorders the rows of the q and k
 projections for interleaved rope; both are undone here. Knows nothing of the container's bytes (gguf_file) nor of
 tokenizer files (gguf_tokenizer). Called by checkpoint.open_checkpoint.
 """
