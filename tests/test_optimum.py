@@ -216,6 +216,42 @@ def test_weights_in_files_beside_the_graph_are_the_same(name: str, exports: Path
     np.testing.assert_array_equal(beside.keys_and_values(IDS[:9]), inside.keys_and_values(IDS[:9]))
 
 
+def join_projections(graph: Any) -> None:
+    """Name and join as the model builder of onnxruntime-genai 0.18 does, from which some of the hub's graphs come."""
+    helper, numpy_helper = onnx.helper, onnx.numpy_helper
+    for layer in range(3):
+        path = f"/model/layers.{layer}/self_attn"
+        for operator, axis in (("MatMul", 1), ("Add", 0)):
+            nodes = [node_of(graph, f"{path}/{part}_proj/{operator}") for part in "qkv"]
+            arrays = [numpy_helper.to_array(initializer_of(graph, node.name)) for node in nodes]
+            joined = numpy_helper.from_array(np.concatenate(arrays, axis), f"{layer}.{operator}.qkv")
+            graph.initializer.append(joined)
+            name = f"/model/layers.{layer}/attn/qkv_proj/{operator}"
+            graph.node.append(helper.make_node(operator, [nodes[0].output[0], joined.name], [name], name=name))
+            for node in nodes:
+                graph.node.remove(node)
+        o_proj = f"{path}/o_proj"
+        for operator in ("MatMul", "Add"):
+            node_of(graph, f"{o_proj}/{operator}").name = f"{o_proj}/{operator}".replace("self_attn", "attn")
+        norm = node_of(graph, f"/model/layers.{layer}/post_attention_layernorm/Mul_1")
+        norm.name, norm.op_type = (
+            f"/model/layers.{layer}/post_attention_layernorm/SkipLayerNorm",
+            "SkipSimplifiedLayerNormalization",
+        )
+        weight, normed = norm.input
+        norm.input[:] = [normed, normed, weight]
+    node_of(graph, "/model/norm/Mul_1").name = "/model/layers.3/final_norm_layernorm/Mul"
+
+
+def test_joined_projections_are_divided(export: Path) -> None:
+    edit(export, join_projections)
+    with OnnxCheckpoint(export) as checkpoint:
+        assert_same_weights(checkpoint, tiny_models()["llama-bias"].weights(), 0.0)
+    config = json.loads((export / "config.json").read_text())
+    (export / "config.json").write_text(json.dumps(config | {"num_key_value_heads": 2}))
+    assert "self_attn.qkv_proj.weight of shape (192, 64); config.json says 128 rows" in build_refusal(export)
+
+
 def write_graph(path: Path, nodes: list[Any], initializers: list[Any]) -> None:
     outputs = [onnx.helper.make_tensor_value_info(node.output[0], onnx.TensorProto.FLOAT, None) for node in nodes]
     inputs = [onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, None)]

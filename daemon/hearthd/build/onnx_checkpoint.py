@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Final
 
 import numpy as np
@@ -39,7 +39,13 @@ _EMBEDDING: Final = "model.embed_tokens.weight"
 _HEAD: Final = "lm_head.weight"
 # The last part is the operator's; ONNX Runtime's optimiser (optimum's --optimize O2) puts the fusion's behind it.
 _NODE_NAME: Final = re.compile(r"/((?:[A-Za-z0-9_.]+/)+)[A-Za-z0-9_]+(?:/[A-Za-z]+Fusion/)?")
-_NORMS: Final = ("SimplifiedLayerNormalization", "RMSNormalization")
+# Which input the weight of a norm is.
+_NORMS: Final = {"SimplifiedLayerNormalization": 1, "RMSNormalization": 1, "SkipSimplifiedLayerNormalization": 2}
+# What the model builder of onnxruntime-genai, which some repositories on the hub come from, calls otherwise.
+_BUILDER_NAMES: Final = (
+    (re.compile(r"\.attn(?=\.|$)"), ".self_attn"),
+    (re.compile(r"^model\.layers\.\d+\.final_norm_layernorm$"), "model.norm"),
+)
 _QUANTIZED: Final = re.compile(
     r"(Dynamic)?QuantizeLinear|DequantizeLinear|QLinear\w+|\w*MatMulInteger\w*|DynamicQuantize\w+|MatMulNBits|"
     r"MatMulBnb4|GatherBlockQuantized|QGemm|QAttention|QMoE"
@@ -94,6 +100,7 @@ class OnnxCheckpoint(HuggingFaceCheckpoint):
         offset = ARCHITECTURES[self.config["architectures"][0]].norm_offset
         weights = GraphWeights(exported_graph(self._path), norm_offset=offset)
         self._files.append(weights)
+        self._divide_joined(weights)
         names = dict.fromkeys(weights.shapes, weights)
         if self.config["tie_word_embeddings"] and _HEAD in names and _EMBEDDING in names:
             # Often saved twice, the second time transposed.
@@ -105,13 +112,36 @@ class OnnxCheckpoint(HuggingFaceCheckpoint):
             del names[_HEAD]
         return names
 
+    def _divide_joined(self, weights: GraphWeights) -> None:
+        """Give q, k and v their own names where an exporter has joined what the checkpoint has apart."""
+        heads, kv_heads, size, layers = (
+            self.config.get(key)
+            for key in ("num_attention_heads", "num_key_value_heads", "head_dim", "num_hidden_layers")
+        )
+        if ARCHITECTURES[self.config["architectures"][0]].fused_projections or not (
+            # Values that make no sense are refused with the whole configuration, later.
+            isinstance(heads, int) and isinstance(kv_heads, int) and isinstance(size, int) and isinstance(layers, int)
+        ):
+            return
+        for name in [each for each in weights.shapes if each.rpartition(".")[0].endswith(".self_attn.qkv_proj")]:
+            module, _, kind = name.rpartition(".qkv_proj.")
+            parts = {"q": heads * size, "k": kv_heads * size, "v": kv_heads * size}
+            weights.divide(name, {f"{module}.{part}_proj.{kind}": rows for part, rows in parts.items()})
+
 
 @dataclass(frozen=True, slots=True)
 class _Weight:
-    """A constant, and whether it is the weight as Hugging Face has it, or transposed."""
+    """A constant, and whether it is the weight as Hugging Face has it, or transposed; rows: which of the weight's."""
 
     tensor: Tensor
     transposed: bool
+    rows: tuple[int, int] | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """As Hugging Face has it."""
+        shape = self.tensor.shape[::-1] if self.transposed else self.tensor.shape
+        return shape if self.rows is None else (self.rows[1] - self.rows[0], *shape[1:])
 
 
 class GraphWeights:
@@ -131,29 +161,41 @@ class GraphWeights:
         except BaseException:
             self._file.close()
             raise
-        self.shapes: Mapping[str, tuple[int, ...]] = {
-            name: weight.tensor.shape[::-1] if weight.transposed else weight.tensor.shape
-            for name, weight in self._weights.items()
-        }
+        self.shapes: dict[str, tuple[int, ...]] = {name: weight.shape for name, weight in self._weights.items()}
 
     def rows(self, name: str, start: int, stop: int) -> NDArray[np.float32]:
-        """Rows [start, stop) of a weight as a new array."""
+        """Rows [start, stop) of a weight as a new array; one of one dimension is one row."""
         weight = self._weights[name]
-        if not weight.transposed:
-            values = self._file.read(weight.tensor, start, stop).astype(np.float32)
-            return values - self._norm_offset if name.endswith("norm.weight") else values
-        num_rows = weight.tensor.shape[1]
+        num_rows = math.prod(weight.shape[:-1])
         if not 0 <= start <= stop <= num_rows:
             raise IndexError(f"rows {start}:{stop} of {name}, which has {num_rows}")
-        columns = self._file.read(weight.tensor, 0, weight.tensor.shape[0])[:, start:stop]
+        if len(weight.shape) == 1:
+            vector = self._file.read(weight.tensor, start, stop)[:, slice(*weight.rows or (None,))]
+            return vector - self._norm_offset if name.endswith("norm.weight") else vector.astype(np.float32)
+        first = weight.rows[0] if weight.rows else 0
+        if not weight.transposed:
+            return self._file.read(weight.tensor, first + start, first + stop).astype(np.float32)
+        columns = self._file.read(weight.tensor, 0, weight.tensor.shape[0])[:, first + start : first + stop]
         return columns.T.astype(np.float32, order="C")
+
+    def divide(self, name: str, parts: Mapping[str, int]) -> None:
+        """Replace a weight by parts of its rows, in this order. Raises BuildError when there are more or fewer rows."""
+        whole = self._weights.pop(name)
+        del self.shapes[name]
+        if whole.shape[0] != sum(parts.values()):
+            raise self._error(f"has {name} of shape {whole.shape}; config.json says {sum(parts.values())} rows")
+        first = 0
+        for part, num_rows in parts.items():
+            self._weights[part] = replace(whole, rows=(first, first + num_rows))
+            self.shapes[part] = self._weights[part].shape
+            first += num_rows
 
     def same(self, name: str, other: str) -> bool:
         """Say whether two weights have the same values."""
         first, second = self._weights[name], self._weights[other]
         if self.shapes[name] != self.shapes[other]:
             return False
-        if first.tensor is second.tensor and first.transposed == second.transposed:
+        if first == second:
             return True
         num_rows = math.prod(self.shapes[name][:-1])
         return all(
@@ -177,7 +219,7 @@ class GraphWeights:
         for node in self._file.nodes:
             if node.operator in ("MatMul", "Gemm"):
                 linear.add(_module(node))
-            elif node.operator in ("Transpose", "Identity") and node.inputs[:1] and node.inputs[0] in constants:
+            elif node.operator in ("Transpose", "Identity") and node.outputs and constants.keys() & node.inputs[:1]:
                 self._add_view(constants, node)
         weights: dict[str, _Weight] = {}
         for node in self._file.nodes:
@@ -208,7 +250,10 @@ class GraphWeights:
 def _module(node: Node) -> str:
     """Return the path of a node's module as Hugging Face writes it, "" if the node says none."""
     found = _NODE_NAME.fullmatch(node.name)
-    return found[1].rstrip("/").replace("/", ".") if found else ""
+    module = found[1].rstrip("/").replace("/", ".") if found else ""
+    for pattern, name in _BUILDER_NAMES:
+        module = pattern.sub(name, module)
+    return module
 
 
 def _weights_of(node: Node, constants: Mapping[str, _Weight], *, is_linear: bool) -> Iterator[tuple[str, _Weight]]:
@@ -233,8 +278,10 @@ def _weights_of(node: Node, constants: Mapping[str, _Weight], *, is_linear: bool
             vector = inputs[sizes.index(1)]
             assert vector is not None
             yield "bias" if is_linear else "weight", vector
-        case operator if operator in _NORMS and sizes[1:2] == [1] and inputs[1] is not None:
-            yield "weight", inputs[1]
+        case operator if operator in _NORMS and len(inputs) > _NORMS[operator]:
+            norm = inputs[_NORMS[operator]]
+            if norm is not None and len(norm.tensor.shape) == 1:
+                yield "weight", norm
 
 
 def _is_plain(node: Node) -> bool:
