@@ -3,6 +3,7 @@
 transformers is the oracle: what it computes from a checkpoint is what the checkpoint means.
 """
 
+import contextlib
 from pathlib import Path
 
 import numpy as np
@@ -245,7 +246,7 @@ def test_long_rope_is_not_long_where_the_context_was_not_extended() -> None:
         ("gemma3", {"query_pre_attn_scalar": -1}, "query_pre_attn_scalar is -1"),
         ("phi4", {"partial_rotary_factor": 0.7}, "is 11; an even number"),
         ("phi4", {"rope_scaling": {"rope_type": "longrope"}}, r"short_factor has shape \(\)"),
-        ("phi4", {"original_max_position_embeddings": None}, "original_max_position_embeddings None"),
+        ("phi4", {"original_max_position_embeddings": None}, "original_max_position_embeddings is None"),
         ("smollm3", {"no_rope_layers": [1, 0]}, "no_rope_layers is no list of 0 and 1 for each of 5 layers"),
         ("smollm3", {"no_rope_layer_interval": 0}, "no_rope_layer_interval is 0"),
         ("granite", {"residual_multiplier": "small"}, "residual_multiplier is 'small'"),
@@ -255,3 +256,29 @@ def test_long_rope_is_not_long_where_the_context_was_not_extended() -> None:
 def test_what_a_family_cannot_follow_is_refused_by_name(name: str, changes: dict[str, object], message: str) -> None:
     with pytest.raises(BuildError, match=message):
         DecoderSpec.from_config(dict(tiny_models()[name].config) | changes)
+
+
+NUMBERS = [
+    *("rope_theta", "partial_rotary_factor", "original_max_position_embeddings", "sliding_window", "rope_scaling"),
+    *("sliding_window_pattern", "layer_types", "rope_local_base_freq", "query_pre_attn_scalar", "hidden_act"),
+    *("no_rope_layers", "no_rope_layer_interval", "embedding_multiplier", "residual_multiplier", "logits_scaling"),
+    *("attention_multiplier", "max_position_embeddings", "final_logit_softcapping"),
+]
+HOSTILE = [0, -1, 10**400, 1e-300, float("nan"), float("inf"), "x", [], {}, [[]], [{}], {"rope_type": []}, True]
+
+
+@pytest.mark.parametrize("name", ["smollm3", "granite", "phi4", "gemma3", "llama3"])
+@pytest.mark.parametrize("key", NUMBERS)
+def test_hostile_value_is_read_or_refused_but_nothing_else(name: str, key: str) -> None:
+    for value in HOSTILE:
+        with contextlib.suppress(BuildError):
+            DecoderSpec.from_config(tiny_models()[name].config | {key: value})
+
+
+@pytest.mark.parametrize("name", ["phi4", "llama3"])
+def test_hostile_rope_scaling_is_read_or_refused_but_nothing_else(name: str) -> None:
+    config = tiny_models()[name].config
+    for key in (*config["rope_scaling"], "factor", "attention_factor"):
+        for value in HOSTILE:
+            with contextlib.suppress(BuildError):
+                DecoderSpec.from_config(config | {"rope_scaling": config["rope_scaling"] | {key: value}})

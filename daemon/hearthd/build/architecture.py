@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from hearthd.build.config_values import MAX_POSITIONS, positive_number, whole_number
 from hearthd.build.layers import Layer, LayerRule, all_alike, all_windowed, some_sliding, some_without_rope
 from hearthd.build.rope import Rope
 from hearthd.errors import BuildError
@@ -39,16 +40,16 @@ class Multipliers:
 def granite_multipliers(config: Mapping[str, Any]) -> Multipliers:
     """Return the four numbers of a Granite configuration; what it leaves out is 1, also for attention."""
     return Multipliers(
-        embedding=_factor(config, "embedding_multiplier", 1.0),
-        branch=_factor(config, "residual_multiplier", 1.0),
-        attention=_factor(config, "attention_multiplier", 1.0),
-        logits=1 / _factor(config, "logits_scaling", 1.0),
+        embedding=positive_number(config, "embedding_multiplier", default=1.0),
+        branch=positive_number(config, "residual_multiplier", default=1.0),
+        attention=positive_number(config, "attention_multiplier", default=1.0),
+        logits=1 / positive_number(config, "logits_scaling", default=1.0),
     )
 
 
 def gemma_multipliers(config: Mapping[str, Any]) -> Multipliers:
     """Return Gemma's: rows as large as the stream's other parts, and scores scaled by a number of its own."""
-    scalar = _factor(config, "query_pre_attn_scalar", 256.0)
+    scalar = positive_number(config, "query_pre_attn_scalar", default=256.0)
     return Multipliers(embedding=math.sqrt(_size(config, "hidden_size")), attention=scalar**-0.5)
 
 
@@ -111,7 +112,7 @@ _MAX_SIZE = {
     "head_dim": 1_024,
     "intermediate_size": 262_144,
     "vocab_size": 1_048_576,
-    "max_position_embeddings": 16_777_216,
+    "max_position_embeddings": MAX_POSITIONS,
 }
 
 
@@ -255,12 +256,7 @@ def _architecture_name(config: Mapping[str, Any]) -> str:
 
 
 def _size(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
-    value = config.get(key)
-    if value is None:
-        value = default
-    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= _MAX_SIZE[key]:
-        raise BuildError(f"{key} is {value!r} in this checkpoint's configuration; 1 to {_MAX_SIZE[key]} is allowed")
-    return value
+    return whole_number(config, key, largest=_MAX_SIZE[key], default=default)
 
 
 def _refuse_unknown_parts(config: Mapping[str, Any], architecture: str) -> None:
@@ -279,16 +275,9 @@ def _rotary_dim(config: Mapping[str, Any], head_dim: int, may_be_partial: bool) 
         return head_dim
     if not may_be_partial:
         raise BuildError(f"partial_rotary_factor {factor} is not supported with this architecture; 1.0 is")
-    size = int(head_dim * _factor(config, "partial_rotary_factor", 1.0))
+    size = int(head_dim * positive_number(config, "partial_rotary_factor", default=1.0))
     if size % 2 or not 2 <= size <= head_dim:
         raise BuildError(
             f"partial_rotary_factor {factor} of head_dim {head_dim} is {size}; an even number up to that is needed"
         )
     return size
-
-
-def _factor(config: Mapping[str, Any], key: str, default: float) -> float:
-    value = config.get(key, default)
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
-        raise BuildError(f"{key} is {value!r} in this checkpoint's configuration; a positive number is needed")
-    return float(value)

@@ -10,10 +10,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from hearthd.build.config_values import MAX_POSITIONS, whole_number
 from hearthd.build.rope import Rope, read_rope
 from hearthd.errors import BuildError
 
 __all__ = ["Layer", "LayerRule", "all_alike", "all_windowed", "some_sliding", "some_without_rope"]
+
+# Layers after which a pattern of layers comes again.
+_MAX_PATTERN = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,9 +44,7 @@ def some_without_rope(config: Mapping[str, Any], num_layers: int, rotary_dim: in
     _refuse_windows(config)
     turns = config.get("no_rope_layers")
     if turns is None:
-        interval = config.get("no_rope_layer_interval", 4)
-        if not isinstance(interval, int) or interval < 1:
-            raise BuildError(f"no_rope_layer_interval is {interval!r}; a whole number of 1 or more is needed")
+        interval = whole_number(config, "no_rope_layer_interval", default=4, largest=_MAX_PATTERN)
         turns = [int((index + 1) % interval != 0) for index in range(num_layers)]
     if not isinstance(turns, list) or len(turns) < num_layers or any(turn not in (0, 1) for turn in turns):
         raise BuildError(
@@ -54,7 +56,9 @@ def some_without_rope(config: Mapping[str, Any], num_layers: int, rotary_dim: in
 
 def all_windowed(config: Mapping[str, Any], num_layers: int, rotary_dim: int) -> tuple[Layer, ...]:
     """Phi-3: `sliding_window`, where it is given, in every layer."""
-    window = None if config.get("sliding_window") is None else _window(config)
+    window = (
+        None if config.get("sliding_window") is None else whole_number(config, "sliding_window", largest=MAX_POSITIONS)
+    )
     return (Layer(read_rope(config, rotary_dim), window),) * num_layers
 
 
@@ -62,9 +66,7 @@ def some_sliding(config: Mapping[str, Any], num_layers: int, rotary_dim: int) ->
     """Gemma 3: `layer_types`, by default five layers with a window and a rope of their own before each one without."""
     kinds = config.get("layer_types")
     if kinds is None:
-        pattern = config.get("sliding_window_pattern", 6)
-        if not isinstance(pattern, int) or pattern < 1:
-            raise BuildError(f"sliding_window_pattern is {pattern!r}; a whole number of 1 or more is needed")
+        pattern = whole_number(config, "sliding_window_pattern", default=6, largest=_MAX_PATTERN)
         kinds = ["sliding_attention" if (index + 1) % pattern else "full_attention" for index in range(num_layers)]
     if not isinstance(kinds, list) or len(kinds) != num_layers:
         raise BuildError(
@@ -74,7 +76,7 @@ def some_sliding(config: Mapping[str, Any], num_layers: int, rotary_dim: int) ->
         "full_attention": Layer(read_rope(config, rotary_dim)),
         "sliding_attention": Layer(
             read_rope({"rope_theta": config.get("rope_local_base_freq")}, rotary_dim, name="rope.sliding"),
-            _window(config),
+            whole_number(config, "sliding_window", largest=MAX_POSITIONS),
         ),
     }
     unknown = {str(kind) for kind in kinds} - by_kind.keys()
@@ -83,16 +85,10 @@ def some_sliding(config: Mapping[str, Any], num_layers: int, rotary_dim: int) ->
     return tuple(by_kind[kind] for kind in kinds)
 
 
-def _window(config: Mapping[str, Any]) -> int:
-    window = config.get("sliding_window")
-    if not isinstance(window, int) or isinstance(window, bool) or window < 1:
-        raise BuildError(f"sliding_window is {window!r}; a whole number of 1 or more is needed")
-    return window
-
-
 def _refuse_windows(config: Mapping[str, Any]) -> None:
     if config.get("use_sliding_window"):
         raise BuildError("use_sliding_window is not supported with this architecture; full attention is")
-    kinds = set(config.get("layer_types") or ())
+    kinds = config.get("layer_types") or []
+    kinds = {str(kind) for kind in (kinds if isinstance(kinds, list) else [kinds])}
     if kinds - {"full_attention"}:
         raise BuildError(f"layer types {sorted(kinds)} are not supported with this architecture; full_attention is")

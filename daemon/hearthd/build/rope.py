@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from hearthd.build.config_values import MAX_POSITIONS, positive_number, whole_number
 from hearthd.errors import BuildError
 
 __all__ = ["Rope", "read_rope", "rope_tables"]
@@ -58,7 +59,9 @@ def read_rope(config: Mapping[str, Any], rotary_dim: int, *, name: str = "rope")
     carries Llama 3's as divisors in `rope_freq_factors`. Raises BuildError for a kind that is not known.
     """
     scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    theta = _positive(scaling.get("rope_theta") or config.get("rope_theta") or 10_000.0, "rope_theta")
+    if not isinstance(scaling, Mapping):
+        raise BuildError(f"rope_scaling is {ascii(scaling)[:60]}; an object is needed: config.json is damaged")
+    theta = positive_number(scaling if "rope_theta" in scaling else config, "rope_theta", default=10_000.0)
     frequencies = theta ** -(np.arange(0, rotary_dim, 2, dtype=np.float64) / rotary_dim)
     divisors = config.get("rope_freq_factors")
     if divisors is not None:
@@ -71,7 +74,7 @@ def read_rope(config: Mapping[str, Any], rotary_dim: int, *, name: str = "rope")
     if kind == "longrope":
         return _longrope(frequencies, scaling, config, name)
     if kind == "linear":
-        frequencies = frequencies / _number(scaling, "factor", kind)
+        frequencies = frequencies / positive_number(scaling, "factor")
     elif kind == "llama3":
         frequencies = _llama3_frequencies(frequencies, scaling)
     return Rope(name, tuple(frequencies))
@@ -80,9 +83,11 @@ def read_rope(config: Mapping[str, Any], rotary_dim: int, *, name: str = "rope")
 def _llama3_frequencies(frequencies: NDArray[np.float64], scaling: Mapping[str, Any]) -> NDArray[np.float64]:
     """Stretch long wavelengths by `factor`, keep short ones, blend between (Llama 3.1's rope scaling)."""
     factor, low, high, original = (
-        _number(scaling, key, "llama3")
+        positive_number(scaling, key)
         for key in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
     )
+    if high <= low:
+        raise BuildError(f"rope scaling llama3 has high_freq_factor {high}; more than low_freq_factor {low} is needed")
     wavelengths = 2 * math.pi / frequencies
     blend = np.clip((original / wavelengths - low) / (high - low), 0.0, 1.0)
     return (1 - blend) * frequencies / factor + blend * frequencies
@@ -98,39 +103,22 @@ def _longrope(
     where the short factors do: 4,096 tokens for Phi-3-mini-128k and Phi-4-mini, 1 GB of KV for the latter.
     """
     # Phi-3's configuration has it beside rope_scaling, and transformers prefers it there.
-    original = config.get("original_max_position_embeddings") or scaling.get("original_max_position_embeddings")
-    if not isinstance(original, int) or original < 2:
-        raise BuildError(
-            f"rope scaling longrope has original_max_position_embeddings {original!r}; 2 or more is needed"
-        )
+    name_of_original = "original_max_position_embeddings"
+    has_it = config if config.get(name_of_original) is not None else scaling
+    original = whole_number(has_it, name_of_original, largest=MAX_POSITIONS)
     divisors = _divisors(scaling.get("short_factor"), len(frequencies), "short_factor")
-    factor = scaling.get("factor")
-    if factor is None:
-        factor = _positive(config.get("max_position_embeddings"), "max_position_embeddings") / original
-    magnitude = scaling.get("attention_factor")
-    if magnitude is None:
-        factor = _positive(factor, "factor")
-        magnitude = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
-    return Rope(name, tuple(frequencies / divisors), _positive(magnitude, "attention_factor"), original)
+    extended = whole_number(config, "max_position_embeddings", largest=MAX_POSITIONS) / original
+    factor = positive_number(scaling, "factor", default=extended)
+    computed = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 and original > 1 else 1.0
+    magnitude = positive_number(scaling, "attention_factor", default=computed)
+    return Rope(name, tuple(frequencies / divisors), magnitude, original)
 
 
 def _divisors(values: object, size: int, name: str) -> NDArray[np.float64]:
     try:
         divisors = np.asarray(values, dtype=np.float64)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise BuildError(f"{name} holds something else than numbers: the configuration is damaged") from error
     if divisors.shape != (size,) or not np.all(np.isfinite(divisors) & (divisors > 0)):
         raise BuildError(f"{name} has shape {divisors.shape} or values that are not positive; {(size,)} is needed")
     return divisors
-
-
-def _number(scaling: Mapping[str, Any], key: str, kind: str) -> float:
-    if key not in scaling:
-        raise BuildError(f"rope scaling {kind} lacks a number: {key!r}")
-    return _positive(scaling[key], key)
-
-
-def _positive(value: object, name: str) -> float:
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
-        raise BuildError(f"{name} is {value!r} in this checkpoint's rope configuration; a positive number is needed")
-    return float(value)
