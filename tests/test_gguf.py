@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from checkpoints import make_tokenizer, tiny_models, write_gguf
+from hearthd.build.architecture import DecoderSpec
 from hearthd.build.checkpoint import open_checkpoint
 from hearthd.build.gguf_file import GgufFile
 from hearthd.errors import BuildError
@@ -281,3 +282,33 @@ def test_unused_tokens_are_left_out_and_added_ones_keep_their_ids(tmp_path: Path
     original = json.loads(make_tokenizer(model.style).to_str())
     assert expected == {token["content"]: (token["id"], token["special"]) for token in original["added_tokens"]}
     assert expected["<think>"][1] is False
+
+
+def test_what_no_file_says_of_gemma_is_what_llama_cpp_takes(tmp_path: Path) -> None:
+    """Scores by head size, but for the one size with 62 layers; and a larger one's scaled rope, in full layers only."""
+    path = tmp_path / "tiny.gguf"
+    scaling: dict[str, Any] = {"gemma3__rope__scaling__type": "linear", "gemma3__rope__scaling__factor": 8.0}
+    write_gguf(path, tiny_models()["gemma3"], **scaling)
+    with open_checkpoint(path) as checkpoint:
+        config = dict(checkpoint.config)
+    assert config["query_pre_attn_scalar"] == 32
+    spec = DecoderSpec.from_config(config)
+    full, sliding = spec.layers[5], spec.layers[0]
+    assert full.window is None
+    assert sliding.window == 7
+    assert full.rope is not None
+    assert sliding.rope is not None
+    assert (full.rope.inverse_frequencies[0], sliding.rope.inverse_frequencies[0]) == (1 / 8, 1.0)
+    assert sliding.rope.inverse_frequencies[1] == pytest.approx(10_000 ** (-2 / 32))
+    write_gguf(path, tiny_models()["gemma3"], gemma3__block_count=62)
+    with open_checkpoint(path) as checkpoint:
+        assert checkpoint.config["query_pre_attn_scalar"] == 64 // 4
+
+
+def test_line_ends_belong_to_the_turns_of_phi3(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "tiny.gguf", tiny_models()["phi3"])
+    with open_checkpoint(tmp_path / "tiny.gguf") as checkpoint:
+        tokenizer = Tokenizer.from_str(checkpoint.tokenizer_json)
+    turns = [tokenizer.token_to_id("<|end|>"), tokenizer.token_to_id("<|user|>")]
+    assert tokenizer.encode("<|end|>\n<|user|>\n", add_special_tokens=False).ids == turns
+    assert len(tokenizer.encode("<|endoftext|>\n", add_special_tokens=False).tokens) > 1
