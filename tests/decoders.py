@@ -3,12 +3,14 @@
 from dataclasses import replace
 from pathlib import Path
 
+from bundles import seal
 from checkpoints import tiny_models, write_huggingface
 from hearthd.build.architecture import DecoderSpec
 from hearthd.build.checkpoint import Checkpoint, open_checkpoint
 from hearthd.build.graph import GraphOptions, write_graph
 from hearthd.build.recipe import Recipe
 from hearthd.build.weights import DecoderWeights
+from hearthd.bundle import Bundle
 from hearthd.runner import DecoderShape, OnnxRunner
 
 CONTEXT = 96
@@ -30,3 +32,28 @@ def tiny_runner(directory: Path, checkpoint: Checkpoint, recipe: Recipe, *, num_
     path = write_graph(directory, spec, weights, recipe, GraphOptions(CONTEXT, int8_embedding=bool(recipe.matmuls)))
     shape = DecoderShape(spec.num_layers, spec.num_kv_heads, spec.padded_head_dim, spec.vocab_size)
     return OnnxRunner(path, shape, num_slots=num_slots, context_length=CONTEXT, num_threads=1)
+
+
+def tiny_bundle(directory: Path, checkpoint: Checkpoint, *, context_length: int = CONTEXT) -> Bundle:
+    """Write the checkpoint's float32 graph as a bundle that can be served; no calibration, so it is there at once."""
+    spec = DecoderSpec.from_config(checkpoint.config)
+    directory.mkdir(parents=True)
+    weights = DecoderWeights(checkpoint, spec, rotated=False)
+    write_graph(directory, spec, weights, Recipe.reference(), GraphOptions(context_length))
+    (directory / "tokenizer.json").write_text(checkpoint.tokenizer_json)
+    (directory / "chat_template.jinja").write_text(checkpoint.chat_template)
+    (directory / "generation.json").write_text("{}")
+    seal(
+        directory,
+        name=directory.name,
+        architecture=spec.architecture,
+        context_length=context_length,
+        vocab_size=spec.vocab_size,
+        num_layers=spec.num_layers,
+        num_heads=spec.num_heads,
+        num_kv_heads=spec.num_kv_heads,
+        head_dim=spec.padded_head_dim,
+        eos_ids=tuple(checkpoint.config["eos_token_id"]),
+        preset_tokens=(),
+    )
+    return Bundle.open(directory)

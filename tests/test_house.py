@@ -196,6 +196,18 @@ def test_serving_needs_nothing_of_build() -> None:
     assert taken <= {"hearthd.build", "hearthd.build.cli"}
 
 
+def test_bench_runs_the_engine_without_a_server() -> None:
+    bench = {name for name in MODULES if name.startswith("hearthd.bench")}
+    below = bench.union(*(reachable(name) for name in bench))
+    wrong = {name: packages(MODULES[name]) & {"asyncio", "grpc", "google", "hearth"} for name in below}
+    assert {name: extra for name, extra in wrong.items() if extra} == {}
+    # What it measures must not be a build's own graph, and nobody serves by it.
+    assert {name for name in below if name.startswith("hearthd.build")} == set()
+    users = {name for name in MODULES.keys() - bench if MODULES[name].imported & bench}
+    assert users == {"hearthd.__main__"}
+    assert MODULES["hearthd.__main__"].imported & bench == {"hearthd.bench.cli"}
+
+
 @pytest.mark.parametrize("package", ONLY_IN)
 def test_a_heavy_package_is_known_to_few(package: str) -> None:
     knowing = {name for name, module in MODULES.items() if package in packages(module)}

@@ -24,7 +24,7 @@ __all__ = ["add_parser"]
 
 _ROUNDS, _QUICK_ROUNDS = 5, 2
 # For each of some twenty: about a minute for all on a server's processor, some minutes on a board.
-_BUDGET_SECONDS, _QUICK_BUDGET_SECONDS = 20.0, 0.6
+_BUDGET_SECONDS, _QUICK_BUDGET_SECONDS = 20.0, 0.8
 _MAX_THREADS = 256
 
 

@@ -17,7 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from hearthd.errors import BenchError
+from hearthd.errors import BenchError, HearthdError
 
 __all__ = ["FreshProcess"]
 
@@ -66,7 +66,11 @@ def main() -> int:
     parser.add_argument("--chunk", type=int, required=True)
     parser.add_argument("--fill", action="store_true")
     arguments = parser.parse_args()
-    json.dump(_load(arguments), sys.stdout)
+    try:
+        json.dump(_load(arguments), sys.stdout)
+    except HearthdError as error:
+        print(error, file=sys.stderr)
+        return 1
     return 0
 
 
