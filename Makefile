@@ -3,7 +3,7 @@
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test lint arm64 bundle protos constraints clean setup-daemon setup-dev setup-protos setup-emulator setup-export
+.PHONY: help demo test lint arm64 bench bundle protos constraints clean setup-daemon setup-dev setup-protos setup-emulator setup-export
 
 MODEL := smollm2-135m
 STATE := $(CURDIR)/.cache/state
@@ -27,6 +27,9 @@ lint: setup-dev ## ruff and mypy --strict
 
 arm64: setup-dev setup-emulator $(BUNDLE) ## the same greedy answer on an emulated Pi 4 and Pi 5 as here
 	.venv/bin/python tests/arm64/compare.py
+
+bench: setup-daemon $(BUNDLE) ## the engine beside its peers, which it installs (ARGS="--rounds 1 --only hearth")
+	.venv/bin/python benchmarks/compare.py --bundle "$(dir $(BUNDLE))" $(ARGS)
 
 bundle: $(BUNDLE) ## build the default model into .cache/state
 
