@@ -39,7 +39,7 @@ $(BUNDLE): $(BUILDER) | setup-daemon
 protos: setup-protos ## write client/hearth/v1 from protos/
 	deploy/dev/protos.sh client
 
-constraints: setup-dev ## write constraints.txt from the ranges in pyproject.toml
+constraints: setup-dev ## write constraints*.txt from the ranges in pyproject.toml
 	.venv/bin/python deploy/dev/constraints.py
 
 clean: ## remove the environments, the built model and every cache

@@ -747,7 +747,10 @@ def hub(exports: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeH
     original = tmp_path / "original"
     (original / "onnx").mkdir(parents=True)
     for path in (exports / "llama3").iterdir():
-        shutil.copy(path, original / "onnx" if path.suffix == ".onnx" else original)
+        if path.suffix != ".onnx":
+            shutil.copy(path, original)
+    model = onnx.load(exports / "llama3/model.onnx")
+    onnx.save_model(model, original / "onnx/model.onnx", save_as_external_data=True, location="model.onnx_data")
     (original / "onnx/model_quantized.onnx").write_bytes(b"large")
     (original / "modeling_tiny.py").write_text("raise SystemExit")
     hub = FakeHub(original)
@@ -763,7 +766,7 @@ def test_repository_with_a_graph_is_fetched_at_its_commit_and_needs_no_exporter(
     built = figures(capsys, "build", "--from-optimum", "someone/Tiny-ONNX@v1.0", "--force")
     assert (built["name"], built["source"]) == ("tiny-onnx", f"hub:someone/Tiny-ONNX@{COMMIT}/onnx/model.onnx")
     assert hub.asked == [("someone/Tiny-ONNX", "v1.0")]
-    assert "onnx/model.onnx" in hub.sent
+    assert hub.sent >= {"onnx/model.onnx", "onnx/model.onnx_data"}
     assert hub.sent.isdisjoint({"onnx/model_quantized.onnx", "modeling_tiny.py"})
     # What was checked is in the cache: asked again for the commit, and for nothing more.
     hub.sent.clear()

@@ -223,7 +223,8 @@ def _graph_files(source: HubSource) -> tuple[str, ...]:
     """Name an ONNX graph and where optimum and PyTorch put its weights, nothing for a source of safetensors."""
     if not isinstance(source, ExportSource):
         return ()
-    return tuple(f"{source.graph}{ending}" for ending in ("", "_data", ".data"))
+    endings = ("", "_data", ".data", *(f"_data_{part}" for part in range(1, 10)))
+    return tuple(f"{source.graph}{ending}" for ending in endings)
 
 
 def hub_error(source: HubSource, error: Exception) -> BuildError:
