@@ -116,6 +116,9 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--budget", type=float, default=60.0, help="seconds that one measurement may take")
     parser.add_argument("--steps", type=_positive, default=32, help="tokens that each stream decodes in a measurement")
     plan = Plan()
+    parser.add_argument(
+        "--slot", type=_positive, default=plan.slot, help="tokens of the sequence whose memory is taken"
+    )
     for name, default in (("prompts", plan.prompts), ("contexts", plan.contexts), ("streams", plan.streams)):
         parser.add_argument(f"--{name}", type=_numbers, default=default)
     return parser.parse_args(arguments)
@@ -130,6 +133,7 @@ def _plan(options: argparse.Namespace) -> Plan:
         threads=options.threads,
         rounds=options.rounds,
         budget=options.budget,
+        slot=options.slot,
     )
 
 

@@ -16,8 +16,8 @@ from typing import Any
 from engine_process import EngineError, EngineProcess
 from figures import Figure, Samples
 
-# Loading is given more time than a measurement: an emulated board is slow at it, and it is done a few times only.
-_LOAD_PATIENCE = 3
+# Seconds more than a measurement that loading may take: it is done a few times only, and an emulated board is slow at it.
+_LOAD_PATIENCE = 60.0
 _MEMORY_FIGURES = ("resident", "own", "file")
 
 
@@ -190,7 +190,7 @@ class Contest:
 
     def _load(self, engine: EngineProcess, contestant: Contestant, streams: int) -> dict[str, Any]:
         return engine.ask(
-            _LOAD_PATIENCE * self.plan.budget,
+            _LOAD_PATIENCE + self.plan.budget,
             call="load",
             threads=self.plan.threads,
             streams=streams,
