@@ -1,7 +1,7 @@
 """How fast this machine reads memory: what a decode step, which does little but read weights, could reach at best.
 
 NumPy alone. Its reductions release the interpreter's lock, so each thread reduces a slice of its own. Which operation
-reads fastest differs from processor to processor: three were within 10 % of each other, and of a loop in C with 512-bit
+reads fastest differs from processor to processor: three were within 15 % of each other, and of a loop in C with 512-bit
 loads and prefetching, on the Xeon where this was written; all are tried, and the fastest counts.
 Not used: sums of floats (pairwise, slower than memory on small cores) and dot products (BLAS has threads of its own).
 
