@@ -561,8 +561,6 @@ def write_gguf(
     writer.add_rope_freq_base(config["rope_theta"])
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     _add_tokenizer(writer, model)
-    for key, value in metadata.items():
-        _add(writer, key.replace("__", "."), value)
     if model.gguf_architecture == "granite":
         writer.add_embedding_scale(config["embedding_multiplier"])
         writer.add_residual_scale(config["residual_multiplier"])
@@ -574,6 +572,8 @@ def write_gguf(
         _add_phi3(writer, config)
     elif config["rope_scaling"]:
         writer.add_tensor("rope_freqs.weight", llama3_rope_factors(config))
+    for key, value in metadata.items():
+        _add(writer, key.replace("__", "."), value)
     for name, values in (more or {}).items():
         writer.add_tensor(name, values)
     quantization = gguf.GGMLQuantizationType[encoding]

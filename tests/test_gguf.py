@@ -303,6 +303,15 @@ def test_what_no_file_says_of_gemma_is_what_llama_cpp_takes(tmp_path: Path) -> N
     write_gguf(path, tiny_models()["gemma3"], gemma3__block_count=62)
     with open_checkpoint(path) as checkpoint:
         assert checkpoint.config["query_pre_attn_scalar"] == 64 // 4
+    write_gguf(path, tiny_models()["gemma3"], gemma3__attention__sliding_window=None)
+    with open_checkpoint(path) as checkpoint:
+        assert {layer.window for layer in DecoderSpec.from_config(checkpoint.config).layers} == {None}
+    write_gguf(path, tiny_models()["gemma3"], gemma3__final_logit_softcapping=30.0)
+    with open_checkpoint(path) as checkpoint, pytest.raises(BuildError, match=r"final_logit_softcapping 30\.0"):
+        DecoderSpec.from_config(checkpoint.config)
+    write_gguf(path, tiny_models()["gemma3"], tokenizer__ggml__model="gpt2")
+    with pytest.raises(BuildError, match="a Gemma vocabulary without scores"):
+        open_checkpoint(path)
 
 
 def test_line_ends_belong_to_the_turns_of_phi3(tmp_path: Path) -> None:

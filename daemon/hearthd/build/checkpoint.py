@@ -45,8 +45,9 @@ class Checkpoint(ABC):
         hidden_size, intermediate_size, num_hidden_layers, num_attention_heads, num_key_value_heads, head_dim,
         vocab_size, max_position_embeddings, rms_norm_eps, rope_theta, rope_scaling (None or a dict with "rope_type"),
         tie_word_embeddings, attention_bias, mlp_bias, hidden_act, bos_token_id (int or None), eos_token_id (list of
-        int). `rope_freq_factors` (float32 (head_dim / 2,), divides the inverse frequencies) is there when a GGUF file
-        carries them; it already is what rope_scaling would compute.
+        int). Keys that one family alone has (`sliding_window`, `embedding_multiplier`) are there, by the names in its
+        config.json, if it has them. `rope_freq_factors` (float32 (head_dim / 2,), divides the inverse frequencies) is
+        there when a GGUF file carries them; it already is what rope_scaling would compute.
     tokenizer_json: the text of a `tokenizers` file.
     chat_template: Jinja source. bos_token, eos_token: what the template calls by these names ("" when absent).
     generation: the checkpoint's own defaults for temperature, top_k, top_p, min_p, repetition_penalty (those it has).

@@ -252,12 +252,18 @@ class GgufCheckpoint(Checkpoint):
     def _gemma_config(self, hidden_share: int) -> dict[str, Any]:
         """Return what llama.cpp derives from the size of the model: hidden_share is hidden_size / heads."""
         head_dim = self._number("attention.key_length", default=hidden_share)
-        return {
+        # A file without a window is one of a model that has none in any layer.
+        has_window = self._number("attention.sliding_window", default=0) > 0
+        config: dict[str, Any] = {
             # Of 27B, which alone has 62 layers, and of all others.
             "query_pre_attn_scalar": hidden_share if self._number("block_count") == 62 else head_dim,
-            "sliding_window_pattern": self._number("attention.sliding_window_pattern", default=6),
+            "sliding_window_pattern": self._number("attention.sliding_window_pattern", default=6) if has_window else 1,
             "rope_local_base_freq": self._decimal("rope.freq_base_swa", default=10_000.0),
         }
+        for key in ("final_logit_softcapping", "attn_logit_softcapping"):
+            # Refused with the configuration, like anywhere else.
+            config[key] = self._file.metadata.get(f"{self._architecture}.{key}")
+        return config
 
     def _rope_scaling(self) -> dict[str, Any] | None:
         if all(name in self._file.tensors for name in _LONGROPE_FACTORS.values()):

@@ -103,6 +103,9 @@ class _Conversion:
 
     def _byte_level_bpe(self) -> dict[str, Any]:
         name = self._metadata.get("tokenizer.ggml.pre")
+        if str(self._metadata.get("general.architecture")).startswith("gemma"):
+            # What the conversion writes where the SentencePiece file is missing: pieces of another kind.
+            raise self._error("has a Gemma vocabulary without scores; build from the Hugging Face checkpoint instead")
         if not isinstance(name, str) or name not in PRE_TOKENIZERS:
             found = "names no pre-tokenizer (an old conversion)" if name is None else f"has the pre-tokenizer {name!r}"
             known = ", ".join(sorted(PRE_TOKENIZERS))

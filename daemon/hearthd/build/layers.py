@@ -72,16 +72,15 @@ def some_sliding(config: Mapping[str, Any], num_layers: int, rotary_dim: int) ->
         raise BuildError(
             f"layer_types is no list with one kind for each of {num_layers} layers: config.json is damaged"
         )
-    by_kind = {
-        "full_attention": Layer(read_rope(config, rotary_dim)),
-        "sliding_attention": Layer(
-            read_rope({"rope_theta": config.get("rope_local_base_freq")}, rotary_dim, name="rope.sliding"),
-            whole_number(config, "sliding_window", largest=MAX_POSITIONS),
-        ),
-    }
-    unknown = {str(kind) for kind in kinds} - by_kind.keys()
+    found = {str(kind) for kind in kinds}
+    unknown = found - {"full_attention", "sliding_attention"}
     if unknown:
-        raise BuildError(f"layer types {sorted(unknown)} are not supported; these are: {', '.join(sorted(by_kind))}")
+        raise BuildError(f"layer types {sorted(unknown)} are not supported; full_attention and sliding_attention are")
+    by_kind = {"full_attention": Layer(read_rope(config, rotary_dim))}
+    if "sliding_attention" in found:
+        rope = read_rope({"rope_theta": config.get("rope_local_base_freq")}, rotary_dim, name="rope.sliding")
+        window = whole_number(config, "sliding_window", largest=MAX_POSITIONS)
+        by_kind["sliding_attention"] = Layer(rope, window)
     return tuple(by_kind[kind] for kind in kinds)
 
 
