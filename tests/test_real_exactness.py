@@ -110,7 +110,7 @@ def test_company_changes_nothing(
 def test_a_cache_changes_nothing(
     runner: OnnxRunner, tokenizer: ChatTokenizer, conversations: list[tuple[Turn, Turn]], chunk: int
 ) -> None:
-    """The same prompt again; then the next turn, after the answer; then a prompt that goes on after half of another."""
+    """The same prompt again; then the next turn, which holds the answer; then the first one over the second's KV."""
     for first, second in conversations:
         engine = Engine(runner, tokenizer, prefill_chunk=chunk)
         for turn in (first, first, second, second, first):

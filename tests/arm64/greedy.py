@@ -52,6 +52,22 @@ def follow(runner: OnnxRunner, prompt_ids: Several[int], answer_ids: Several[int
     return np.array(rows, np.float32)
 
 
+def count_other_bits(runner: OnnxRunner, token_ids: Several[int]) -> int:
+    """Count the KV values that differ between one run of all tokens and runs as short as the runner allows."""
+    first, step = len(token_ids) // 2, runner.min_run
+
+    def keys_and_values(runs: list[Several[int]]) -> NDArray[np.float32]:
+        past = 0
+        for run in runs:
+            runner.forward(np.array([run], np.int64), 0, np.array([past], np.int32))
+            past += len(run)
+        return runner.read_slot(0, past)
+
+    short = [token_ids[start : start + step] for start in range(first, len(token_ids), step)]
+    whole = keys_and_values([token_ids])
+    return int(np.sum(whole != keys_and_values([token_ids[:first], *short])))
+
+
 def main() -> None:
     """Print one JSON object, the fields of `compare.Answer`."""
     path, max_tokens, logits_path = Path(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
@@ -93,6 +109,7 @@ def main() -> None:
         "prefill_seconds": finished.prefill_seconds,
         "decode_seconds": finished.decode_seconds,
         "completion_tokens": finished.completion_tokens,
+        "num_other_bits": count_other_bits(runner, sequence.prompt_ids[:32]),
     }
     reference: dict[str, Any] = (
         json.loads(Path(sys.argv[4]).read_text(encoding="utf-8")) if len(sys.argv) > 4 else result

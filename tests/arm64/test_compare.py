@@ -18,6 +18,7 @@ REFERENCE = Answer(
     prefill_seconds=0.5,
     decode_seconds=0.2,
     completion_tokens=3,
+    num_other_bits=0,
 )
 
 
@@ -37,6 +38,7 @@ def test_two_nearly_equal_logits_may_change_places() -> None:
     ("changed", "kl_mean"),
     [
         ({"prompt_ids": [1, 2, 4]}, 0.0),
+        ({"num_other_bits": 1}, 0.0),
         ({"token_ids": [99, 11, 12], "text": "x b c"}, 0.0),
         ({"token_ids": [10, 11], "text": "a b"}, 0.0),
         ({"text": "a b"}, 0.0),
@@ -44,7 +46,7 @@ def test_two_nearly_equal_logits_may_change_places() -> None:
         ({}, MAX_KL * 1.01),
         ({}, float("nan")),
     ],
-    ids=["prompt", "sure token", "shorter", "text", "end", "far", "no number"],
+    ids=["prompt", "other bits", "sure token", "shorter", "text", "end", "far", "no number"],
 )
 def test_any_other_difference_is_refused(changed: dict[str, Any], kl_mean: float) -> None:
     assert not compare(REFERENCE, replace(REFERENCE, **changed), kl_mean).is_accepted
