@@ -16,7 +16,7 @@ from typing import Any
 from engine_process import EngineError, EngineProcess
 from figures import Figure, Samples
 
-# Seconds more than a measurement that loading may take: it is done a few times only, and an emulated board is slow at it.
+# Seconds more than a measurement that loading may take: it is done a few times only, and an emulated board is slow.
 _LOAD_PATIENCE = 60.0
 _MEMORY_FIGURES = ("resident", "own", "file")
 
