@@ -94,8 +94,8 @@ def markdown(report: Mapping[str, Any]) -> str:
     flags = ", ".join(machine["flags"])
     text = [
         f"{settings['model']} on {machine['processor']} ({flags}), {machine['cores']} cores,",
-        f"{settings['threads']} threads, {report['date']}. Medians of {settings['rounds']} rounds after one to warm",
-        "up; lowest to highest in brackets.",
+        f"{settings['threads']} threads, {report['date']}.",
+        f"Medians over {settings['rounds']} after a first round to warm up; lowest to highest in brackets.",
         "",
     ]
     for name, engine in engines.items():
