@@ -7,12 +7,20 @@ import onnx
 import pytest
 from numpy.typing import NDArray
 
-from checkpoints import tiny_models
-from decoders import tiny_checkpoint, tiny_runner
+from checkpoints import tiny_models, write_huggingface
+from decoders import CONTEXT, tiny_checkpoint, tiny_runner
 from hearthd.build.architecture import DecoderSpec
-from hearthd.build.calibrate import calibrate, matmul_names
+from hearthd.build.checkpoint import open_checkpoint
 from hearthd.build.documents import TokenDocument
+from hearthd.build.graph import GraphOptions, write_graph
+from hearthd.build.linear import SECOND_TERM, switch_names
+from hearthd.build.matmuls import matmul_names
 from hearthd.build.recipe import MatMulForm, MatMulName, MatMulRecipe, Recipe
+from hearthd.build.rounding import Nearest
+from hearthd.build.search import find_recipe
+from hearthd.build.sensitivity import measure_sensitivity
+from hearthd.build.session import GraphSession
+from hearthd.build.weights import DecoderWeights
 from hearthd.runner import OnnxRunner
 
 IDS = [5, 9, 200, 31, 77, 12, 40, 41, 42, 250, 3, 17, 90, 91, 92, 93]
@@ -54,32 +62,93 @@ def test_two_terms_lose_less_than_one(tmp_path: Path) -> None:
     assert two < 0.8 * one < 0.02
 
 
-def test_a_calibrated_decoder_is_close_to_float(tmp_path: Path) -> None:
-    checkpoint = tiny_checkpoint(tmp_path, "qwen2")
-    spec = DecoderSpec.from_config(checkpoint.config)
+def random_documents(spec: DecoderSpec) -> list[TokenDocument]:
     random = np.random.default_rng(3)
-    documents = [
-        TokenDocument("prose", tuple(int(each) for each in random.integers(0, spec.vocab_size, 60))) for _ in range(8)
-    ]
-    shares: list[float] = []
-    (tmp_path / "calibration").mkdir()
-    recipe = calibrate(
+    kinds = ("prose", "code") * 4
+    return [TokenDocument(kind, tuple(map(int, random.integers(0, spec.vocab_size, 60)))) for kind in kinds]
+
+
+@pytest.mark.parametrize("name", ["qwen2", "gemma3"])
+def test_a_recipe_that_was_found_is_close_to_float(tmp_path: Path, name: str) -> None:
+    checkpoint = tiny_checkpoint(tmp_path, name)
+    spec = DecoderSpec.from_config(checkpoint.config)
+    shares: dict[str, list[float]] = {}
+    (tmp_path / "scratch").mkdir()
+    found = find_recipe(
         checkpoint,
         spec,
-        documents,
-        directory=tmp_path / "calibration",
+        random_documents(spec),
+        scratch=tmp_path / "scratch",
         preset=None,
         num_threads=1,
-        report=shares.append,
+        report=lambda stage, share: shares.setdefault(stage, []).append(share),
     )
-    assert shares == sorted(shares)
-    assert shares[-1] == 1.0
-    assert set(recipe.matmuls) == set(matmul_names(spec))
-    assert recipe.of(MatMulName("qkv", 0)).form is MatMulForm.STATIC
+    assert list(shares) == ["calibration", "rounding", "sensitivity"]
+    assert all(stage == sorted(stage) for stage in shares.values())
+    assert shares["calibration"][-1] == shares["sensitivity"][-1] == 1
+    assert set(found.recipe.matmuls) == set(matmul_names(spec))
+    assert found.recipe.rotated == spec.rotatable
     expected = logits_of_every_token(tiny_runner(tmp_path / "float", checkpoint, Recipe.reference()))
-    found = logits_of_every_token(tiny_runner(tmp_path / "int8", checkpoint, recipe))
+    logits = logits_of_every_token(tiny_runner(tmp_path / "int8", checkpoint, found.recipe))
     # Random layers amplify errors more than trained ones; a wrong scale anywhere gives 0.5 and more.
-    assert np.abs(found - expected).mean() < 0.1 * expected.std()
+    assert np.abs(logits - expected).mean() < 0.1 * expected.std()
+
+
+def test_switches_make_each_form(tmp_path: Path) -> None:
+    """The graph that sensitivities are measured with computes what the forms' own graphs compute."""
+    checkpoint = tiny_checkpoint(tmp_path)
+    spec = DecoderSpec.from_config(checkpoint.config)
+    names = matmul_names(spec)
+    step = 0.05
+
+    def session(form: MatMulForm) -> GraphSession:
+        directory = tmp_path / form.value
+        directory.mkdir()
+        recipe = Recipe({name: MatMulRecipe(form, step) for name in names}, rotated=True)
+        options = GraphOptions(CONTEXT, all_logits=True, int8_embedding=True)
+        path = write_graph(directory, spec, DecoderWeights(checkpoint, spec, rotated=True), recipe, options)
+        return GraphSession(path.read_bytes(), spec, data_directory=directory, context_length=CONTEXT, num_threads=1)
+
+    switched = session(MatMulForm.SWITCHED)
+    for form, fixed, second_term in (
+        (MatMulForm.STATIC, step, 0.0),
+        (MatMulForm.PER_ROW, 0.0, 0.0),
+        (MatMulForm.PER_ROW_TWO_TERMS, 0.0, SECOND_TERM),
+    ):
+        inputs = {}
+        for name in names:
+            values = zip(switch_names(name), (fixed, second_term), strict=True)
+            inputs |= {switch: np.asarray(value, np.float32) for switch, value in values}
+        expected = session(form).run_once(IDS, start=0, inputs={})
+        found = switched.run_once(IDS, start=0, inputs=inputs)
+        # Up to roundings that fall to the other side: products of float32 in another order.
+        assert np.abs(found - expected).mean() < 0.02 * expected.std()
+
+
+def test_the_matmul_with_an_outlier_is_the_sensitive_one(tmp_path: Path) -> None:
+    """One feature of a value projection a hundred times larger, and read with a hundredth: the decoder is the same."""
+    model = tiny_models()["smollm2"]
+    weights = model.weights()
+    weights["model.layers.1.self_attn.v_proj.weight"][5] *= 100
+    # Two query heads of 16 features share the first KV head.
+    weights["model.layers.1.self_attn.o_proj.weight"][:, [5, 16 + 5]] /= 100
+    write_huggingface(tmp_path / "outlier", model, weights=weights)
+    checkpoint = open_checkpoint(tmp_path / "outlier")
+    spec = DecoderSpec.from_config(checkpoint.config)
+    (tmp_path / "graph").mkdir()
+    found = measure_sensitivity(
+        checkpoint,
+        spec,
+        random_documents(spec),
+        directory=tmp_path / "graph",
+        rounding=Nearest(),
+        preset=None,
+        num_threads=1,
+        report=lambda share: None,
+    )
+    assert set(found) == set(matmul_names(spec))
+    assert all(loss >= 0 for loss in found.values())
+    assert max(found, key=found.__getitem__) == MatMulName("o", 1)
 
 
 def test_no_matmul_is_left_in_float(tmp_path: Path) -> None:

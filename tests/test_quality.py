@@ -1,6 +1,7 @@
 """The quality figures: nothing between a graph and itself, the right numbers by hand, and a gate that closes."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from hearthd.build.checkpoint import open_checkpoint
 from hearthd.build.corpus import Document
 from hearthd.build.documents import TokenDocument, first_tokens, tokenize
 from hearthd.build.graph import GraphOptions, write_graph
-from hearthd.build.quality import Reference, compare
+from hearthd.build.quality import Figures, Reference, compare
 from hearthd.build.recipe import Recipe
 from hearthd.build.weights import DecoderWeights
 from hearthd.bundle import Bundle
@@ -45,7 +46,7 @@ def test_a_graph_does_not_differ_from_itself(tmp_path: Path) -> None:
     assert figures.perplexity_int8 == pytest.approx(figures.perplexity_fp32, rel=1e-5)
     # The last token of a document predicts nothing.
     assert figures.tokens == 69 + 4
-    assert set(figures.kl_by_kind) == {"prose", "code"}
+    assert {kind: each.tokens for kind, each in figures.kinds.items()} == {"prose": 69, "code": 4}
 
 
 def test_figures_are_those_of_the_definition(tmp_path: Path) -> None:
@@ -72,6 +73,7 @@ def test_figures_are_those_of_the_definition(tmp_path: Path) -> None:
     figures = compare(
         sessions[0], tmp_path / "bundle", spec, DOCUMENTS[1:], preset=None, num_threads=1, report=lambda share: None
     )
+    assert figures.kinds["code"] == Figures(**{key: value for key, value in asdict(figures).items() if key != "kinds"})
     rows, targets = np.arange(4), list(ids[1:])
     assert figures.kl_mean == pytest.approx(float((p * np.log(p / q)).sum(axis=1).mean()), rel=1e-3)
     assert figures.perplexity_fp32 == pytest.approx(float(np.exp(-np.log(p[rows, targets]).mean())), rel=1e-3)

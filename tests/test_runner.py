@@ -9,7 +9,7 @@ import pytest
 
 from decoders import CONTEXT, tiny_checkpoint, tiny_runner
 from hearthd.build.architecture import DecoderSpec
-from hearthd.build.calibrate import matmul_names
+from hearthd.build.matmuls import matmul_names
 from hearthd.build.recipe import MatMulForm, MatMulRecipe, Recipe
 from hearthd.errors import BundleError
 from hearthd.kv_cache import RunTerminated
@@ -18,12 +18,16 @@ from hearthd.runner import DecoderShape, OnnxRunner, _zeros
 PROMPTS = ([5, 9, 200, 31, 77, 12, 40], [8, 3], [60, 61, 62, 63, 64, 65, 66, 67, 68, 69, 70, 71, 72])
 
 
+# No bundle has the form that a build tries the others with.
+SERVED = [form for form in MatMulForm if form is not MatMulForm.SWITCHED]
+
+
 def recipe_of(form: MatMulForm, spec: DecoderSpec) -> Recipe:
     """Every matmul in one form; the static scale covers what random layers give."""
-    return Recipe({name: MatMulRecipe(form, 0.05, 128) for name in matmul_names(spec)}, rotated=True)
+    return Recipe({name: MatMulRecipe(form, 0.05) for name in matmul_names(spec)}, rotated=True)
 
 
-@pytest.fixture(scope="module", params=list(MatMulForm), ids=lambda form: form.value)
+@pytest.fixture(scope="module", params=SERVED, ids=lambda form: form.value)
 def runner(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> OnnxRunner:
     directory = tmp_path_factory.mktemp("runner")
     checkpoint = tiny_checkpoint(directory)

@@ -224,11 +224,21 @@ def _check_manifest(manifest: Manifest) -> None:
     for key in ("recipe", "quality", "created_with"):
         if not isinstance(getattr(manifest, key), dict):
             raise BundleError(f"{key} is {shown(getattr(manifest, key))}, not an object")
-    if not all(isinstance(value, str) or is_finite_number(value) for value in manifest.quality.values()):
+    if not _are_figures(manifest.quality):
         raise BundleError("quality has a value that is neither a text nor a finite number")
     if not all(isinstance(version, str) for version in manifest.created_with.values()):
         raise BundleError("created_with has a version that is not a text")
     _check_files(manifest.files)
+
+
+def _are_figures(quality: Mapping[str, Any]) -> bool:
+    """Say whether all are texts or finite numbers; `kinds` has such figures for each kind of text."""
+    kinds = quality.get("kinds", {})
+    if not isinstance(kinds, dict) or not all(isinstance(figures, dict) for figures in kinds.values()):
+        return False
+    values = [value for figures in kinds.values() for value in figures.values()]
+    values += [value for key, value in quality.items() if key != "kinds"]
+    return all(isinstance(value, str) or is_finite_number(value) for value in values)
 
 
 def _check_files(files: Mapping[str, FileEntry]) -> None:

@@ -20,13 +20,12 @@ from numpy.typing import NDArray
 
 from hearthd.build import corpus
 from hearthd.build.architecture import DecoderSpec
-from hearthd.build.calibrate import calibrate
 from hearthd.build.checkpoint import Checkpoint
 from hearthd.build.documents import MAX_DOCUMENT_TOKENS, TokenDocument, first_tokens, tokenize
 from hearthd.build.graph import GraphOptions, write_graph
 from hearthd.build.oracle import Oracle
 from hearthd.build.quality import EVALUATION_TOKENS, MAX_KL, QualityFigures, Reference, ReferenceGraph, compare
-from hearthd.build.recipe import Recipe
+from hearthd.build.search import Found, find_recipe
 from hearthd.build.weights import DecoderWeights
 from hearthd.bundle import MANIFEST_NAME, Bundle, Manifest, file_entry
 from hearthd.errors import BuildError
@@ -39,7 +38,7 @@ __all__ = ["Report", "build_bundle", "measure_quality"]
 Report = Callable[[str, float], None]
 
 # Enough for the extremes of every kind of text, few enough for a board: some 25 s at 300 tokens/s.
-_CALIBRATION_TOKENS = 7_200
+_CALIBRATION_TOKENS = 4_800
 
 # For a checkpoint that recommends nothing: small models ramble when all of the distribution may be drawn from.
 _DEFAULT_SAMPLING = {"temperature": 0.7, "top_p": 0.95}
@@ -72,7 +71,7 @@ def build_bundle(
 ) -> Manifest:
     """Build an int8 bundle in `directory`, which is empty.
 
-    Beside it, as much temporary room is needed as 8 bytes for each weight. Raises BuildError when the checkpoint is not
+    Beside it, temporary room is needed: 10 bytes for each weight. Raises BuildError when the checkpoint is not
     supported or, unless `force`, when the mean KL to the float32 graph is over `quality.MAX_KL`.
     """
     spec = DecoderSpec.from_config(checkpoint.config)
@@ -89,11 +88,19 @@ def build_bundle(
         report("float32 reference", 0.0)
         reference = _reference(parts)
         preset = reference.keys_and_values(begin) if begin else None
-        recipe = _calibrated(parts, preset, report)
+        found = find_recipe(
+            checkpoint,
+            spec,
+            parts.tokenized(corpus.load("calibration"), _CALIBRATION_TOKENS),
+            scratch=parts.scratch,
+            preset=preset,
+            num_threads=parts.num_threads,
+            report=report,
+        )
         report("int8 graph", 0.0)
-        weights = DecoderWeights(checkpoint, spec, rotated=recipe.rotated)
+        weights = DecoderWeights(checkpoint, spec, rotated=found.recipe.rotated)
         options = GraphOptions(context_length=spec.max_context_length, int8_embedding=True)
-        write_graph(directory, spec, weights, recipe, options)
+        write_graph(directory, spec, weights, found.recipe, options, found.rounding)
         evaluation = parts.tokenized(corpus.load("evaluation"), EVALUATION_TOKENS)
         figures = _judged(parts, reference, directory, evaluation, preset, report)
     if figures.kl_mean > MAX_KL and not force:
@@ -104,7 +111,7 @@ def build_bundle(
     _write_texts(checkpoint, directory)
     if preset is not None:
         np.save(directory / PRESET_NAME, preset)
-    manifest = _manifest(parts, directory, name, begin, recipe, figures)
+    manifest = _manifest(parts, directory, name, begin, found, figures)
     (directory / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
     return manifest
 
@@ -156,20 +163,6 @@ def _reference(parts: _Parts) -> Reference:
     return Reference(parts.checkpoint, parts.spec, directory, context_length=length, num_threads=parts.num_threads)
 
 
-def _calibrated(parts: _Parts, preset: NDArray[np.float32] | None, report: Report) -> Recipe:
-    directory = parts.scratch / "calibration"
-    directory.mkdir()
-    return calibrate(
-        parts.checkpoint,
-        parts.spec,
-        parts.tokenized(corpus.load("calibration"), _CALIBRATION_TOKENS),
-        directory=directory,
-        preset=preset,
-        num_threads=parts.num_threads,
-        report=lambda share: report("calibration", share),
-    )
-
-
 def _judged(
     parts: _Parts,
     reference: ReferenceGraph,
@@ -197,13 +190,11 @@ def _write_texts(checkpoint: Checkpoint, directory: Path) -> None:
 
 
 def _manifest(
-    parts: _Parts, directory: Path, name: str, begin: tuple[int, ...], recipe: Recipe, figures: QualityFigures
+    parts: _Parts, directory: Path, name: str, begin: tuple[int, ...], found: Found, figures: QualityFigures
 ) -> Manifest:
     checkpoint, spec = parts.checkpoint, parts.spec
     control_ids = parts.tokenizer.control_ids
     conversation = [Message("system", "a"), Message("user", "b"), Message("assistant", "c"), Message("user", "d")]
-    quality = asdict(figures)
-    by_kind = quality.pop("kl_by_kind")
     return Manifest(
         name=name,
         architecture=spec.architecture,
@@ -223,8 +214,8 @@ def _manifest(
         preset_tokens=begin,
         bos_token=checkpoint.bos_token,
         eos_token=checkpoint.eos_token,
-        recipe=recipe.to_json(),
-        quality=quality | {f"kl_{kind}": value for kind, value in by_kind.items()} | {"text": "hearthd evaluation set"},
+        recipe=found.to_json(),
+        quality=asdict(figures) | {"text": "hearthd evaluation set"},
         created_with={package: metadata.version(package) for package in _PACKAGES},
         files={path.name: file_entry(path) for path in sorted(directory.iterdir())},
     )

@@ -1,29 +1,13 @@
-"""The recipe of a checkpoint: the form of each kind of matmul, and the scales that its inputs have on calibration text.
+"""What goes into each matmul on calibration text: how large it gets, and how its features move together.
 
-Runs the rotated decoder in float32 over the text and keeps each input's smallest and largest value. Behind a norm the
-rotation has made the values so even that one fixed scale holds (`weights` says why): qkv and gate_up are static. The
-inputs of o and of the LM head differ more from token to token, so each row has a scale of its own. The input of down
-is a product of two activations: on a few tokens it peaks at thirty times what it is on all others, so it gets a second
-term for what the first one rounds away.
-
-Measured on SmolLM2-135M, mean KL to float32 on 5,940 held tokens, and x86-64 decode and prefill in tokens/s in one run:
-
-    down in two terms, the others static      0.0114    106    1,506
-    o by row too                              0.0082    110    1,537
-    o and LM head by row (this)               0.0077    113    1,503
-    all by row                                0.0059    110    1,405
-    all in two terms: the weights' own error  0.0034    100    1,141
-
-All by row cost next to nothing there; on Arm its further kernels count for more: one such matmul cost 17 % more on an
-emulated Cortex-A72, 35 % on an A76.
-
-Knows graphs and sessions, no files but those of its own graph. Called by `builder`.
+Runs the decoder in float32 over the text, its residual stream rotated where that is possible (`weights` says why).
+Knows graphs and sessions, no files but those of its own graph and the moments. Called by `search`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -32,44 +16,67 @@ from numpy.typing import NDArray
 from hearthd.build.architecture import DecoderSpec
 from hearthd.build.documents import TokenDocument
 from hearthd.build.graph import GraphOptions, write_graph
-from hearthd.build.recipe import MatMulForm, MatMulName, MatMulRecipe, Recipe
+from hearthd.build.matmuls import input_features, matmul_names
+from hearthd.build.recipe import MatMulName, Recipe
 from hearthd.build.session import GraphSession
 from hearthd.build.weights import DecoderWeights, TensorSource
 
-__all__ = ["calibrate", "matmul_names"]
+__all__ = ["InputStatistics", "calibrate"]
 
-_FORMS: Mapping[str, MatMulForm] = {
-    "qkv": MatMulForm.STATIC,
-    "o": MatMulForm.PER_ROW,
-    "gate_up": MatMulForm.STATIC,
-    "down": MatMulForm.PER_ROW_TWO_TERMS,
-    "lm_head": MatMulForm.PER_ROW,
-}
-# Room above the calibration text's extremes: other text reaches a little further, and what is beyond is clipped.
-_MARGIN = 1.05
+# What the moments of the matmuls that one pass over the text gathers may take: a board of 2 GB has room for it. More
+# matmuls mean more passes.
+_MOMENTS_BYTES = 448 * 2**20
+# Tokens' inputs that are kept before they are multiplied: a wide product instead of many narrow ones.
+_ROWS = 256
+
+
+@dataclass(frozen=True, slots=True)
+class InputStatistics:
+    """A matmul's input on calibration text.
+
+    peak: the largest magnitude. row_peak_rms: the root mean square of each token's own largest magnitude, at most
+    `peak`; the nearer to it, the better a fixed scale suits.
+    """
+
+    peak: float
+    row_peak_rms: float
 
 
 @dataclass(slots=True)
-class _Range:
-    low: float = 0.0
-    high: float = 0.0
+class _Gathered:
+    """Sums over tokens."""
+
+    peak: float = 0.0
+    row_peak_squares: float = 0.0
+    num_tokens: int = 0
+    products: NDArray[np.float32] | None = None
+    waiting: list[NDArray[np.float32]] = field(default_factory=list)
 
     def include(self, values: NDArray[np.float32]) -> None:
-        self.low = min(self.low, float(values.min()))
-        self.high = max(self.high, float(values.max()))
+        """values: (tokens, features)."""
+        peaks = np.abs(values).max(axis=1)
+        self.peak = max(self.peak, float(peaks.max()))
+        self.row_peak_squares += float(np.sum(peaks.astype(np.float64) ** 2))
+        self.num_tokens += len(values)
+        self.waiting.append(values)
+        if sum(map(len, self.waiting)) >= _ROWS:
+            self._multiply()
 
-    def recipe(self) -> MatMulRecipe:
-        """uint8 over the range with zero exactly representable."""
-        low, high = self.low * _MARGIN, self.high * _MARGIN
-        scale = (high - low) / 255 or 1.0
-        return MatMulRecipe(MatMulForm.STATIC, scale, round(-low / scale))
+    def _multiply(self) -> None:
+        rows = np.concatenate(self.waiting)
+        product = rows.T @ rows
+        self.products = product if self.products is None else self.products + product
+        self.waiting.clear()
 
+    def moments(self) -> NDArray[np.float32]:
+        """Return the mean of x x', float32 (features, features)."""
+        if self.waiting:
+            self._multiply()
+        assert self.products is not None, "no token was included"
+        return self.products / np.float32(self.num_tokens)
 
-def matmul_names(spec: DecoderSpec) -> tuple[MatMulName, ...]:
-    """Return every matmul of a decoder, in the order in which it runs."""
-    kinds = ("qkv", "o", "gate_up", "down")
-    layers = (MatMulName(kind, layer) for layer in range(spec.num_layers) for kind in kinds)
-    return (*layers, MatMulName("lm_head"))
+    def statistics(self) -> InputStatistics:
+        return InputStatistics(self.peak, float(np.sqrt(self.row_peak_squares / self.num_tokens)))
 
 
 def calibrate(
@@ -78,23 +85,22 @@ def calibrate(
     documents: Sequence[TokenDocument],
     *,
     directory: Path,
+    moments_directory: Path,
     preset: NDArray[np.float32] | None,
     num_threads: int,
     report: Callable[[float], None],
-) -> Recipe:
-    """Choose a recipe.
+) -> Mapping[MatMulName, InputStatistics]:
+    """Gather each input's statistics, and write its moments as `rounding.ErrorFeedback` reads them.
 
     directory: an empty one with room for 4 bytes a weight. preset: see `session.GraphSession`; its tokens are not
-    calibrated for.
-
-    report: called with the share that is done, 0 to 1.
+    calibrated for. report: called with the share that is done, 0 to 1.
     """
     start = 0 if preset is None else preset.shape[3]
     longest = max(len(document.token_ids) for document in documents)
-    ranges = {name: _Range() for name in matmul_names(spec)}
-    weights = DecoderWeights(source, spec, rotated=spec.rotatable)
+    recipe = Recipe({}, rotated=spec.rotatable)
+    weights = DecoderWeights(source, spec, rotated=recipe.rotated)
     options = GraphOptions(context_length=longest, all_logits=True, capture=True)
-    path = write_graph(directory, spec, weights, Recipe({}, rotated=spec.rotatable), options)
+    path = write_graph(directory, spec, weights, recipe, options)
     session = GraphSession(
         path.read_bytes(),
         spec,
@@ -103,14 +109,31 @@ def calibrate(
         num_threads=num_threads,
         preset=preset,
     )
-    for index, document in enumerate(documents):
-        for _, captured in session.run(document.token_ids, start=start):
-            for name, values in ranges.items():
-                values.include(captured[str(name)])
-        report((index + 1) / len(documents))
-    return Recipe({name: _chosen(name, values) for name, values in ranges.items()}, rotated=spec.rotatable)
+    statistics: dict[MatMulName, InputStatistics] = {}
+    passes = list(_passes(spec))
+    for at, names in enumerate(passes):
+        gathered = {str(name): _Gathered() for name in names}
+        for index, document in enumerate(documents):
+            for _, captured in session.run(document.token_ids, start=start, captures=tuple(gathered)):
+                for matmul, values in captured.items():
+                    gathered[matmul].include(values)
+            report((at + (index + 1) / len(documents)) / len(passes))
+        for name in names:
+            one = gathered.pop(str(name))
+            np.save(moments_directory / f"{name}.npy", one.moments())
+            statistics[name] = one.statistics()
+    return statistics
 
 
-def _chosen(name: MatMulName, values: _Range) -> MatMulRecipe:
-    form = _FORMS[name.kind]
-    return values.recipe() if form is MatMulForm.STATIC else MatMulRecipe(form)
+def _passes(spec: DecoderSpec) -> Iterator[tuple[MatMulName, ...]]:
+    """Divide the matmuls so that the moments of each part fit."""
+    names: list[MatMulName] = []
+    size = 0
+    for name in matmul_names(spec):
+        needed = 4 * input_features(spec, name) ** 2
+        if names and size + needed > _MOMENTS_BYTES:
+            yield tuple(names)
+            names, size = [], 0
+        names.append(name)
+        size += needed
+    yield tuple(names)

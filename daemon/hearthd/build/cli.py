@@ -227,7 +227,7 @@ def _verify(arguments: argparse.Namespace) -> int:
     if arguments.json:
         presentation.write_json(result)
     else:
-        presentation.write_facts(result)
+        presentation.write_facts(presentation.quality_facts(result))
     return 0 if result.get("faithful", True) else 1
 
 

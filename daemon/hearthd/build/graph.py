@@ -22,11 +22,11 @@ from onnx import TensorProto, helper
 from hearthd.build.architecture import DecoderSpec
 from hearthd.build.attention import add_attention
 from hearthd.build.external_data import ExternalData
-from hearthd.build.linear import add_linear
+from hearthd.build.linear import add_linear, switch_names
 from hearthd.build.nodes import MICROSOFT, Nodes
-from hearthd.build.recipe import MatMulName, Recipe
-from hearthd.build.rounding import SMALLEST_PEAK, Nearest, Rounding
+from hearthd.build.recipe import MatMulForm, MatMulName, Recipe
 from hearthd.build.rope import rope_tables
+from hearthd.build.rounding import SMALLEST_PEAK, Nearest, Rounding
 from hearthd.build.weights import DecoderWeights, LayerWeights, Linear
 
 __all__ = ["DATA_FILE", "LAST_POSITION", "MODEL_FILE", "GraphOptions", "write_graph"]
@@ -43,6 +43,8 @@ class GraphOptions:
 
     capture: each matmul's input is an output too, named `capture.<matmul>`. int8_embedding: rows as int8 with a scale
     each, which is what a bundle has; False keeps float32, which is the reference.
+
+    A matmul of the form SWITCHED adds two inputs, `linear.switch_names`.
     """
 
     context_length: int
@@ -91,6 +93,7 @@ class _GraphWriter:
         self._options = options
         self._rounding = rounding
         self._captured: list[str] = []
+        self._switches: list[str] = []
 
     def write(self, weights: DecoderWeights) -> None:
         spec = self._spec
@@ -114,6 +117,7 @@ class _GraphWriter:
             helper.make_tensor_value_info("seqlens_k", TensorProto.INT32, ["B"]),
             helper.make_tensor_value_info("total_sequence_length", TensorProto.INT32, [1]),
         ]
+        inputs += [helper.make_tensor_value_info(name, TensorProto.FLOAT, []) for name in self._switches]
         shape: list[str | int | None] = ["B", "S", spec.vocab_size] if options.all_logits else ["B", spec.vocab_size]
         outputs = [helper.make_tensor_value_info("logits", TensorProto.FLOAT, shape)]
         for index in range(spec.num_layers):
@@ -193,4 +197,7 @@ class _GraphWriter:
         name = str(matmul)
         if self._options.capture:
             self._captured.append(self._nodes.node("Identity", [value], f"capture.{name}"))
-        return add_linear(self._nodes, name, value, linear, self._recipe.of(matmul), self._rounding, output or name)
+        recipe = self._recipe.of(matmul)
+        if recipe.form is MatMulForm.SWITCHED:
+            self._switches += switch_names(matmul)
+        return add_linear(self._nodes, name, value, linear, recipe, self._rounding, output or name)

@@ -8,11 +8,24 @@ from __future__ import annotations
 import numpy as np
 
 from hearthd.build.nodes import MICROSOFT, Nodes
-from hearthd.build.recipe import MatMulForm, MatMulRecipe
+from hearthd.build.recipe import MatMulForm, MatMulName, MatMulRecipe
 from hearthd.build.rounding import SMALLEST_PEAK, Rounding
 from hearthd.build.weights import Linear
 
-__all__ = ["add_linear"]
+__all__ = ["SECOND_TERM", "add_linear", "switch_names"]
+
+# The rounding error of the first term is at most half a step; times 254 it fills 8 bits.
+_ERROR_STEPS = 254.0
+SECOND_TERM = 1 / _ERROR_STEPS
+
+
+def switch_names(matmul: MatMulName) -> tuple[str, str]:
+    """Return the inputs of a SWITCHED matmul's graph, both float32 scalars.
+
+    The first is the step of its activations, 0 for a step of each row's own. The second is what its second term counts:
+    SECOND_TERM for two terms, 0 for one.
+    """
+    return f"switch.{matmul}.step", f"switch.{matmul}.second_term"
 
 
 def add_linear(
@@ -30,8 +43,12 @@ def add_linear(
     weight_scales = nodes.tensor(f"{name}.weight_scale", scales)
     matmul = _IntegerMatMul(nodes, name, weight, weight_scales)
     if recipe.form is MatMulForm.STATIC:
-        return matmul.static(value, recipe.scale, recipe.zero_point, bias, output)
-    add_rows = matmul.per_row if recipe.form is MatMulForm.PER_ROW else matmul.per_row_two_terms
+        return matmul.static(value, recipe.scale, bias, output)
+    add_rows = {
+        MatMulForm.PER_ROW: matmul.per_row,
+        MatMulForm.PER_ROW_TWO_TERMS: matmul.per_row_two_terms,
+        MatMulForm.SWITCHED: matmul.switched,
+    }[recipe.form]
     product = add_rows(value, f"{name}.product" if bias else output)
     return nodes.node("Add", [product, bias], output) if bias else product
 
@@ -45,37 +62,47 @@ class _IntegerMatMul:
         self._weight = weight
         self._weight_scales = weight_scales
 
-    def static(self, value: str, scale: float, zero_point: int, bias: str | None, output: str) -> str:
+    def static(self, value: str, scale: float, bias: str | None, output: str) -> str:
         nodes, name = self._nodes, self._name
         scale_name = nodes.tensor(f"{name}.input_scale", np.asarray(scale, np.float32))
-        zero = nodes.tensor(f"{name}.input_zero_point", np.asarray(zero_point, np.uint8))
-        quantized = nodes.node("QuantizeLinear", [value, scale_name, zero], f"{name}.quantized")
-        inputs = [quantized, self._weight, scale_name, self._weight_scales, zero]
-        inputs += ["", bias] if bias else []
-        return nodes.node("MatMulIntegerToFloat", inputs, output, MICROSOFT)
+        return self._product(value, scale_name, output, bias)
 
     def per_row(self, value: str, output: str) -> str:
         nodes, name = self._nodes, self._name
         peak = self._peak(value)
         shares = nodes.node("Div", [value, peak], f"{name}.shares")
-        product = self._product(shares, nodes.number("one_127th", 1 / 127))
+        product = self._product(shares, nodes.number("one_127th", 1 / 127), f"{name}.integer_product")
         return nodes.node("Mul", [product, peak], output)
 
     def per_row_two_terms(self, value: str, output: str) -> str:
+        second_term = self._nodes.number("second_term", SECOND_TERM)
+        return self._two_terms(value, self._row_step(value), second_term, output)
+
+    def switched(self, value: str, output: str) -> str:
+        """Two terms whose step may be a fixed one and whose second term may count for nothing."""
         nodes, name = self._nodes, self._name
-        peak = self._peak(value)
-        step = nodes.node("Mul", [peak, nodes.number("one_127th", 1 / 127)], f"{name}.step")
+        # A fixed step of zero stands for a step of each row's own.
+        fixed = f"switch.{name}.step"
+        is_row = nodes.node("Equal", [fixed, nodes.number("zero", 0)], f"{name}.is_row")
+        step = nodes.node("Where", [is_row, self._row_step(value), fixed], f"{name}.switched_step")
+        return self._two_terms(value, step, f"switch.{name}.second_term", output)
+
+    def _two_terms(self, value: str, step: str, second_term: str, output: str) -> str:
+        nodes, name = self._nodes, self._name
         steps = nodes.node("Div", [value, step], f"{name}.steps")
         error = nodes.node("Sub", [steps, nodes.node("Round", [steps], f"{name}.rounded")], f"{name}.error")
-        # The error is at most half a step: 254 makes it 127.
-        error = nodes.node("Mul", [error, nodes.number("error_steps", 254)], f"{name}.error_steps")
+        error = nodes.node("Mul", [error, nodes.number("error_steps", _ERROR_STEPS)], f"{name}.error_steps")
         both = nodes.node("Concat", [steps, error], f"{name}.both", axis=0)
-        product = self._product(both, nodes.number("one", 1))
+        product = self._product(both, nodes.number("one", 1), f"{name}.integer_product")
         terms = [f"{name}.first_term", f"{name}.second_term"]
         nodes.nodes("Split", [product], terms, axis=0, num_outputs=2)
-        small = nodes.node("Mul", [terms[1], nodes.number("one_254th", 1 / 254)], f"{name}.small_term")
+        small = nodes.node("Mul", [terms[1], second_term], f"{name}.small_term")
         total = nodes.node("Add", [terms[0], small], f"{name}.total")
         return nodes.node("Mul", [total, step], output)
+
+    def _row_step(self, value: str) -> str:
+        step = [self._peak(value), self._nodes.number("one_127th", 1 / 127)]
+        return self._nodes.node("Mul", step, f"{self._name}.step")
 
     def _peak(self, value: str) -> str:
         """Return each row's largest magnitude, (..., 1)."""
@@ -84,8 +111,8 @@ class _IntegerMatMul:
         peak = nodes.node("ReduceMax", [magnitude, nodes.integer("last_axis", [-1])], f"{name}.largest", keepdims=1)
         return nodes.node("Max", [peak, nodes.number("smallest_peak", SMALLEST_PEAK)], f"{name}.peak")
 
-    def _product(self, value: str, scale: str) -> str:
-        """Round value / scale to whole numbers from -127 to 127 and multiply.
+    def _product(self, value: str, scale: str, output: str, bias: str | None = None) -> str:
+        """Round value / scale to whole numbers from -128 to 127 and multiply.
 
         They go as uint8 with zero point 128: int8 with int8 weights is as fast on Arm, but ten times slower on x86.
         """
@@ -93,4 +120,5 @@ class _IntegerMatMul:
         zero = nodes.shared("zero_point_128", np.asarray(128, np.uint8))
         quantized = nodes.node("QuantizeLinear", [value, scale, zero], f"{name}.quantized")
         inputs = [quantized, self._weight, scale, self._weight_scales, zero]
-        return nodes.node("MatMulIntegerToFloat", inputs, f"{name}.integer_product", MICROSOFT)
+        inputs += ["", bias] if bias else []
+        return nodes.node("MatMulIntegerToFloat", inputs, output, MICROSOFT)

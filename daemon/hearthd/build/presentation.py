@@ -34,6 +34,15 @@ def write_built(manifest: Manifest, path: Path, *, as_json: bool) -> None:
     print(f"{manifest.name} is in {path} ({_megabytes(manifest)}, mean KL {kl_mean}, top-1 agreement {agreement})")
 
 
+def quality_facts(quality: Mapping[str, Any]) -> dict[str, object]:
+    """Return quality figures as facts: a line for each kind of text."""
+    facts = {key: value for key, value in quality.items() if key != "kinds"}
+    for kind, figures in quality.get("kinds", {}).items():
+        wanted = {"KL": "kl_mean", "top-1": "top1_agreement", "perplexity": "perplexity_int8", "of": "perplexity_fp32"}
+        facts[kind] = " ".join(f"{label} {_figure(figures.get(key))}" for label, key in wanted.items())
+    return facts
+
+
 def summary(manifest: Manifest) -> dict[str, Any]:
     """Return what a list of models says of one."""
     keys = ("name", "architecture", "context_length", "parameter_count", "quantization", "license", "source", "quality")
@@ -77,7 +86,7 @@ def bundle_facts(bundle: Bundle, checkpoint: Path | None) -> dict[str, object]:
         "source": manifest.source,
         "checkpoint": checkpoint,
     }
-    facts |= {f"quality: {key}": value for key, value in sorted(manifest.quality.items())}
+    facts |= {f"quality: {key}": value for key, value in quality_facts(manifest.quality).items()}
     facts |= {f"default: {key}": value for key, value in bundle.generation().items()}
     return facts | {f"built with: {program}": version for program, version in sorted(manifest.created_with.items())}
 

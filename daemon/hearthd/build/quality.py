@@ -7,7 +7,7 @@ and by `cli` for `hearthd model verify`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -16,6 +16,7 @@ import onnx
 from numpy.typing import NDArray
 
 from hearthd.build.architecture import DecoderSpec
+from hearthd.build.divergence import kl_divergence, log_softmax
 from hearthd.build.documents import TokenDocument
 from hearthd.build.graph import LAST_POSITION, MODEL_FILE, GraphOptions, write_graph
 from hearthd.build.recipe import Recipe
@@ -32,12 +33,11 @@ EVALUATION_TOKENS = 6_000
 
 
 @dataclass(frozen=True, slots=True)
-class QualityFigures:
+class Figures:
     """Means over `tokens` predicted positions.
 
     kl_mean: nats of Kullback-Leibler divergence from the float32 graph's next-token distribution to the int8 one's.
-    top1_agreement: share of positions where both have the same likeliest token, 0 to 1. kl_by_kind: the same mean for
-    each kind of text.
+    top1_agreement: share of positions where both have the same likeliest token, 0 to 1.
     """
 
     perplexity_fp32: float
@@ -45,7 +45,13 @@ class QualityFigures:
     kl_mean: float
     top1_agreement: float
     tokens: int
-    kl_by_kind: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class QualityFigures(Figures):
+    """The figures of all the text, and of each kind of it."""
+
+    kinds: dict[str, Figures]
 
 
 class ReferenceSession(Protocol):
@@ -91,7 +97,7 @@ class Reference:
 
 @dataclass(slots=True)
 class _Sums:
-    """Sums over positions, of one kind of text."""
+    """Sums over positions."""
 
     kl: float = 0.0
     loss_fp32: float = 0.0
@@ -101,13 +107,29 @@ class _Sums:
 
     def add(self, reference: NDArray[np.float32], tested: NDArray[np.float32], targets: Sequence[int]) -> None:
         """reference, tested: logits (positions, vocab_size). targets: the token that followed each."""
-        expected, found = _log_softmax(reference), _log_softmax(tested)
+        expected, found = log_softmax(reference), log_softmax(tested)
         rows = np.arange(len(targets))
-        self.kl += float(np.sum(np.exp(expected) * (expected - found), dtype=np.float64))
+        self.kl += float(kl_divergence(expected, found).sum())
         self.loss_fp32 -= float(np.sum(expected[rows, targets], dtype=np.float64))
         self.loss_int8 -= float(np.sum(found[rows, targets], dtype=np.float64))
         self.agreed += int(np.sum(reference.argmax(axis=1) == tested.argmax(axis=1)))
         self.tokens += len(targets)
+
+    def include(self, other: _Sums) -> None:
+        self.kl += other.kl
+        self.loss_fp32 += other.loss_fp32
+        self.loss_int8 += other.loss_int8
+        self.agreed += other.agreed
+        self.tokens += other.tokens
+
+    def figures(self) -> Figures:
+        return Figures(
+            perplexity_fp32=float(np.exp(self.loss_fp32 / self.tokens)),
+            perplexity_int8=float(np.exp(self.loss_int8 / self.tokens)),
+            kl_mean=self.kl / self.tokens,
+            top1_agreement=self.agreed / self.tokens,
+            tokens=self.tokens,
+        )
 
 
 def compare(
@@ -151,16 +173,11 @@ def compare(
     return _figures(by_kind)
 
 
-def _figures(by_kind: dict[str, _Sums]) -> QualityFigures:
-    tokens = sum(sums.tokens for sums in by_kind.values())
-    return QualityFigures(
-        perplexity_fp32=float(np.exp(sum(sums.loss_fp32 for sums in by_kind.values()) / tokens)),
-        perplexity_int8=float(np.exp(sum(sums.loss_int8 for sums in by_kind.values()) / tokens)),
-        kl_mean=sum(sums.kl for sums in by_kind.values()) / tokens,
-        top1_agreement=sum(sums.agreed for sums in by_kind.values()) / tokens,
-        tokens=tokens,
-        kl_by_kind={kind: sums.kl / sums.tokens for kind, sums in by_kind.items()},
-    )
+def _figures(by_kind: Mapping[str, _Sums]) -> QualityFigures:
+    total = _Sums()
+    for sums in by_kind.values():
+        total.include(sums)
+    return QualityFigures(**asdict(total.figures()), kinds={kind: sums.figures() for kind, sums in by_kind.items()})
 
 
 def _every_position(model_path: Path) -> bytes:
@@ -177,8 +194,3 @@ def _every_position(model_path: Path) -> bytes:
     logits = next(output for output in graph.output if output.name == "logits")
     logits.type.tensor_type.ClearField("shape")
     return bytes(model.SerializeToString())
-
-
-def _log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
-    shifted = logits - logits.max(axis=1, keepdims=True)
-    return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True)), np.float32)

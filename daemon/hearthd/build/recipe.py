@@ -22,13 +22,15 @@ class MatMulForm(enum.Enum):
     """
 
     FLOAT = "float"
-    # uint8 activations, scale and zero point fixed by calibration: one kernel to quantise, one to multiply.
+    # 8-bit activations, scale fixed by calibration: one kernel to quantise, one to multiply.
     STATIC = "static"
     # 8-bit activations, scale from each row's own peak: exact where a few tokens are far larger than the others.
     PER_ROW = "per_row"
     # The same and a second 8-bit term for the rounding error of the first, as further rows of the same multiplication:
     # 15 bits of activation while the weights are read once.
     PER_ROW_TWO_TERMS = "per_row_two_terms"
+    # Any of the three int8 forms, as the graph's further inputs say: `sensitivity` tries them one after the other.
+    SWITCHED = "switched"
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -44,11 +46,10 @@ class MatMulName:
 
 @dataclass(frozen=True, slots=True)
 class MatMulRecipe:
-    """One matmul's form; `scale` and `zero_point` (uint8) of the input only for STATIC."""
+    """One matmul's form; `scale`, of the input, only for STATIC."""
 
     form: MatMulForm
     scale: float = 0.0
-    zero_point: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +74,6 @@ class Recipe:
         for name, matmul in sorted(self.matmuls.items()):
             row: dict[str, object] = {"form": matmul.form.value}
             if matmul.form is MatMulForm.STATIC:
-                row |= {"scale": float(f"{matmul.scale:.6g}"), "zero_point": matmul.zero_point}
+                row["scale"] = float(f"{matmul.scale:.6g}")
             forms[str(name)] = row
         return {"rotated": self.rotated, "matmuls": forms}
