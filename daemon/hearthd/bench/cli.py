@@ -54,9 +54,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from hearthd.bench.machine import Machine
     from hearthd.bench.result import to_markdown, to_object
     from hearthd.bench.suite import Plan, measure_bundle
+    from hearthd.machine import Machine
 
     config = load_config(arguments.config)
     bundle = _open(arguments.model or config.model.name, config)

@@ -78,9 +78,9 @@ def _load(arguments: argparse.Namespace) -> dict[str, Any]:
     # Before the clock starts: what Python takes to import its packages is no property of the model.
     from hearthd import runner  # noqa: F401 - brings ONNX Runtime
     from hearthd.bench import measure
-    from hearthd.bench.machine import ResidentSet
     from hearthd.bundle import Bundle
     from hearthd.config import Config, EngineConfig, ModelConfig
+    from hearthd.machine import ResidentSet
     from hearthd.model import load_model, prove
 
     directory: Path = arguments.directory

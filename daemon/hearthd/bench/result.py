@@ -8,10 +8,10 @@ from __future__ import annotations
 from importlib import metadata
 from typing import Any
 
-from hearthd.bench.machine import Machine
 from hearthd.bench.suite import SHORT_CONTEXT, Decode, Load, Measured, Prefill, Read
 from hearthd.bench.turns import Figure
 from hearthd.bundle import Bundle
+from hearthd.machine import Machine
 from hearthd.version import daemon_version
 
 __all__ = ["to_markdown", "to_object"]

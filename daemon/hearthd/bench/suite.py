@@ -13,12 +13,12 @@ from typing import Any
 
 from hearthd.bench.bandwidth import MIN_BUFFER_BYTES, ReadBandwidth, make_buffer
 from hearthd.bench.fresh import FreshProcess
-from hearthd.bench.machine import available_bytes
 from hearthd.bench.runs import MAX_STEPS, FittedRuns
 from hearthd.bench.traffic import StepTraffic
 from hearthd.bench.turns import Figure, Measurement, take_turns
 from hearthd.bundle import Bundle
 from hearthd.errors import BenchError
+from hearthd.machine import available_bytes
 from hearthd.runner import OnnxRunner
 
 __all__ = ["SHORT_CONTEXT", "Decode", "Fill", "Load", "Measured", "Plan", "Prefill", "Read", "measure_bundle"]

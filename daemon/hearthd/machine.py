@@ -1,6 +1,6 @@
 """What the figures belong to: the machine, and the memory that a process of it has.
 
-Reads /proc and the device tree, runs nothing. Called by `suite`, `fresh` and `benchmarks/`.
+Reads /proc and the device tree, runs nothing. Called by `bench`, and by `build.report`.
 """
 
 from __future__ import annotations
