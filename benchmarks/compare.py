@@ -112,7 +112,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=ROOT / ".cache/bench")
     parser.add_argument("--rounds", type=_positive, default=5)
     parser.add_argument("--threads", type=_positive, default=min(2, len(os.sched_getaffinity(0))))
-    parser.add_argument("--chunk", type=_positive, default=64, help="of Hearth: tokens of a prompt that one run takes")
+    parser.add_argument("--chunk", type=_positive, default=256, help="of Hearth: tokens of a prompt that one run takes")
     parser.add_argument("--budget", type=float, default=60.0, help="seconds that one measurement may take")
     parser.add_argument("--steps", type=_positive, default=32, help="tokens that each stream decodes in a measurement")
     plan = Plan()

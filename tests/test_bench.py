@@ -437,7 +437,7 @@ def test_the_configuration_says_what_is_measured_without_arguments(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "hearthd.toml"
-    file.write_text('[model]\nname = "tiny"\n[engine]\nthreads = 1\nprefill_chunk = 32\ncontext_length = 128\n')
+    file.write_text('[model]\nname = "tiny"\n[engine]\nthreads = 1\nsolo_prefill_chunk = 32\ncontext_length = 128\n')
     assert main(["bench", "--quick", "--json", "--config", str(file)]) == 0
     result = json.loads(capsys.readouterr().out)
     found = {name: result[name] for name in ("model", "threads", "prefill_chunk", "context_length")}

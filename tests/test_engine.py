@@ -50,6 +50,7 @@ class Bench:
 
     runner: FakeRunner = field(default_factory=FakeRunner)
     prefill_chunk: int = 8
+    solo_prefill_chunk: int | None = None
     max_answer_seconds: float = 600.0
     clock: Clock = field(default_factory=Clock)
     events: list[tuple[Sequence, Event]] = field(default_factory=list)
@@ -59,6 +60,7 @@ class Bench:
             self.runner,
             TOKENIZER,
             prefill_chunk=self.prefill_chunk,
+            solo_prefill_chunk=self.solo_prefill_chunk,
             max_answer_seconds=self.max_answer_seconds,
             clock=self.clock,
         )
@@ -140,6 +142,35 @@ class TestBatching:
         bench.finish()
         assert bench.runner.calls == [(0, 1, 4), (0, 1, 4), (0, 1, 2)]
         assert sequence.output_ids == solo(range(10))[:1]
+
+    def test_a_prompt_that_nobody_waits_for_is_run_in_larger_chunks(self) -> None:
+        bench = Bench(prefill_chunk=4, solo_prefill_chunk=32)
+        # The first run tells how fast the machine is.
+        alone = bench.add(range(40), replace(GREEDY, max_tokens=3))
+        bench.step(2)
+        assert bench.runner.calls == [(0, 1, 4), (0, 1, 32)]
+        bench.step()
+        bench.runner.calls.clear()
+        other = bench.add(range(50, 90), replace(GREEDY, max_tokens=1))
+        bench.step(2)
+        assert bench.runner.calls == [(1, 1, 4), (0, 1, 1), (1, 1, 4), (0, 1, 1)], "an answer waited for a large chunk"
+        bench.finish()
+        assert alone.output_ids == solo(range(40), replace(GREEDY, max_tokens=3))
+        assert other.output_ids == solo(range(50, 90))[:1]
+
+    def test_larger_chunks_are_no_longer_than_a_second(self) -> None:
+        clock = Clock()
+        answer = hashed_logits(VOCAB)
+
+        def slowly(history: Tokens[int]) -> NDArray[np.float32]:
+            # 4 tokens in 0.2 seconds: 20 in one second, and 16 is the step.
+            clock.now += 0.2
+            return answer(history)
+
+        bench = Bench(runner=FakeRunner(logits_after=slowly), prefill_chunk=4, solo_prefill_chunk=512, clock=clock)
+        bench.add(range(200), replace(GREEDY, max_tokens=1))
+        bench.step(2)
+        assert bench.runner.calls == [(0, 1, 4), (0, 1, 16)]
 
     def test_running_sequences_share_each_forward(self) -> None:
         bench = Bench()

@@ -91,6 +91,7 @@ class EngineConfig:
     context_length: Annotated[int, Whole(64, 131072)] = 2048
     threads: Annotated[int, Whole(0, 256)] = 0
     prefill_chunk: Annotated[int, Whole(2, 512)] = 64
+    solo_prefill_chunk: Annotated[int, Whole(2, 512)] = 256
     max_answer_seconds: Annotated[float, Number(1.0, 86400.0)] = 600.0
 
     @property

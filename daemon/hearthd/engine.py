@@ -48,6 +48,12 @@ __all__ = [
     "TokenProbability",
 ]
 
+# What a run of a prompt may take where no answer waits for it: a cancelled prompt is dropped and the next one is begun
+# that soon, and the watchdog is fed.
+_SOLO_SECONDS = 1.0
+# The runner keeps what belongs to a run's size ready for multiples of this.
+_CHUNK_STEP = 16
+
 
 class Engine:
     """Runs sequences on one model. What one of them does or suffers never changes another's tokens."""
@@ -58,16 +64,20 @@ class Engine:
         tokenizer: ChatTokenizer,
         *,
         prefill_chunk: int = 64,
+        solo_prefill_chunk: int | None = None,
         max_answer_seconds: float = 600.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """prefill_chunk: the prompt tokens that one run takes; the last one may take a few more.
 
+        solo_prefill_chunk: the most of them while nobody decodes, so that no answer waits for the run, as far as the
+        machine runs them in `_SOLO_SECONDS`; None for the same size.
         max_answer_seconds: from the slot to the end.
         """
         self._runner = runner
         self._tokenizer = tokenizer
         self._prefill_chunk = prefill_chunk
+        self._solo_prefill_chunk = prefill_chunk if solo_prefill_chunk is None else solo_prefill_chunk
         self._max_answer_seconds = max_answer_seconds
         self._clock = clock
         self._cache = KVCache(runner)
@@ -77,6 +87,8 @@ class Engine:
         self._decoding: list[Sequence] = []
         self._events: list[tuple[Sequence, Event]] = []
         self._in_prefill: Sequence | None = None
+        # Of the last run of a prompt; None before the first.
+        self._seconds_per_token: float | None = None
 
     @property
     def num_slots(self) -> int:
@@ -198,12 +210,15 @@ class Engine:
         sequence = self._prefilling[0]
         done = self._cache.num_tokens(sequence.slot)
         left = len(sequence.prompt_ids) - done
+        most = self._chunk_size()
         # A rest that is too small for a run of its own goes along.
-        size = left if left - self._prefill_chunk < self._runner.min_run else self._prefill_chunk
+        size = left if left - most < self._runner.min_run else most
         chunk = sequence.prompt_ids[done : done + size]
         self._in_prefill = sequence
         try:
+            started = self._clock()
             logits = self._run([chunk], sequence.slot, [done])
+            self._seconds_per_token = (self._clock() - started) / len(chunk)
         except RunTerminated:
             raise
         except Exception as error:  # noqa: BLE001 - of this sequence alone; the others go on
@@ -218,6 +233,13 @@ class Engine:
             self._prefilling.remove(sequence)
             self._join_batch(sequence)
             self._take_token(sequence, logits[0], sequence.prefilled)
+
+    def _chunk_size(self) -> int:
+        """Return the prompt tokens of the next run: larger runs are faster, as long as nobody waits for them."""
+        if self._decoding or self._seconds_per_token is None:
+            return self._prefill_chunk
+        in_time = int(min(_SOLO_SECONDS / max(self._seconds_per_token, 1e-9), self._solo_prefill_chunk))
+        return max(self._prefill_chunk, in_time // _CHUNK_STEP * _CHUNK_STEP)
 
     def _decode(self, batch: list[Sequence]) -> None:
         """Run the last token of the sequences that decoded before this step, in one batch."""

@@ -62,6 +62,7 @@ def load_model(bundle: Bundle, config: Config) -> Model:
         runner,
         tokenizer,
         prefill_chunk=config.engine.prefill_chunk,
+        solo_prefill_chunk=min(config.engine.solo_prefill_chunk, config.engine.context_length),
         max_answer_seconds=config.engine.max_answer_seconds,
     )
     return Model(

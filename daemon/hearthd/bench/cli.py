@@ -63,7 +63,8 @@ def _run(arguments: argparse.Namespace) -> int:
     plan = Plan(
         num_threads=arguments.threads or config.engine.num_threads,
         context_length=config.engine.context_length,
-        chunk=config.engine.prefill_chunk,
+        # All that is measured of a prompt is measured alone.
+        chunk=min(config.engine.solo_prefill_chunk, config.engine.context_length),
         rounds=arguments.rounds or (_QUICK_ROUNDS if arguments.quick else _ROUNDS),
         budget_seconds=_QUICK_BUDGET_SECONDS if arguments.quick else _BUDGET_SECONDS,
     )
