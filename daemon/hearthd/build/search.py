@@ -29,12 +29,10 @@ from hearthd.build.weights import TensorSource
 __all__ = ["MAX_LOSS", "FormChoice", "Found", "choose", "find_recipe"]
 
 # Nats that the coarser activations of all matmuls together may add, as predicted.
-MAX_LOSS = 0.006
+MAX_LOSS = 0.004
 # Room above the calibration text's extremes: other text reaches a little further, and what is beyond is clipped.
 _MARGIN = 1.05
 _FORMS = (MatMulForm.STATIC, MatMulForm.PER_ROW, MatMulForm.PER_ROW_TWO_TERMS)
-# The second term repeats the multiplication: so many weights take as long as to scale one feature of a row.
-_WEIGHTS_PER_FEATURE = 400
 _PRICE_STEPS = 60
 
 
@@ -155,18 +153,21 @@ def _total(losses: Mapping[MatMulName, Mapping[MatMulForm, float]], forms: Mappi
 
 
 def _time(spec: DecoderSpec, name: MatMulName, form: MatMulForm) -> float:
-    """Return what a form takes beyond a fixed scale, in units of scaling one feature of one row.
+    """Return the microseconds that a form takes beyond a fixed scale: 64 rows, one thread of an x86-64 with VNNI.
 
-    Measured on x86-64 in prefill: by row costs a matmul of 576 features 0.15 % of the whole, and a second term doubles
-    the multiplication. On an emulated Cortex-A72 and A76 by row cost one such matmul 17 % and 35 % of its own time when
-    it decodes, which is the same share of the whole.
+    Measured as processor time, medians of 25 turns: 576 to 3,072 features 291 with a fixed scale, 380 by row, 760 with
+    a second term; 1,536 to 576 features 113, 127, 232. So a row's scale costs what is multiplied with it, the result,
+    and a second term costs a second multiplication. When it decodes, the difference is a few percent of a matmul.
     """
-    features = input_features(spec, name)
     if form is MatMulForm.STATIC:
         return 0.0
+    outputs = output_features(spec, name)
+    # The LM head runs for the last position only.
+    rows = 1 / 64 if name.kind == "lm_head" else 1.0
+    by_row = 0.028 * outputs
     if form is MatMulForm.PER_ROW:
-        return float(features)
-    return 2.0 * features + features * output_features(spec, name) / _WEIGHTS_PER_FEATURE
+        return rows * by_row
+    return rows * (by_row + 0.00015 * input_features(spec, name) * outputs)
 
 
 def _recipe(choice: FormChoice) -> MatMulRecipe:
