@@ -37,6 +37,8 @@ BUILD_MAY_IMPORT = {
         "hearthd.build.documents",
         "hearthd.tokenizer",
     ): "it makes them of texts",
+    ("hearthd.build.greedy_comparison", "hearthd.tokenizer"): "it asks as a chat does",
+    ("hearthd.build.report_answers", "hearthd.tokenizer"): "it shows token ids as text",
 }
 # Packages that few may know: everybody else stays testable, and replaceable, without them.
 ONLY_IN = {

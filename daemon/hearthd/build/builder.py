@@ -10,6 +10,7 @@ import json
 import math
 import os
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib import metadata
@@ -32,7 +33,7 @@ from hearthd.errors import BuildError
 from hearthd.manifest import GENERATION_NAME, PRESET_NAME, TEMPLATE_NAME, TOKENIZER_NAME
 from hearthd.tokenizer import ChatTokenizer, Message
 
-__all__ = ["Report", "build_bundle", "measure_quality"]
+__all__ = ["Built", "Report", "build_bundle", "measure_quality"]
 
 # Called with what is being done and the share of it that is done, 0 to 1.
 Report = Callable[[str, float], None]
@@ -61,6 +62,27 @@ class _Parts:
         return tokenize(documents, self.tokenizer, max_tokens=max_tokens, context_length=self.spec.max_context_length)
 
 
+@dataclass(frozen=True, slots=True)
+class Built:
+    """What a build has at its end, to be looked at and not to be kept: it is gone when the build returns.
+
+    directory: the bundle's. faithful: whether the figures are within the limits. seconds: that the build took.
+    """
+
+    checkpoint: Checkpoint
+    spec: DecoderSpec
+    tokenizer: ChatTokenizer
+    reference: Reference
+    directory: Path
+    preset: NDArray[np.float32] | None
+    found: Found
+    figures: QualityFigures
+    manifest: Manifest
+    faithful: bool
+    num_threads: int
+    seconds: float
+
+
 def build_bundle(
     checkpoint: Checkpoint,
     directory: Path,
@@ -68,12 +90,15 @@ def build_bundle(
     name: str,
     force: bool = False,
     report: Report,
+    observe: Callable[[Built], None] | None = None,
 ) -> Manifest:
     """Build an int8 bundle in `directory`, which is empty.
 
-    Beside it, temporary room is needed: 10 bytes for each weight. Raises BuildError when the checkpoint is not
-    supported or, unless `force`, when the mean KL to the float32 graph is over `quality.MAX_KL`.
+    Beside it, temporary room is needed: 10 bytes for each weight. observe: called once with what was built, be it
+    faithful or not; it must not raise. Raises BuildError when the checkpoint is not supported or, unless `force`, when
+    the mean KL to the float32 graph is over `quality.MAX_KL`.
     """
+    started = time.monotonic()
     spec = DecoderSpec.from_config(checkpoint.config)
     tokenizer = ChatTokenizer(
         checkpoint.tokenizer_json,
@@ -103,15 +128,33 @@ def build_bundle(
         write_graph(directory, spec, weights, found.recipe, options, found.rounding)
         evaluation = parts.tokenized(corpus.load("evaluation"), EVALUATION_TOKENS)
         figures = _judged(parts, reference, directory, evaluation, preset, report)
-    if figures.kl_mean > MAX_KL and not force:
+        _write_texts(checkpoint, directory)
+        if preset is not None:
+            np.save(directory / PRESET_NAME, preset)
+        manifest = _manifest(parts, directory, name, begin, found, figures)
+        faithful = figures.kl_mean <= MAX_KL
+        if observe:
+            observe(
+                Built(
+                    checkpoint=checkpoint,
+                    spec=spec,
+                    tokenizer=tokenizer,
+                    reference=reference,
+                    directory=directory,
+                    preset=preset,
+                    found=found,
+                    figures=figures,
+                    manifest=manifest,
+                    faithful=faithful,
+                    num_threads=parts.num_threads,
+                    seconds=time.monotonic() - started,
+                )
+            )
+    if not faithful and not force:
         raise BuildError(
             f"the int8 model is not faithful: mean KL {figures.kl_mean:.4f} to the float32 graph, at most {MAX_KL} is "
             "allowed; build from the original weights, or pass --force to keep it all the same"
         )
-    _write_texts(checkpoint, directory)
-    if preset is not None:
-        np.save(directory / PRESET_NAME, preset)
-    manifest = _manifest(parts, directory, name, begin, found, figures)
     (directory / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
     return manifest
 

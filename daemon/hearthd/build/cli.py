@@ -17,7 +17,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hearthd import paths
 from hearthd.build import presentation
@@ -29,6 +29,9 @@ from hearthd.bundle import Bundle, Manifest
 from hearthd.errors import BuildError, BundleError
 from hearthd.manifest import is_model_name
 from hearthd.store import Store
+
+if TYPE_CHECKING:
+    from hearthd.build.report import BuildReport
 
 __all__ = ["add_parser"]
 
@@ -113,6 +116,13 @@ def _add_add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
 
 def _add_build_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--force", action="store_true", help="keep the model even if it is not faithful enough")
+    parser.add_argument(
+        "--report",
+        type=Path,
+        metavar="FILE.html",
+        help="write a page with plots on what was chosen, how faithful it is and how answers compare; the build "
+        "takes about a tenth longer",
+    )
     parser.add_argument("--quiet", action="store_true", help="show no progress")
 
 
@@ -142,9 +152,10 @@ def _build(arguments: argparse.Namespace) -> int:
     # Not resolved before: the name of a hub repository is no path, and may be a directory's.
     name = arguments.name or _name_after(arguments.checkpoint or Path(arguments.from_optimum.partition("@")[0]))
     store = Store(arguments.output) if arguments.output else _store(arguments)
+    build_report = _build_report(arguments, store, name)
     with _given(arguments) as checkpoint:
-        manifest = _install(arguments, store, checkpoint, name)
-    presentation.write_built(manifest, store.directory / manifest.name, as_json=arguments.json)
+        manifest = _install(arguments, store, checkpoint, name, build_report)
+    _write_built(arguments, store, manifest, build_report)
     return 0
 
 
@@ -167,11 +178,12 @@ def _add(arguments: argparse.Namespace) -> int:
     entry = Catalogue.shipped().entry(arguments.name)
     source = entry.source(arguments.source)
     store = _store(arguments)
+    build_report = _build_report(arguments, store, entry.name)
     with _Reporting(arguments) as report:
         path = fetch(source, paths.cache_directory(), report)
     with _opened(path, entry, source) as checkpoint:
-        manifest = _install(arguments, store, checkpoint, entry.name)
-    presentation.write_built(manifest, store.directory / manifest.name, as_json=arguments.json)
+        manifest = _install(arguments, store, checkpoint, entry.name, build_report)
+    _write_built(arguments, store, manifest, build_report)
     return 0
 
 
@@ -301,12 +313,35 @@ def _clean(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _install(arguments: argparse.Namespace, store: Store, checkpoint: Checkpoint, name: str) -> Manifest:
+def _build_report(arguments: argparse.Namespace, store: Store, name: str) -> BuildReport | None:
+    """Return the report that is asked for, before any work: where it cannot be written, none is done."""
+    if not arguments.report:
+        return None
+    from hearthd.build.report import BuildReport
+
+    return BuildReport(arguments.report, model_directory=store.directory / name)
+
+
+def _install(
+    arguments: argparse.Namespace, store: Store, checkpoint: Checkpoint, name: str, build_report: BuildReport | None
+) -> Manifest:
     # Here and not above: onnx and the inference engine, which `list` and `show` need not load.
     from hearthd.build.builder import build_bundle
 
     with _Reporting(arguments) as report, store.installing(name) as directory:
-        return build_bundle(checkpoint, directory, name=name, force=arguments.force, report=report)
+        observe = partial(build_report.observe, progress=report) if build_report else None
+        return build_bundle(checkpoint, directory, name=name, force=arguments.force, report=report, observe=observe)
+
+
+def _write_built(
+    arguments: argparse.Namespace, store: Store, manifest: Manifest, build_report: BuildReport | None
+) -> None:
+    """Say what was built. Raises BuildError when the report that was asked for could not be made."""
+    path = store.directory / manifest.name
+    written = build_report.path if build_report and not build_report.error else None
+    presentation.write_built(manifest, path, written, as_json=arguments.json)
+    if build_report and build_report.error:
+        raise BuildError(f"the model is installed in {path}, but its report was not written: {build_report.error}")
 
 
 def _opened(path: Path, entry: CatalogueEntry, source: Source) -> Checkpoint:

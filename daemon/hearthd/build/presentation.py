@@ -25,13 +25,15 @@ def write_facts(facts: Mapping[str, object]) -> None:
         print(f"{key:<{width}}  {_figure(value)}")
 
 
-def write_built(manifest: Manifest, path: Path, *, as_json: bool) -> None:
-    """Write what was built, where it is and how faithful it is."""
+def write_built(manifest: Manifest, path: Path, report: Path | None = None, *, as_json: bool) -> None:
+    """Write what was built, where it is and how faithful it is; report: where the page on it is, if there is one."""
     if as_json:
-        write_json(summary(manifest) | {"path": str(path)})
+        write_json(summary(manifest) | {"path": str(path)} | ({"report": str(report)} if report else {}))
         return
     kl_mean, agreement = (_figure(manifest.quality.get(key)) for key in ("kl_mean", "top1_agreement"))
     print(f"{manifest.name} is in {path} ({_megabytes(manifest)}, mean KL {kl_mean}, top-1 agreement {agreement})")
+    if report:
+        print(f"report: {report}")
 
 
 def quality_facts(quality: Mapping[str, Any]) -> dict[str, object]:

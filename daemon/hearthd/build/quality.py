@@ -81,6 +81,7 @@ class Reference:
         self, source: TensorSource, spec: DecoderSpec, directory: Path, *, context_length: int, num_threads: int
     ) -> None:
         """Write the graph (4 bytes a weight on disk, mapped) and load it."""
+        self.context_length = context_length
         weights = DecoderWeights(source, spec, rotated=False)
         options = GraphOptions(context_length=context_length, all_logits=True)
         path = write_graph(directory, spec, weights, Recipe.reference(), options)
