@@ -150,12 +150,12 @@ def test_the_report_has_the_numbers_of_the_manifest(tmp_path: Path) -> None:
     for kind, each in {"all text": figures, **figures["kinds"]}.items():
         change = each["perplexity_int8"] / each["perplexity_fp32"] - 1
         assert rows[kind] == [
-            f"{each['tokens']:,}",
             f"{each['kl_mean']:.4f}",
-            f"{each['perplexity_fp32']:.2f}",
-            f"{each['perplexity_int8']:.2f}",
             f"{change * 100:+.2f} %",
             f"{each['top1_agreement']:.1%}",
+            f"{each['perplexity_fp32']:.2f}",
+            f"{each['perplexity_int8']:.2f}",
+            f"{each['tokens']:,}",
         ]
     spec = DecoderSpec.from_config(tiny_models()["smollm2"].config | {"eos_token_id": [0]})
     recipe = manifest.recipe

@@ -44,18 +44,18 @@ def faithfulness(figures: QualityFigures) -> str:
     rows = [
         (
             kind,
-            f"{each.tokens:,}",
             f"{each.kl_mean:.4f}",
-            f"{each.perplexity_fp32:.2f}",
-            f"{each.perplexity_int8:.2f}",
             _percent(each.perplexity_int8 / each.perplexity_fp32 - 1),
             f"{each.top1_agreement:.1%}",
+            f"{each.perplexity_fp32:.2f}",
+            f"{each.perplexity_int8:.2f}",
+            f"{each.tokens:,}",
         )
         for kind, each in kinds.items()
     ]
-    rows.append(("aim", "", f"{_AIM_KL:.4f}", "", "", _percent(_AIM_PERPLEXITY), f"{_AIM_TOP1:.1%}"))
-    rows.append(("limit", "", f"{MAX_KL:.4f}", "", "", "", ""))
-    head = ("text", "tokens", "mean KL", "ppl float32", "ppl int8", "change", "top-1")
+    rows.append(("aim", f"{_AIM_KL:.4f}", _percent(_AIM_PERPLEXITY), f"{_AIM_TOP1:.1%}", "", "", ""))
+    rows.append(("limit", f"{MAX_KL:.4f}", "", "", "", "", ""))
+    head = ("text", "mean KL", "ppl change", "top-1", "ppl float32", "ppl int8", "tokens")
     return section(
         "How faithful it is",
         [
