@@ -29,8 +29,8 @@ import report  # noqa: E402
 from contest import Contest, Contestant, Plan  # noqa: E402
 from install import PEERS, Installer, InstallError  # noqa: E402
 
-from hearthd.build.catalogue import Catalogue  # noqa: E402
-from hearthd.build.fetch import fetch  # noqa: E402
+from hearthd.build.sources.catalogue import Catalogue  # noqa: E402
+from hearthd.build.sources.fetch import fetch  # noqa: E402
 from hearthd.bundle import Bundle  # noqa: E402
 from hearthd.errors import HearthdError  # noqa: E402
 

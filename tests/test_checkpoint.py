@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from checkpoints import TinyModel, llama3_rope_factors, make_tokenizer, tiny_models, write_gguf, write_huggingface
-from hearthd.build.architecture import DecoderSpec
-from hearthd.build.checkpoint import Checkpoint, open_checkpoint
+from hearthd.build.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from hearthd.build.decoder.architecture import DecoderSpec
 from hearthd.errors import BuildError
 
 CONFIG_KEYS = (

@@ -14,7 +14,7 @@ import pytest
 from bundles import write_bundle
 from checkpoints import tiny_models, write_gguf, write_huggingface
 from hearthd.build import cli
-from hearthd.build.catalogue import Catalogue
+from hearthd.build.sources.catalogue import Catalogue
 from hearthd.errors import BuildError, BundleError, ModelNotFoundError
 from hearthd.store import Store
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hearthd.build import corpus
+from hearthd.build.quantization import corpus
 from hearthd.errors import BuildError
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def test_no_document_is_empty_or_holds_a_divider(which: Literal["calibration", "
 
 @both_sets
 def test_files_are_clean_utf8(which: str) -> None:
-    directory = resources.files("hearthd").joinpath("build", "texts", which)
+    directory = resources.files("hearthd").joinpath("build", "quantization", "texts", which)
     names = sorted(entry.name for entry in directory.iterdir())
     assert names == ["chat.jsonl", "code.txt", "home.jsonl", "multilingual.txt", "numbers.txt", "prose.txt"]
     for name in names:

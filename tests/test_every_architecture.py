@@ -11,9 +11,9 @@ import pytest
 
 from checkpoints import tiny_models
 from decoders import tiny_checkpoint
-from hearthd.build import corpus
 from hearthd.build.builder import build_bundle, measure_quality
-from hearthd.build.checkpoint import Checkpoint
+from hearthd.build.checkpoints.checkpoint import Checkpoint
+from hearthd.build.quantization import corpus
 from hearthd.bundle import Bundle
 from hearthd.engine import Delta, Engine, Failed, Finished, Sequence
 from hearthd.model import load_model

@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from checkpoints import make_tokenizer, tiny_models, write_gguf
-from hearthd.build.architecture import DecoderSpec
-from hearthd.build.checkpoint import open_checkpoint
-from hearthd.build.gguf_file import GgufFile
+from hearthd.build.checkpoints.checkpoint import open_checkpoint
+from hearthd.build.checkpoints.gguf_file import GgufFile
+from hearthd.build.decoder.architecture import DecoderSpec
 from hearthd.errors import BuildError
 
 

@@ -9,18 +9,18 @@ from numpy.typing import NDArray
 
 from checkpoints import tiny_models, write_huggingface
 from decoders import CONTEXT, tiny_checkpoint, tiny_runner
-from hearthd.build.architecture import DecoderSpec
-from hearthd.build.checkpoint import open_checkpoint
-from hearthd.build.documents import TokenDocument
-from hearthd.build.graph import GraphOptions, write_graph
-from hearthd.build.linear import SECOND_TERM, switch_names
-from hearthd.build.matmuls import matmul_names
-from hearthd.build.recipe import MatMulForm, MatMulName, MatMulRecipe, Recipe
-from hearthd.build.rounding import Nearest
-from hearthd.build.search import find_recipe
-from hearthd.build.sensitivity import measure_sensitivity
-from hearthd.build.session import GraphSession
-from hearthd.build.weights import DecoderWeights
+from hearthd.build.checkpoints.checkpoint import open_checkpoint
+from hearthd.build.decoder.architecture import DecoderSpec
+from hearthd.build.decoder.graph import GraphOptions, write_graph
+from hearthd.build.decoder.linear import SECOND_TERM, switch_names
+from hearthd.build.decoder.matmuls import matmul_names
+from hearthd.build.decoder.recipe import MatMulForm, MatMulName, MatMulRecipe, Recipe
+from hearthd.build.decoder.rounding import Nearest
+from hearthd.build.decoder.weights import DecoderWeights
+from hearthd.build.quantization.documents import TokenDocument
+from hearthd.build.quantization.search import find_recipe
+from hearthd.build.quantization.sensitivity import measure_sensitivity
+from hearthd.build.quantization.session import GraphSession
 from hearthd.runner import OnnxRunner
 
 IDS = [5, 9, 200, 31, 77, 12, 40, 41, 42, 250, 3, 17, 90, 91, 92, 93]

@@ -34,20 +34,28 @@ NEIGHBOURS = {("hearthd.runner", "hearthd.kv_cache"): "it fulfils the protocol t
 BUILD_MAY_IMPORT = {
     ("hearthd.build.builder", "hearthd.tokenizer"): "it calibrates on the token ids that the model will get",
     (
-        "hearthd.build.documents",
+        "hearthd.build.quantization.documents",
         "hearthd.tokenizer",
     ): "it makes them of texts",
-    ("hearthd.build.greedy_comparison", "hearthd.tokenizer"): "it asks as a chat does",
-    ("hearthd.build.report_answers", "hearthd.tokenizer"): "it shows token ids as text",
+    ("hearthd.build.report.greedy_comparison", "hearthd.tokenizer"): "it asks as a chat does",
+    ("hearthd.build.report.answers", "hearthd.tokenizer"): "it shows token ids as text",
+}
+# The folders of `build`, each of which may take from itself and from those that it names.
+BUILD_FOLDERS = {
+    "decoder": set(),
+    "checkpoints": {"decoder"},
+    "sources": {"decoder", "checkpoints"},
+    "quantization": {"decoder", "checkpoints"},
+    "report": {"decoder", "quantization", "builder"},
 }
 # Packages that few may know: everybody else stays testable, and replaceable, without them.
 ONLY_IN = {
     # The oracle runs what others exported, whose inputs are not those of Hearth's own graphs.
-    "onnxruntime": {"hearthd.runner", "hearthd.build.session", "hearthd.build.oracle"},
+    "onnxruntime": {"hearthd.runner", "hearthd.build.quantization.session", "hearthd.build.quantization.oracle"},
     "systemd": {"hearthd.notify", "hearthd.logs"},
-    "torch": {"hearthd.build.optimum_export"},
-    "transformers": {"hearthd.build.optimum_export"},
-    "optimum": {"hearthd.build.optimum_export"},
+    "torch": {"hearthd.build.sources.optimum_export"},
+    "transformers": {"hearthd.build.sources.optimum_export"},
+    "optimum": {"hearthd.build.sources.optimum_export"},
 }
 MAX_LINES = 400
 
@@ -189,6 +197,14 @@ def test_build_takes_nothing_of_the_serving_side_but_bundle() -> None:
     }
     # Equal, not a subset: an exception that nobody uses any more is to be struck out.
     assert taken == BUILD_MAY_IMPORT.keys()
+
+
+def test_folders_of_build_import_one_way() -> None:
+    for folder, others in BUILD_FOLDERS.items():
+        inside = [module for name, module in MODULES.items() if name.startswith(f"hearthd.build.{folder}.")]
+        taken = {name.split(".")[2] for module in inside for name in module.imported if name.count(".") >= 2}
+        taken &= {name.split(".")[2] for name in MODULES if name.startswith("hearthd.build.")}
+        assert taken == others | {folder}, folder
 
 
 def test_serving_needs_nothing_of_build() -> None:

@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from checkpoints import tiny_models, write_huggingface
-from hearthd.build.checkpoint import open_checkpoint
-from hearthd.build.huggingface_config import one_spelling
-from hearthd.build.safetensors_file import SafetensorsFile
+from hearthd.build.checkpoints.checkpoint import open_checkpoint
+from hearthd.build.checkpoints.huggingface_config import one_spelling
+from hearthd.build.checkpoints.safetensors_file import SafetensorsFile
 from hearthd.errors import BuildError
 
 

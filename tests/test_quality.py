@@ -9,16 +9,17 @@ import pytest
 
 from checkpoints import tiny_models, write_huggingface
 from decoders import tiny_checkpoint
-from hearthd.build import builder, corpus
-from hearthd.build.architecture import DecoderSpec
+from hearthd.build import builder
 from hearthd.build.builder import build_bundle, measure_quality
-from hearthd.build.checkpoint import open_checkpoint
-from hearthd.build.corpus import Document
-from hearthd.build.documents import TokenDocument, first_tokens, tokenize
-from hearthd.build.graph import GraphOptions, write_graph
-from hearthd.build.quality import Figures, Reference, compare
-from hearthd.build.recipe import Recipe
-from hearthd.build.weights import DecoderWeights
+from hearthd.build.checkpoints.checkpoint import open_checkpoint
+from hearthd.build.decoder.architecture import DecoderSpec
+from hearthd.build.decoder.graph import GraphOptions, write_graph
+from hearthd.build.decoder.recipe import Recipe
+from hearthd.build.decoder.weights import DecoderWeights
+from hearthd.build.quantization import corpus
+from hearthd.build.quantization.corpus import Document
+from hearthd.build.quantization.documents import TokenDocument, first_tokens, tokenize
+from hearthd.build.quantization.quality import Figures, Reference, compare
 from hearthd.bundle import Bundle
 from hearthd.errors import BuildError
 from hearthd.tokenizer import ChatTokenizer, Message

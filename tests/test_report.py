@@ -18,22 +18,22 @@ from numpy.typing import NDArray
 from checkpoints import tiny_models, write_gguf
 from decoders import tiny_checkpoint
 from hearthd.build import cli
-from hearthd.build import report as report_module
-from hearthd.build.architecture import DecoderSpec
 from hearthd.build.builder import build_bundle
-from hearthd.build.checkpoint import Checkpoint
-from hearthd.build.documents import first_tokens
-from hearthd.build.graph import GraphOptions, write_graph
-from hearthd.build.greedy_comparison import NEAR_TIE, PROMPTS, Comparison, Parting, compare_answers, pieces
-from hearthd.build.matmuls import matmul_names
-from hearthd.build.quality import Reference
-from hearthd.build.recipe import MatMulName, Recipe
-from hearthd.build.report import BuildReport
-from hearthd.build.report_answers import answers, verdict
-from hearthd.build.report_page import escape
-from hearthd.build.report_plots import Series, log_plot
-from hearthd.build.weight_ranges import weight_ranges
-from hearthd.build.weights import DecoderWeights, Linear
+from hearthd.build.checkpoints.checkpoint import Checkpoint
+from hearthd.build.decoder.architecture import DecoderSpec
+from hearthd.build.decoder.graph import GraphOptions, write_graph
+from hearthd.build.decoder.matmuls import matmul_names
+from hearthd.build.decoder.recipe import MatMulName, Recipe
+from hearthd.build.decoder.weights import DecoderWeights, Linear
+from hearthd.build.quantization.documents import first_tokens
+from hearthd.build.quantization.quality import Reference
+from hearthd.build.report import build_report as report_module
+from hearthd.build.report.answers import answers, verdict
+from hearthd.build.report.build_report import BuildReport
+from hearthd.build.report.greedy_comparison import NEAR_TIE, PROMPTS, Comparison, Parting, compare_answers, pieces
+from hearthd.build.report.page import escape
+from hearthd.build.report.plots import Series, log_plot
+from hearthd.build.report.weight_ranges import weight_ranges
 from hearthd.bundle import Manifest
 from hearthd.errors import BuildError
 from hearthd.store import Store

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from numpy.typing import NDArray
 
-from hearthd.build.rounding import ErrorFeedback, Nearest
+from hearthd.build.decoder.rounding import ErrorFeedback, Nearest
 
 
 def correlated_inputs(num_tokens: int, num_features: int, seed: int) -> NDArray[np.float32]:

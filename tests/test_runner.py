@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from decoders import CONTEXT, tiny_checkpoint, tiny_runner
-from hearthd.build.architecture import DecoderSpec
-from hearthd.build.matmuls import matmul_names
-from hearthd.build.recipe import MatMulForm, MatMulRecipe, Recipe
+from hearthd.build.decoder.architecture import DecoderSpec
+from hearthd.build.decoder.matmuls import matmul_names
+from hearthd.build.decoder.recipe import MatMulForm, MatMulRecipe, Recipe
 from hearthd.errors import BundleError
 from hearthd.kv_cache import RunTerminated
 from hearthd.runner import DecoderShape, OnnxRunner, _zeros

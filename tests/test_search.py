@@ -6,11 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from checkpoints import tiny_models
-from hearthd.build.architecture import DecoderSpec
-from hearthd.build.calibrate import InputStatistics
-from hearthd.build.matmuls import matmul_names
-from hearthd.build.recipe import MatMulForm, MatMulName
-from hearthd.build.search import MAX_LOSS, choose
+from hearthd.build.decoder.architecture import DecoderSpec
+from hearthd.build.decoder.matmuls import matmul_names
+from hearthd.build.decoder.recipe import MatMulForm, MatMulName
+from hearthd.build.quantization.calibrate import InputStatistics
+from hearthd.build.quantization.search import MAX_LOSS, choose
 
 SPEC = DecoderSpec.from_config(tiny_models()["smollm2"].config)
 NAMES = matmul_names(SPEC)

@@ -1,7 +1,7 @@
 """Hearth's own engine in the comparison: the runner that the daemon uses, with the engine's way of cutting prompts.
 
-Options: `bundle` (a directory), `chunk` (tokens of a prompt that one run takes; the engine's own is 256 where nobody decodes). Run by
-`contest.py` in the product's environment.
+Options: `bundle` (a directory), `chunk` (tokens of a prompt that one run takes; the engine's own is 256 where nobody
+decodes). Run by `contest.py` in the product's environment.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from hearthd.build.checkpoint import Checkpoint, open_checkpoint
+from hearthd.build.checkpoints.checkpoint import Checkpoint, open_checkpoint
 
 # What config.json says of the same thing elsewhere, or what a reader of it computes by itself.
 _NOT_IN_CONFIG = ("rope_freq_factors",)

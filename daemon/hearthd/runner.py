@@ -1,7 +1,7 @@
 """Token ids and KV in, logits out: the only module of the serving side that imports ONNX Runtime.
 
-Knows the graph contract (`build/graph.py`), no sequences, no text. Owned by the inference thread: only `terminate`
-may be called from another one. The engine is written against `kv_cache.Runner`, which `OnnxRunner` fulfils.
+Knows the graph contract (`build/decoder/graph.py`), no sequences, no text. Owned by the inference thread: only
+`terminate` may be called from another one. The engine is written against `kv_cache.Runner`, which `OnnxRunner` fulfils.
 """
 
 from __future__ import annotations

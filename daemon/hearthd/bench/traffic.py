@@ -4,7 +4,7 @@ A step of one stream reads every weight of every matmul once, their scales and t
 it looks up, as in the embedding; then the KV of the positions before it. Activations stay in the caches. On top of a
 runner's speed that is what makes a share of the memory's bandwidth.
 
-Knows ONNX and the names of the graph contract (`build/graph.py`). Called by `suite`.
+Knows ONNX and the names of the graph contract (`build/decoder/graph.py`). Called by `suite`.
 """
 
 from __future__ import annotations

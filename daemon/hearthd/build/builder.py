@@ -19,15 +19,22 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from hearthd.build import corpus
-from hearthd.build.architecture import DecoderSpec
-from hearthd.build.checkpoint import Checkpoint
-from hearthd.build.documents import MAX_DOCUMENT_TOKENS, TokenDocument, first_tokens, tokenize
-from hearthd.build.graph import GraphOptions, write_graph
-from hearthd.build.oracle import Oracle
-from hearthd.build.quality import EVALUATION_TOKENS, MAX_KL, QualityFigures, Reference, ReferenceGraph, compare
-from hearthd.build.search import Found, find_recipe
-from hearthd.build.weights import DecoderWeights
+from hearthd.build.checkpoints.checkpoint import Checkpoint
+from hearthd.build.decoder.architecture import DecoderSpec
+from hearthd.build.decoder.graph import GraphOptions, write_graph
+from hearthd.build.decoder.weights import DecoderWeights
+from hearthd.build.quantization import corpus
+from hearthd.build.quantization.documents import MAX_DOCUMENT_TOKENS, TokenDocument, first_tokens, tokenize
+from hearthd.build.quantization.oracle import Oracle
+from hearthd.build.quantization.quality import (
+    EVALUATION_TOKENS,
+    MAX_KL,
+    QualityFigures,
+    Reference,
+    ReferenceGraph,
+    compare,
+)
+from hearthd.build.quantization.search import Found, find_recipe
 from hearthd.bundle import MANIFEST_NAME, Bundle, Manifest, file_entry
 from hearthd.errors import BuildError
 from hearthd.manifest import GENERATION_NAME, PRESET_NAME, TEMPLATE_NAME, TOKENIZER_NAME

@@ -21,17 +21,17 @@ from typing import TYPE_CHECKING, Any
 
 from hearthd import paths
 from hearthd.build import presentation
-from hearthd.build.catalogue import Catalogue, CatalogueEntry, Source
-from hearthd.build.checkpoint import Checkpoint, open_checkpoint
-from hearthd.build.fetch import cached, discard, fetch
+from hearthd.build.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from hearthd.build.progress import Progress, no_progress
+from hearthd.build.sources.catalogue import Catalogue, CatalogueEntry, Source
+from hearthd.build.sources.fetch import cached, discard, fetch
 from hearthd.bundle import Bundle, Manifest
 from hearthd.errors import BuildError, BundleError
 from hearthd.manifest import is_model_name
 from hearthd.store import Store
 
 if TYPE_CHECKING:
-    from hearthd.build.report import BuildReport
+    from hearthd.build.report.build_report import BuildReport
 
 __all__ = ["add_parser"]
 
@@ -166,7 +166,7 @@ def _given(arguments: argparse.Namespace) -> Iterator[Checkpoint]:
         with open_checkpoint(arguments.checkpoint) as checkpoint:
             yield checkpoint
         return
-    from hearthd.build.optimum_source import opened_export
+    from hearthd.build.sources.optimum_source import opened_export
 
     with ExitStack() as opened:
         with _Reporting(arguments) as report:
@@ -245,9 +245,9 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 def _judge(arguments: argparse.Namespace, bundle: Bundle, report: Report) -> dict[str, Any]:
     """Measure a model against the float32 graph of the checkpoint that its manifest names."""
-    from hearthd.build import corpus
     from hearthd.build.builder import measure_quality
-    from hearthd.build.quality import EVALUATION_TOKENS, MAX_KL
+    from hearthd.build.quantization import corpus
+    from hearthd.build.quantization.quality import EVALUATION_TOKENS, MAX_KL
 
     documents = corpus.from_file(arguments.text) if arguments.text else corpus.load("evaluation")
     with _reference_of(arguments, bundle.manifest, report) as (checkpoint, graph):
@@ -275,7 +275,7 @@ def _reference_of(
         with _source_of(arguments, manifest, report) as checkpoint:
             yield checkpoint, None
         return
-    from hearthd.build.optimum_source import opened_export
+    from hearthd.build.sources.optimum_source import opened_export
 
     with opened_export(arguments.reference, paths.cache_directory(), report) as export:
         yield export, export.graph
@@ -317,7 +317,7 @@ def _build_report(arguments: argparse.Namespace, store: Store, name: str) -> Bui
     """Return the report that is asked for, before any work: where it cannot be written, none is done."""
     if not arguments.report:
         return None
-    from hearthd.build.report import BuildReport
+    from hearthd.build.report.build_report import BuildReport
 
     return BuildReport(arguments.report, model_directory=store.directory / name)
 

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from hearthd.build.catalogue import CatalogueEntry
+from hearthd.build.sources.catalogue import CatalogueEntry
 from hearthd.bundle import Bundle, Manifest
 
 

@@ -1,0 +1,1 @@
+"""Where checkpoints come from: the catalogue, package indexes, the hub, exports by optimum."""
