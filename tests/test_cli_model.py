@@ -13,7 +13,7 @@ import pytest
 
 from bundles import write_bundle
 from checkpoints import tiny_models, write_gguf, write_huggingface
-from hearthd.build import cli
+from hearthd.build import build_commands, cli, verify_command
 from hearthd.build.sources.catalogue import Catalogue
 from hearthd.errors import BuildError, BundleError, ModelNotFoundError
 from hearthd.store import Store
@@ -113,7 +113,8 @@ def test_added_model_carries_the_catalogues_source_and_license(
         assert cache == state / "cache"
         return tmp_path / "fetched.gguf"
 
-    monkeypatch.setattr(cli, "fetch", fetch)
+    monkeypatch.setattr(build_commands, "fetch", fetch)
+    monkeypatch.setattr(verify_command, "fetch", fetch)
     entry = Catalogue.shipped().entry("smollm2-135m")
     assert run("add", "smollm2-135m", "--force", "--quiet") == 0
     manifest = Store(state / "models").open("smollm2-135m").manifest
@@ -245,12 +246,12 @@ def test_catalogue_is_listed_with_what_is_tested(state: Path, capsys: pytest.Cap
     [("SmolLM2-135M-Instruct.Q4_1.gguf", "smollm2-135m-instruct.q4_1"), ("a/Qwen3 0.6B", "qwen3-0.6b"), ("_x_", "x")],
 )
 def test_name_is_made_of_the_checkpoints(path: str, name: str) -> None:
-    assert cli._name_after(Path(path)) == name
+    assert build_commands.name_after(Path(path)) == name
 
 
 def test_checkpoint_without_a_usable_name_needs_one() -> None:
     with pytest.raises(BuildError, match="give one with --name"):
-        cli._name_after(Path("日本語.gguf"))
+        build_commands.name_after(Path("日本語.gguf"))
 
 
 def test_listing_loads_neither_onnx_nor_the_inference_engine() -> None:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from checkpoints import tiny_models, write_gguf
 from decoders import tiny_checkpoint
-from hearthd.build import cli
+from hearthd.build import build_commands, cli
 from hearthd.build.builder import build_bundle
 from hearthd.build.checkpoints.checkpoint import Checkpoint
 from hearthd.build.decoder.architecture import DecoderSpec
@@ -456,8 +456,8 @@ def test_a_path_that_cannot_be_written_is_refused_before_anything_is_built(
 ) -> None:
     (tmp_path / "file").write_text("")
     (tmp_path / "directory.html").mkdir()
-    monkeypatch.setattr(cli, "open_checkpoint", lambda path: pytest.fail("the build began"))
-    monkeypatch.setattr(cli, "fetch", lambda *_: pytest.fail("the build began"))
+    monkeypatch.setattr(build_commands, "open_checkpoint", lambda path: pytest.fail("the build began"))
+    monkeypatch.setattr(build_commands, "fetch", lambda *_: pytest.fail("the build began"))
     with pytest.raises(BuildError, match=reason) as caught:
         build(tmp_path, "--report", tmp_path / where)
     assert "\n" not in str(caught.value)
