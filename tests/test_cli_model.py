@@ -1,6 +1,5 @@
 """`hearthd model` does what it says from a checkpoint to a removed model, and with --json says it in one object."""
 
-import argparse
 import errno
 import json
 import os
@@ -13,10 +12,11 @@ import pytest
 
 from bundles import write_bundle
 from checkpoints import tiny_models, write_gguf, write_huggingface
-from hearthd.build import build_commands, cli, verify_command
+from hearthd.build import build_commands, verify_command
 from hearthd.build.sources.catalogue import Catalogue
 from hearthd.errors import BuildError, BundleError, ModelNotFoundError
 from hearthd.store import Store
+from model_command import run
 
 
 @pytest.fixture(autouse=True)
@@ -25,14 +25,6 @@ def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("STATE_DIRECTORY", str(tmp_path / "state"))
     monkeypatch.delenv("CACHE_DIRECTORY", raising=False)
     return tmp_path / "state"
-
-
-def run(*arguments: str | Path) -> int:
-    parser = argparse.ArgumentParser(prog="hearthd")
-    cli.add_parser(parser.add_subparsers(required=True))
-    parsed = parser.parse_args(["model", *map(str, arguments)])
-    code: int = parsed.run(parsed)
-    return code
 
 
 def one_object(captured: str) -> dict[str, Any]:

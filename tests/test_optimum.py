@@ -4,7 +4,6 @@ Exporting runs in `.venv-export`, because optimum's transformers is an older one
 export runs here, as it does for a person who has a directory that somebody else exported.
 """
 
-import argparse
 import contextlib
 import importlib.util
 import json
@@ -30,7 +29,6 @@ from hypothesis import strategies as st
 from bundles import write_bundle
 from checkpoints import TinyModel, tiny_models, write_gguf, write_huggingface
 from conftest import ROOT
-from hearthd.build import cli
 from hearthd.build.checkpoints.checkpoint import Checkpoint
 from hearthd.build.checkpoints.onnx_checkpoint import GraphWeights, OnnxCheckpoint
 from hearthd.build.checkpoints.onnx_file import OnnxFile
@@ -40,6 +38,7 @@ from hearthd.build.quantization.oracle import Oracle
 from hearthd.build.quantization.quality import Reference
 from hearthd.errors import BuildError
 from hearthd.store import Store
+from model_command import run
 from test_catalogue import hub_file
 
 PYTHON = ROOT / ".venv-export/bin/python"
@@ -120,14 +119,6 @@ def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("STATE_DIRECTORY", str(tmp_path / "state"))
     monkeypatch.delenv("CACHE_DIRECTORY", raising=False)
     return tmp_path / "state"
-
-
-def run(*arguments: str | Path) -> int:
-    parser = argparse.ArgumentParser(prog="hearthd")
-    cli.add_parser(parser.add_subparsers(required=True))
-    parsed = parser.parse_args(["model", *map(str, arguments)])
-    code: int = parsed.run(parsed)
-    return code
 
 
 def figures(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """A build's report says what the manifest says, needs nothing but itself, and never costs a model."""
 
-import argparse
 import itertools
 import json
 import math
@@ -17,7 +16,7 @@ from numpy.typing import NDArray
 
 from checkpoints import tiny_models, write_gguf
 from decoders import tiny_checkpoint
-from hearthd.build import build_commands, cli
+from hearthd.build import build_commands
 from hearthd.build.builder import build_bundle
 from hearthd.build.checkpoints.checkpoint import Checkpoint
 from hearthd.build.decoder.architecture import DecoderSpec
@@ -38,6 +37,7 @@ from hearthd.bundle import Manifest
 from hearthd.errors import BuildError
 from hearthd.store import Store
 from hearthd.tokenizer import ChatTokenizer, Message
+from model_command import run
 
 VOID = {"meta", "br", "hr", "img", "input", "link"}
 HOSTILE = "</title><script>alert(1)</script>\"'&"
@@ -369,11 +369,7 @@ def build(tmp_path: Path, *arguments: str | Path) -> int:
     checkpoint = tmp_path / "tiny.gguf"
     if not checkpoint.exists():
         write_gguf(checkpoint, tiny_models()["smollm2"])
-    parser = argparse.ArgumentParser(prog="hearthd")
-    cli.add_parser(parser.add_subparsers(required=True))
-    parsed = parser.parse_args(["model", "build", str(checkpoint), "--quiet", *map(str, arguments)])
-    code: int = parsed.run(parsed)
-    return code
+    return run("build", checkpoint, "--quiet", *arguments)
 
 
 def test_the_command_writes_the_report_and_says_where(
@@ -461,10 +457,7 @@ def test_a_path_that_cannot_be_written_is_refused_before_anything_is_built(
     with pytest.raises(BuildError, match=reason) as caught:
         build(tmp_path, "--report", tmp_path / where)
     assert "\n" not in str(caught.value)
-    parser = argparse.ArgumentParser(prog="hearthd")
-    cli.add_parser(parser.add_subparsers(required=True))
     where = where.replace("tiny/", "smollm2-135m/")
-    parsed = parser.parse_args(["model", "add", "smollm2-135m", "--report", str(tmp_path / where)])
     with pytest.raises(BuildError, match=reason):
-        parsed.run(parsed)
+        run("add", "smollm2-135m", "--report", tmp_path / where)
     assert Store(state / "models").names() == []
