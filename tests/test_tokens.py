@@ -4,6 +4,7 @@ import re
 import stat
 import subprocess
 import sys
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hearthd.errors import ConfigError
+from hearthd.forward_clock import ForwardClock
 from hearthd.tokens import TokenFile, create_token, list_tokens, revoke_token
 
 
@@ -165,3 +167,68 @@ def test_processes_that_create_at_once_lose_no_token(path: Path) -> None:
     workers = [subprocess.Popen([sys.executable, "-c", program, str(path), name]) for name in ("a", "b", "c")]
     assert [worker.wait() for worker in workers] == [0, 0, 0]
     assert len(list_tokens(path)) == 30
+
+
+def test_a_token_has_a_role_and_an_expiry_that_survive_the_file(path: Path) -> None:
+    create_token(path, "kitchen")
+    create_token(path, "cellar", role="monitor")
+    create_token(path, "guest", role="child", seconds_valid=86400)
+    kitchen, cellar, guest = list_tokens(path)
+    assert [(token.role, token.expires) for token in (kitchen, cellar)] == [("user", None), ("monitor", None)]
+    assert guest.role == "child"
+    assert guest.expires is not None
+    day = datetime.fromisoformat(guest.expires) - datetime.fromisoformat(guest.created)
+    assert day.total_seconds() == 86400
+
+
+def test_a_file_of_version_0_1_is_read_and_one_without_roles_is_still_written_so(path: Path) -> None:
+    token = create_token(path, "kitchen")
+    old = re.compile(r"[A-Za-z0-9._-]+ [0-9a-f]{64} [0-9TZ:-]+")
+    (line,) = [line for line in path.read_text().splitlines() if not line.startswith("#")]
+    assert old.fullmatch(line)
+    found = TokenFile(path).find(token)
+    assert found is not None
+    assert (found.role, found.expires) == ("user", None)
+
+
+def test_an_expired_token_is_refused_from_that_second_on_and_a_clock_set_back_does_not_revive_it(path: Path) -> None:
+    token = create_token(path, "guest", seconds_valid=3600)
+    start = datetime.fromisoformat(list_tokens(path)[0].created).timestamp()
+    times = {"wall": start, "since_boot": 0.0}
+    file = TokenFile(path, ForwardClock(lambda: times["wall"], lambda: times["since_boot"]).now)
+    for seconds, is_valid in ((0.0, True), (3599.0, True), (3600.0, False)):
+        times.update(wall=start + seconds, since_boot=seconds)
+        assert (file.find(token) is not None) == is_valid
+    times.update(wall=start - 365 * 86400)
+    assert file.find(token) is None
+
+
+def test_while_the_clock_is_set_back_time_goes_on(path: Path) -> None:
+    token = create_token(path, "guest", seconds_valid=3600)
+    start = datetime.fromisoformat(list_tokens(path)[0].created).timestamp()
+    times = {"wall": start, "since_boot": 0.0}
+    file = TokenFile(path, ForwardClock(lambda: times["wall"], lambda: times["since_boot"]).now)
+    times.update(wall=start - 365 * 86400, since_boot=3599.0)
+    assert file.find(token) is not None
+    times.update(since_boot=3600.0)
+    assert file.find(token) is None
+
+
+@pytest.mark.parametrize(
+    "rest", ["User", "user 2026-13-01T00:00:00Z", "user 0000-00-00T00:00:00Z", "user never x", "u;"]
+)
+def test_a_line_whose_role_or_expiry_is_none_lets_nobody_in(
+    path: Path, caplog: pytest.LogCaptureFixture, rest: str
+) -> None:
+    token = create_token(path, "kitchen")
+    file = TokenFile(path)
+    path.write_text(path.read_text().rstrip("\n") + f" {rest}\n")
+    assert file.find(token) is None
+    assert "lines [2] are no tokens" in caplog.text
+
+
+@pytest.mark.parametrize("role", ["", "Admin", "a b", "1a", "a\n", "x" * 33])
+def test_a_role_that_would_not_survive_the_file_is_refused(path: Path, role: str) -> None:
+    with pytest.raises(ConfigError, match="give up to 32 of"):
+        create_token(path, "kitchen", role=role)
+    assert not path.exists()

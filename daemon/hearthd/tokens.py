@@ -1,13 +1,14 @@
 """The token file: who may call, by the SHA-256 of a random token.
 
-One line for each token: name, digest, when it was created. Lines that start with # are comments. A token is 256 random
-bits, so nobody can find it by trying a dictionary, and a slow, salted hash would only cost every call; a hash at all is
-there so that a copy of the file lets nobody in.
+One line for each token: name, digest, when it was created, its role, when it expires. Role and expiry are left out
+where they are the default role and never, so that older files, and older daemons, read the same. Lines that start with
+# are comments. A token is 256 random bits, so nobody can find it by trying a dictionary, and a slow, salted hash would
+only cost every call; a hash at all is there so that a copy of the file lets nobody in.
 
 Changes are written to a new file that takes the old one's place, under a lock. `TokenFile` looks at each use whether
-another file stands there, so a revocation holds from the next call on.
+another file stands there, so a revocation holds from the next call on. Expiry is a date, told by a `ForwardClock`.
 
-Knows no gRPC. Called by `auth` and by `__main__`.
+Knows no gRPC, and of roles the name only. Called by `auth`, `token_command` and `__main__`.
 """
 
 import datetime
@@ -18,15 +19,18 @@ import logging
 import os
 import re
 import secrets
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from hearthd.durable_file import replace_file
 from hearthd.errors import ConfigError
+from hearthd.forward_clock import ForwardClock
 
-__all__ = ["Token", "TokenFile", "create_token", "list_tokens", "revoke_token"]
+__all__ = ["DEFAULT_ROLE", "Token", "TokenFile", "create_token", "list_tokens", "revoke_token"]
 
 _logger = logging.getLogger(__name__)
 
@@ -35,8 +39,15 @@ _PREFIX: Final = "hearth_"
 _RANDOM_BYTES: Final = 32
 _MAX_FILE_BYTES: Final = 2**20
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-_LINE: Final = re.compile(rf"({_NAME.pattern}) ([0-9a-f]{{64}}) ([0-9TZ:.+-]{{1,40}})")
-_HEADER: Final = "# Hearth's tokens: name, SHA-256 of the token, created. Written by `hearthd token`.\n"
+_ROLE: Final = re.compile(r"[a-z][a-z0-9_-]{0,31}")
+_LINE: Final = re.compile(
+    rf"({_NAME.pattern}) ([0-9a-f]{{64}}) ([0-9TZ:.+-]{{1,40}})(?: ({_ROLE.pattern})(?: ([0-9TZ:-]{{20}}))?)?"
+)
+_DATE: Final = "%Y-%m-%dT%H:%M:%SZ"
+_HEADER: Final = "# Hearth's tokens: name, SHA-256 of the token, created, role, expires. Written by `hearthd token`.\n"
+
+DEFAULT_ROLE: Final = "user"
+"""Of a token that names none, as those of version 0.1 do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +59,13 @@ class Token:
     """SHA-256 of the token, hexadecimal."""
     created: str
     """ISO 8601, UTC."""
+    role: str = DEFAULT_ROLE
+    expires: str | None = None
+    """ISO 8601, UTC; None: never."""
+
+    def has_expired(self, now: float) -> bool:
+        """Whether the token is not valid any more. now: seconds since 1970."""
+        return self.expires is not None and now >= _seconds(self.expires)
 
     @property
     def identity(self) -> str:
@@ -55,19 +73,23 @@ class Token:
         return f"{self.name}/{self.digest[:16]}"
 
 
-def create_token(path: Path, name: str) -> str:
+def create_token(path: Path, name: str, *, role: str = DEFAULT_ROLE, seconds_valid: float | None = None) -> str:
     """Add a token to the file, which is made if it is missing, and return the token: it stands nowhere else.
 
+    seconds_valid: from now on; None: it never expires. Whether there is such a role is not known here.
     Raises ConfigError if the name is taken or malformed, or the file cannot be read or written.
     """
     if not _NAME.fullmatch(name):
         raise ConfigError(f"token name {name[:80]!r}: give up to 64 of A-Z, a-z, 0-9, '.', '_', '-'")
+    if not _ROLE.fullmatch(role):
+        raise ConfigError(f"role {role[:80]!r}: give up to 32 of a-z, 0-9, '_', '-', a letter first")
+    now = time.time()
+    expires = None if seconds_valid is None else _date(now + seconds_valid)
     with _changing(path) as tokens:
         if any(token.name == name for token in tokens):
             raise ConfigError(f"token name {name!r} is taken in {path}; choose another, or revoke that one first")
         secret = _PREFIX + secrets.token_urlsafe(_RANDOM_BYTES)
-        now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-        tokens.append(Token(name, _digest(secret), now))
+        tokens.append(Token(name, _digest(secret), _date(now), role, expires))
     return secret
 
 
@@ -93,7 +115,8 @@ def list_tokens(path: Path) -> list[Token]:
     tokens, bad_lines = _parse(text)
     if bad_lines:
         raise ConfigError(
-            f"token file {path}, line {bad_lines[0]}, is not a name, a SHA-256 and a time; take the line out"
+            f"token file {path}, line {bad_lines[0]}, is not a name, a SHA-256, a time, a role and an expiry; "
+            "take the line out"
         )
     return tokens
 
@@ -101,9 +124,10 @@ def list_tokens(path: Path) -> list[Token]:
 class TokenFile:
     """The tokens of a file, read anew whenever another file takes its place. One thread uses it."""
 
-    def __init__(self, path: Path) -> None:
-        """Read the file. Raises ConfigError as `list_tokens` does."""
+    def __init__(self, path: Path, now: Callable[[], float] | None = None) -> None:
+        """Read the file. now: for tests. Raises ConfigError as `list_tokens` does."""
         self._path = path
+        self._now = now or ForwardClock().now
         self._seen = self._stat()
         self._tokens = list_tokens(path)
 
@@ -111,14 +135,18 @@ class TokenFile:
         return len(self._tokens)
 
     def find(self, secret: str) -> Token | None:
-        """Return the token, or None if the file does not have it now."""
+        """Return the token, or None if the file does not have it now, or it has expired."""
         self._refresh()
         digest = _digest(secret)
+        now = self._now()
         found = None
         for token in self._tokens:
             # Every line is compared, each in constant time, so that the time says nothing about any of them.
             if hmac.compare_digest(token.digest, digest):
                 found = token
+        if found is not None and found.has_expired(now):
+            _logger.info("the token of %s has expired", found.name)
+            return None
         return found
 
     def _stat(self) -> tuple[int, ...] | None:
@@ -145,6 +173,15 @@ class TokenFile:
         _logger.info("token file %s read again: %d tokens", self._path, len(self._tokens))
 
 
+def _date(seconds: float) -> str:
+    return datetime.datetime.fromtimestamp(seconds, datetime.UTC).strftime(_DATE)
+
+
+def _seconds(date: str) -> float:
+    """Raises ValueError for what is no date."""
+    return datetime.datetime.strptime(date, _DATE).replace(tzinfo=datetime.UTC).timestamp()
+
+
 def _digest(secret: str) -> str:
     return hashlib.sha256(secret.encode("utf-8", "surrogateescape")).hexdigest()
 
@@ -169,12 +206,34 @@ def _parse(text: str) -> tuple[list[Token], list[int]]:
     for number, line in enumerate(text.splitlines(), 1):
         if not line.strip() or line.startswith("#"):
             continue
-        match = _LINE.fullmatch(line.strip())
-        if match:
-            tokens.append(Token(match[1], match[2], match[3]))
+        token = _parse_line(line.strip())
+        if token is not None:
+            tokens.append(token)
         else:
             bad_lines.append(number)
     return tokens, bad_lines
+
+
+def _parse_line(line: str) -> Token | None:
+    match = _LINE.fullmatch(line)
+    if not match:
+        return None
+    name, digest, created, role, expires = match.groups()
+    if expires is not None:
+        try:
+            _seconds(expires)
+        except ValueError:
+            return None
+    return Token(name, digest, created, role or DEFAULT_ROLE, expires)
+
+
+def _line(token: Token) -> str:
+    words = [token.name, token.digest, token.created]
+    if token.expires is not None:
+        words += [token.role, token.expires]
+    elif token.role != DEFAULT_ROLE:
+        words.append(token.role)
+    return " ".join(words)
 
 
 @contextmanager
@@ -188,31 +247,8 @@ def _changing(path: Path) -> Iterator[list[Token]]:
             fcntl.flock(lock, fcntl.LOCK_EX)
             tokens = list_tokens(path) if path.exists() else []
             yield tokens
-            _replace(path, tokens)
+            replace_file(path, "".join((_HEADER, *(f"{_line(token)}\n" for token in tokens))).encode("ascii"))
         finally:
             os.close(lock)
     except OSError as error:
         raise ConfigError(f"token file {path} cannot be written: {_reason(error)}") from None
-
-
-def _replace(path: Path, tokens: list[Token]) -> None:
-    """Write a new file durably in place of the old one: whole, or not at all, whenever the power goes."""
-    temporary = Path(f"{path}.new")
-    temporary.unlink(missing_ok=True)
-    # Mode and O_EXCL from the start: at no moment can another user read it or have made it.
-    descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    with open(descriptor, "w", encoding="ascii") as file:
-        if os.geteuid() == 0:
-            # `sudo hearthd token create` writes into the service's directory; the service must be able to read it.
-            owner = path.stat() if path.exists() else path.parent.stat()
-            os.fchown(descriptor, owner.st_uid, owner.st_gid)
-        file.write(_HEADER)
-        file.writelines(f"{token.name} {token.digest} {token.created}\n" for token in tokens)
-        file.flush()
-        os.fsync(descriptor)
-    temporary.replace(path)
-    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
