@@ -335,6 +335,25 @@ def test_closing_a_client_ends_its_calls(daemon: peer.ScriptedDaemon) -> None:
         client.chat("?")
 
 
+def test_closing_a_client_in_mid_stream_is_no_fault_of_the_daemon(daemon: peer.ScriptedDaemon) -> None:
+    """gRPC then says "Stream removed", which from a daemon would mean that it gave the call up."""
+
+    def script(_: Any, context: grpc.ServicerContext) -> Iterator[chat_pb2.ChatResponse]:
+        while context.is_active():
+            yield peer.delta("more ")
+
+    daemon.script = script
+    for _ in range(20):
+        client = hearth.Client(daemon.address)
+        stream = client.stream("?")
+        next(stream)
+        closer = threading.Thread(target=client.close)
+        closer.start()
+        with pytest.raises(hearth.CallCancelledError):
+            stream.read()
+        closer.join()
+
+
 def test_closing_ends_the_wait_for_another_attempt(daemon: peer.ScriptedDaemon) -> None:
     daemon.script = peer.refuse(CODE.RESOURCE_EXHAUSTED, "full", pushback="600000")
     client = hearth.Client(daemon.address, timeout=3600)

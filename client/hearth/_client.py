@@ -131,6 +131,7 @@ class Client:
                     operation.request, timeout=patience.remaining(), metadata=self._metadata
                 )
             except grpc.RpcError as error:
+                self._raise_if_closed()
                 failure = translate(error, self.address)
                 delay = patience.delay_after(failure)
                 if delay is None:
@@ -243,6 +244,9 @@ class ChatStream:
                 data: bytes | None = next(self._call, None)
             except grpc.RpcError as error:
                 self._call = None
+                # gRPC words a closed channel differently at each stage of a call; that we closed it, we know.
+                if self._stop.is_set:
+                    raise CallCancelledError("the call was cancelled: it was closed before its end") from error
                 failure = translate(error, self._address)
                 delay = self._progress.delay_after(failure)
                 if delay is None:

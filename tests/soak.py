@@ -1,0 +1,274 @@
+"""A mixed soak: a real daemon over TLS on loopback, callers of every kind, its resident set and what went wrong.
+
+    .venv/bin/python tests/soak.py [--minutes 10] [--threads 1] [--callers 4] [--pause 0.5] [--model DIRECTORY]
+
+Prints a line each interval and a summary. Ends with 1 if anything went wrong: an error that was not asked for, a daemon
+that did not come to rest, descriptors or threads that stayed, or a resident set that grew more than 1 % over the last
+half (of a run of 10 minutes or more: the first minutes fill buffers for the first time). Leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from hearth import Client
+from hearthd.tokens import create_token
+from soak_chats import VISITS, Place, fill_the_context
+from tls_files import make_tls_files
+
+ROOT = Path(__file__).resolve().parent.parent
+DEFAULT_MODEL = ROOT / ".cache/state/models/smollm2-135m"
+CONTEXT = 1024
+SLOTS = 3
+MAX_GROWTH_PERCENT = 1.0
+LONG_ENOUGH_MINUTES = 10.0
+REST_SECONDS = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    seconds: float
+    resident_mb: float
+    num_descriptors: int
+    num_threads: int
+
+
+class Tally:
+    """What the callers did and what went wrong. Any thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self.visits: Counter[str] = Counter()
+        self.errors: Counter[str] = Counter()
+
+    def add(self, visit: str, error: BaseException | None = None) -> None:
+        with self._lock:
+            self.visits[visit] += 1
+            if error is not None:
+                self.errors[f"{visit}: {type(error).__name__}: {str(error)[:160]}"] += 1
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=10.0)
+    parser.add_argument("--threads", type=int, default=1, help="of ONNX Runtime")
+    parser.add_argument("--callers", type=int, default=4, help="who visit at once")
+    parser.add_argument("--pause", type=float, default=0.5, help="seconds between two visits of a caller")
+    parser.add_argument("--interval", type=float, default=30.0, help="seconds between two lines")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--model", type=Path, default=DEFAULT_MODEL, help="an installed model's directory")
+    return parser.parse_args(arguments)
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
+
+
+def start_daemon(directory: Path, place: Place, model: Path, threads: int) -> subprocess.Popen[bytes]:
+    config = directory / "hearthd.toml"
+    config.write_text(
+        f'[server]\nunix_socket = "{directory}/s"\ntcp = ["127.0.0.1:{place.port}"]\ndrain_grace_seconds = 5\n'
+        f'[tls]\ncertificate = "{place.tls.certificate}"\nkey = "{place.tls.key}"\n'
+        f'[auth]\ntoken_file = "{place.token_file}"\n'
+        f'[model]\ndirectory = "{model.parent}"\nname = "{model.name}"\n'
+        f"[engine]\nslots = {SLOTS}\ncontext_length = {CONTEXT}\nthreads = {threads}\n"
+    )
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("HEARTH", "NOTIFY", "WATCHDOG"))}
+    with (directory / "log").open("wb") as log:
+        return subprocess.Popen(
+            [sys.executable, "-m", "hearthd", "serve", "--config", str(config)],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            env=kept | {"STATE_DIRECTORY": str(directory)},
+        )
+
+
+def measure(pid: int, begin: float) -> Sample:
+    proc = Path(f"/proc/{pid}")
+    resident = int((proc / "statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
+    return Sample(
+        time.monotonic() - begin,
+        resident / 1e6,
+        len(os.listdir(proc / "fd")),
+        len(os.listdir(proc / "task")),
+    )
+
+
+def visit(place: Place, tally: Tally, seed: str, pause: float) -> None:
+    """One caller, until the end."""
+    chance = random.Random(seed)
+    kinds, weights = zip(*VISITS, strict=True)
+    while not place.stop.is_set():
+        [kind] = chance.choices(kinds, weights)
+        try:
+            kind(place, chance)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the summary tells it
+            tally.add(kind.__name__, error)
+        else:
+            tally.add(kind.__name__)
+        place.stop.wait(chance.uniform(0, 2 * pause))
+
+
+def growth_percent(samples: list[Sample]) -> float:
+    """Growth over the last half by a straight line through its samples, so that no single one decides."""
+    last = [sample for sample in samples if sample.seconds >= samples[-1].seconds / 2]
+    mean_seconds = sum(sample.seconds for sample in last) / len(last)
+    mean_mb = sum(sample.resident_mb for sample in last) / len(last)
+    spread = sum((sample.seconds - mean_seconds) ** 2 for sample in last)
+    if not spread:
+        return 0.0
+    slope = sum((s.seconds - mean_seconds) * (s.resident_mb - mean_mb) for s in last) / spread
+    return 100 * slope * (last[-1].seconds - last[0].seconds) / mean_mb
+
+
+def come_to_rest(place: Place, pid: int, before: Sample, begin: float) -> list[str]:
+    """Wait until nothing of the callers is left in the daemon; what is left all the same."""
+    deadline = time.monotonic() + REST_SECONDS
+    while True:
+        with place.connect() as client:
+            status = client.status()
+        now = measure(pid, begin)
+        left = {
+            "chats": status.num_running + status.num_queued,
+            # The one connection that asks is there in both counts.
+            "descriptors": max(now.num_descriptors - before.num_descriptors - 2, 0),
+            "threads": max(now.num_threads - before.num_threads - 16, 0),
+        }
+        if not any(left.values()):
+            return []
+        if time.monotonic() > deadline:
+            return [f"{count} {name} were left" for name, count in left.items() if count]
+        threading.Event().wait(0.5)
+
+
+def soak(options: argparse.Namespace, directory: Path) -> int:
+    tls_directory = directory / "tls"
+    tls_directory.mkdir()
+    token_file = directory / "tokens"
+    place = Place(
+        port=free_port(),
+        tls=make_tls_files(tls_directory),
+        token_file=token_file,
+        token=create_token(token_file, "soak"),
+        context_length=CONTEXT,
+        stop=threading.Event(),
+    )
+    daemon = start_daemon(directory, place, options.model, options.threads)
+    tally = Tally()
+    callers: list[threading.Thread] = []
+    try:
+        with place.connect() as client:
+            client.count_tokens("Waits until the daemon serves.")
+        fill_slots(place)
+        begin = time.monotonic()
+        samples = [measure(daemon.pid, begin)]
+        callers = [
+            threading.Thread(target=visit, args=(place, tally, f"{options.seed}/{number}", options.pause))
+            for number in range(options.callers)
+        ]
+        for caller in callers:
+            caller.start()
+        watch(options, daemon, samples, tally, begin)
+        place.stop.set()
+        for caller in callers:
+            caller.join(60)
+        problems = come_to_rest(place, daemon.pid, samples[0], begin) if daemon.poll() is None else []
+        with Client(f"unix://{directory}/s") as client:
+            status = client.status()
+        daemon.terminate()
+        if (code := daemon.wait(30)) != 0:
+            problems.append(f"the daemon ended with {code}")
+        if (directory / "s").exists():
+            problems.append("the socket was left behind")
+        problems += [f"{count} x {what}" for what, count in tally.errors.items()]
+        return report(options, samples, tally, problems, status.num_prompt_tokens, status.num_completion_tokens)
+    finally:
+        place.stop.set()
+        for caller in callers:
+            caller.join(60)
+        if daemon.poll() is None:
+            daemon.kill()
+        daemon.wait()
+
+
+def fill_slots(place: Place) -> None:
+    """Touch all KV once: what is resident from then on has no reason to grow."""
+    chance = random.Random(0)
+    with ThreadPoolExecutor(SLOTS) as pool:
+        for filled in [pool.submit(fill_the_context, place, chance) for _ in range(SLOTS)]:
+            filled.result()
+
+
+def watch(
+    options: argparse.Namespace, daemon: subprocess.Popen[bytes], samples: list[Sample], tally: Tally, begin: float
+) -> None:
+    print("minutes  resident MB  descriptors  threads  visits  errors", flush=True)
+    end = begin + 60 * options.minutes
+    while True:
+        sample = samples[-1]
+        print(
+            f"{sample.seconds / 60:7.1f}  {sample.resident_mb:11.1f}  {sample.num_descriptors:11}"
+            f"  {sample.num_threads:7}  {tally.visits.total():6}  {tally.errors.total():6}",
+            flush=True,
+        )
+        left = end - time.monotonic()
+        if left <= 0:
+            return
+        try:
+            code = daemon.wait(min(options.interval, left))
+        except subprocess.TimeoutExpired:
+            samples.append(measure(daemon.pid, begin))
+        else:
+            tally.add("daemon", AssertionError(f"it ended with {code}"))
+            return
+
+
+def report(
+    options: argparse.Namespace,
+    samples: list[Sample],
+    tally: Tally,
+    problems: list[str],
+    num_prompt_tokens: int,
+    num_completion_tokens: int,
+) -> int:
+    growth = growth_percent(samples)
+    if options.minutes >= LONG_ENOUGH_MINUTES and growth > MAX_GROWTH_PERCENT:
+        problems = [
+            *problems,
+            f"the resident set grew {growth:.2f} % over the last half; {MAX_GROWTH_PERCENT} is meant",
+        ]
+    print(f"\n{tally.visits.total()} visits: " + ", ".join(f"{name} {n}" for name, n in tally.visits.most_common()))
+    print(f"{num_prompt_tokens} tokens read, {num_completion_tokens} written in {options.minutes:g} minutes")
+    print(
+        f"resident {samples[0].resident_mb:.1f} MB at first, {samples[-1].resident_mb:.1f} MB at last, at most "
+        f"{max(sample.resident_mb for sample in samples):.1f}; growth over the last half {growth:+.2f} %"
+    )
+    for problem in problems:
+        print(f"PROBLEM: {problem}")
+    print("soak: " + ("failed" if problems else "nothing went wrong, nothing was left behind"))
+    return 1 if problems else 0
+
+
+def main() -> int:
+    options = parse(sys.argv[1:])
+    # A short path: that of a Unix socket has at most 107 bytes.
+    with tempfile.TemporaryDirectory(prefix="soak.") as directory:
+        return soak(options, Path(directory))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
