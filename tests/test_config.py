@@ -17,9 +17,12 @@ from hearthd import config as config_module
 from hearthd import paths
 from hearthd.config import Config, EngineConfig, ModelConfig, ServerConfig, load_config
 from hearthd.errors import ConfigError
+from hearthd.roles import BUILT_IN, Role
 
 ENVIRONMENT = {"HOME": "/home/pi", "XDG_RUNTIME_DIR": "/run/user/1000"}
 SHIPPED = Path(__file__).parent.parent / "deploy/hearthd.toml"
+# [roles.NAME] is the one section of sections.
+SECTIONS = [section for section in fields(Config) if section.name != "roles"]
 
 
 def write(directory: Path, text: str) -> Path:
@@ -68,9 +71,67 @@ def test_the_shipped_file_names_the_unit_limit_that_connections_need() -> None:
 def test_the_shipped_file_shows_every_key_with_its_default(tmp_path: Path) -> None:
     text = uncommented(SHIPPED.read_text())
     shown = {section: set(table) for section, table in tomllib.loads(text).items()}
-    known = {each.name: {key.name for key in fields(getattr(load(tmp_path, ""), each.name))} for each in fields(Config)}
+    known = {each.name: {key.name for key in fields(getattr(load(tmp_path, ""), each.name))} for each in SECTIONS}
     assert shown == known
     assert load(tmp_path, text) == load(tmp_path, "")
+
+
+def test_the_shipped_file_shows_every_key_of_a_role_with_its_default(tmp_path: Path) -> None:
+    example = SHIPPED.read_text().partition("#   [roles.guest]\n")[2].partition("\n\n")[0]
+    lines = [line.removeprefix("#   ") for line in example.splitlines() if re.match(r"#   [a-z_]+ = ", line)]
+    shown = tomllib.loads("\n".join(lines))
+    assert shown == {key.name: getattr(Role(), key.name) for key in fields(Role)} | {
+        "methods": list(Role().methods),
+        "models": [],
+    }
+    assert load(tmp_path, "\n".join(["[roles.guest]", *lines])).roles["guest"] == Role()
+
+
+def test_a_role_of_the_file_joins_the_built_in_ones_and_may_change_keys_of_them(tmp_path: Path) -> None:
+    text = (
+        '[roles.guest]\nmethods = ["chat"]\nmodels = ["a"]\ntokens_per_day = 9\n[roles.user]\nrequests_per_minute = 7'
+    )
+    config = load(tmp_path, text)
+    assert list(config.roles) == ["admin", "user", "monitor", "guest"]
+    assert config.roles["guest"] == Role(methods=("chat",), models=("a",), tokens_per_day=9)
+    assert config.roles["user"] == Role(requests_per_minute=7)
+    assert config.roles["monitor"] == BUILT_IN["monitor"]
+    told = config_module.role_settings(config)
+    assert told["roles.guest.tokens_per_day"] == 9
+    assert {name.split(".")[1] for name in told} == {"guest", "user"}
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("roles = 1", "write [roles.NAME]"),
+        ("[roles]\nguest = 1", "roles.guest is 1; write [roles.guest]"),
+        ("[roles.Guest]", "roles.Guest cannot be a role's name; give up to 32 of"),
+        ("[roles.guest]\nmethod = []", "there is no key 'method'; did you mean methods?"),
+        ('[roles.guest]\nmethods = ["talk"]', "'talk' is none of all, chat, models"),
+        ('[roles.guest]\nmethods = ["chat", "chat"]', "each at most once"),
+        ("[roles.guest]\nrequests_per_minute = -1", "0 to 1000000"),
+        ("[roles.guest]\ntokens_per_day = true", "0 to 1000000000000"),
+        ("[roles.guest]\nmax_concurrent_chats = 1.5", "0 to 1024"),
+        (
+            '[auth]\nopen_role = "guest"',
+            "auth.open_role is 'guest'; give one of admin, user, monitor, or add [roles.guest]",
+        ),
+        ('[auth]\ncertificates = {"a.lan" = "guest"}', "auth.certificates of 'a.lan' is 'guest'; give one of admin"),
+        ('[auth]\ncertificates = {"a b" = "user"}', "names of client certificates with their roles"),
+        ('[auth]\ncertificates = {"a.lan" = 1}', "names of client certificates with their roles"),
+        ('[auth]\ncertificates = ["a.lan"]', "a table of at most 1024"),
+    ],
+)
+def test_a_wrong_role_is_refused_by_name(tmp_path: Path, text: str, reason: str) -> None:
+    assert reason in refusal(tmp_path, text)
+
+
+def test_certificates_can_be_set_from_the_environment(tmp_path: Path) -> None:
+    pairs = (("phone.lan", "user"), ("tv.lan", "monitor"))
+    assert load(tmp_path, '[auth.certificates]\n"phone.lan" = "user"\n"tv.lan" = "monitor"').auth.certificates == pairs
+    assert load(tmp_path, "", HEARTHD_AUTH_CERTIFICATES="phone.lan=user, tv.lan = monitor").auth.certificates == pairs
+    assert "HEARTHD_AUTH_CERTIFICATES is" in refusal(tmp_path, "", HEARTHD_AUTH_CERTIFICATES="phone.lan")
 
 
 def test_the_shipped_file_says_something_about_every_key() -> None:
@@ -228,7 +289,7 @@ def test_every_key_can_be_set_from_the_environment(tmp_path: Path) -> None:
     assert load(tmp_path, "", **written) == config
 
 
-KEYS = [(section.name, key.name) for section in fields(Config) for key in fields(section.type)]  # type: ignore[arg-type]
+KEYS = [(section.name, key.name) for section in SECTIONS for key in fields(section.type)]  # type: ignore[arg-type]
 VALUES = st.one_of(
     st.integers(-(2**63), 2**63 - 1),
     st.floats(),

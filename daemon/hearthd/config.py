@@ -9,15 +9,17 @@ Called by `__main__`; every other module of the serving side gets the section th
 
 import difflib
 import os
+import re
 import tomllib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Final, get_type_hints
 
 from hearthd import paths
 from hearthd.errors import ConfigError
-from hearthd.setting import FileMode, Flag, Kind, Number, Place, Strings, Text, Whole, Word
+from hearthd.roles import BUILT_IN, Role
+from hearthd.setting import FileMode, Flag, Kind, Number, Pairs, Place, Strings, Text, Whole, Word
 
 __all__ = [
     "AuthConfig",
@@ -30,6 +32,7 @@ __all__ = [
     "TlsConfig",
     "choose_file",
     "load_config",
+    "role_settings",
     "settings",
 ]
 
@@ -40,7 +43,12 @@ _MAX_FILE_BYTES: Final = 2**20
 # sun_path holds 108 bytes, the last of them zero (unix(7)).
 _MAX_SOCKET_PATH_BYTES: Final = 107
 # Fields whose default in a file is not the default of the dataclass, because it depends on the environment.
-_AUTO: Final = frozenset({("server", "unix_socket"), ("model", "directory")})
+_AUTO: Final = frozenset({("server", "unix_socket"), ("auth", "usage_file"), ("model", "directory")})
+# The one section of sections: `[roles.NAME]`. Not from the environment, whose names could not be told apart.
+_ROLES: Final = "roles"
+# As in the token file, where the role's name is a word of a line.
+_ROLE_NAME: Final = r"[a-z][a-z0-9_-]{0,31}"
+_ROLE_FORM: Final = "up to 32 of a-z, 0-9, '_', '-', a letter first"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,8 +78,16 @@ class AuthConfig:
     """Who may call."""
 
     token_file: Annotated[Path | None, Place(auto=paths.token_file)] = None
+    certificates: Annotated[
+        tuple[tuple[str, str], ...],
+        Pairs(
+            1024, r"[\x21-\x7e]{1,253}", _ROLE_NAME, 'names of client certificates with their roles, {"a.lan" = "user"}'
+        ),
+    ] = ()
     unix_needs_token: Annotated[bool, Flag()] = False
     health_open: Annotated[bool, Flag()] = False
+    open_role: Annotated[str, Text(_ROLE_NAME, _ROLE_FORM)] = "user"
+    usage_file: Annotated[Path | None, Place(auto=paths.usage_file)] = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,6 +144,7 @@ class Config:
     engine: EngineConfig = field(default_factory=EngineConfig)
     limits: LimitsConfig = field(default_factory=LimitsConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    roles: Mapping[str, Role] = field(default_factory=lambda: BUILT_IN)
 
 
 def choose_file(file: Path | None = None, environment: Mapping[str, str] = os.environ) -> Path | None:
@@ -148,8 +165,9 @@ def load_config(file: Path | None = None, environment: Mapping[str, str] = os.en
     """
     file = choose_file(file, environment)
     tables = _parse(file) if file else {}
-    kinds = {name: get_type_hints(section, include_extras=True) for name, section in get_type_hints(Config).items()}
-    _refuse_unknown(tables, kinds, str(file), "section")
+    types = {name: section for name, section in get_type_hints(Config).items() if name != _ROLES}
+    kinds = {name: get_type_hints(section, include_extras=True) for name, section in types.items()}
+    _refuse_unknown(tables, [*kinds, _ROLES], str(file), "section")
     _refuse_unknown(
         (name for name in environment if name.startswith(_PREFIX)),
         [_FILE_VARIABLE, *(_variable(section, key) for section, keys in kinds.items() for key in keys)],
@@ -157,7 +175,7 @@ def load_config(file: Path | None = None, environment: Mapping[str, str] = os.en
         "variable",
     )
     sections = {}
-    for name, section in get_type_hints(Config).items():
+    for name, section in types.items():
         table = tables.get(name, {})
         if not isinstance(table, dict):
             raise ConfigError(f"{file}: {name} is {_shown(table)}; it is a section: write [{name}] and its keys below")
@@ -173,7 +191,7 @@ def load_config(file: Path | None = None, environment: Mapping[str, str] = os.en
             elif (name, key) in _AUTO:
                 values[key] = _read(kind, "auto", environment, f"{name}.{key}", "auto")
         sections[name] = section(**values)
-    config = Config(**sections)
+    config = Config(**sections, roles=_read_roles(tables.get(_ROLES, {}), environment, str(file)))
     _check_together(config)
     return config
 
@@ -183,7 +201,18 @@ def settings(config: Config) -> dict[str, object]:
     return {
         f"{section.name}.{key.name}": getattr(getattr(config, section.name), key.name)
         for section in fields(config)
+        if section.name != _ROLES
         for key in fields(getattr(config, section.name))
+    }
+
+
+def role_settings(config: Config) -> dict[str, object]:
+    """Return what the configuration says of roles beyond the built-in ones, `roles.name.key` to value."""
+    return {
+        f"{_ROLES}.{name}.{key.name}": getattr(role, key.name)
+        for name, role in config.roles.items()
+        if role != BUILT_IN.get(name)
+        for key in fields(role)
     }
 
 
@@ -194,6 +223,27 @@ def _read(kind: Kind, value: object, environment: Mapping[str, str], where: str,
         return kind.read(value)
     except ValueError as error:
         raise ConfigError(f"{where} is {_shown(written)}; {error}") from None
+
+
+def _read_roles(tables: object, environment: Mapping[str, str], file: str) -> Mapping[str, Role]:
+    """Return the built-in roles and those of the file, which may set single keys of a built-in one."""
+    if not isinstance(tables, dict):
+        raise ConfigError(f"{file}: {_ROLES} is {_shown(tables)}; write [{_ROLES}.NAME] and its keys below")
+    kinds = get_type_hints(Role, include_extras=True)
+    roles = dict(BUILT_IN)
+    for name, table in tables.items():
+        where = f"{_ROLES}.{_shown(name)[1:-1]}"
+        if not re.fullmatch(_ROLE_NAME, name):
+            raise ConfigError(f"{file}: {where} cannot be a role's name; give {_ROLE_FORM}")
+        if not isinstance(table, dict):
+            raise ConfigError(f"{file}: {where} is {_shown(table)}; write [{where}] and its keys below")
+        _refuse_unknown(table, kinds, f"{file}: [{where}]", "key")
+        values = {
+            key: _read(kinds[key].__metadata__[0], value, environment, f"{file}: {where}.{key}", value)
+            for key, value in table.items()
+        }
+        roles[name] = replace(roles.get(name, Role()), **values)
+    return roles
 
 
 def _parse(file: Path) -> dict[str, Any]:
@@ -236,8 +286,15 @@ def _check_together(config: Config) -> None:
         raise ConfigError(f"tls.{missing} is missing; give both tls.certificate and tls.key, or none")
     if config.auth.unix_needs_token and config.auth.token_file is None:
         raise ConfigError("auth.unix_needs_token is true and auth.token_file is empty; name the file with the tokens")
+    for where, role in (("auth.open_role", config.auth.open_role), *_certificate_roles(config.auth)):
+        if role not in config.roles:
+            raise ConfigError(f"{where} is {role!r}; give one of {', '.join(config.roles)}, or add [roles.{role}]")
     if config.engine.prefill_chunk > config.engine.context_length:
         raise ConfigError(
             f"engine.prefill_chunk is {config.engine.prefill_chunk}; give at most engine.context_length, "
             f"{config.engine.context_length}"
         )
+
+
+def _certificate_roles(auth: AuthConfig) -> Iterable[tuple[str, str]]:
+    return ((f"auth.certificates of {_shown(name)}", role) for name, role in auth.certificates)

@@ -17,6 +17,7 @@ __all__ = [
     "state_directory",
     "token_file",
     "unix_socket",
+    "usage_file",
 ]
 
 
@@ -66,6 +67,11 @@ def cache_directory(environment: Mapping[str, str] = os.environ, *, is_root: boo
 def token_file(environment: Mapping[str, str] = os.environ, *, is_root: bool | None = None) -> Path:
     """Return where `hearthd token` writes if the configuration names no file."""
     return state_directory(environment, is_root=is_root) / "tokens"
+
+
+def usage_file(environment: Mapping[str, str] = os.environ, *, is_root: bool | None = None) -> Path:
+    """Return where the daemon keeps what callers have used of their daily quotas."""
+    return state_directory(environment, is_root=is_root) / "usage.json"
 
 
 def runtime_directory(environment: Mapping[str, str] = os.environ, *, is_root: bool | None = None) -> Path:

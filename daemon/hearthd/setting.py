@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["FileMode", "Flag", "Kind", "Number", "Place", "Strings", "Text", "Whole", "Word"]
+__all__ = ["FileMode", "Flag", "Kind", "Number", "Pairs", "Place", "Strings", "Text", "Whole", "Word", "Words"]
 
 
 class Kind(ABC):
@@ -147,3 +147,46 @@ class Strings(Kind):
 
     def from_text(self, text: str) -> object:
         return [each.strip() for each in text.split(",") if each.strip()]
+
+
+@dataclass(frozen=True, slots=True)
+class Words(Kind):
+    """A list of some of several words, each at most once; an environment variable separates them with commas."""
+
+    words: tuple[str, ...]
+
+    def read(self, value: object) -> tuple[str, ...]:
+        if not isinstance(value, list) or len(set(map(repr, value))) < len(value):
+            raise ValueError(f"give a list of {', '.join(self.words)}, each at most once")
+        for each in value:
+            if not isinstance(each, str) or each not in self.words:
+                raise ValueError(f"{each!r:.80} is none of {', '.join(self.words)}")
+        return tuple(value)
+
+    def from_text(self, text: str) -> object:
+        return [each.strip() for each in text.split(",") if each.strip()]
+
+
+@dataclass(frozen=True, slots=True)
+class Pairs(Kind):
+    """An inline table of at most `high` strings; `form` says in words what key and value are.
+
+    An environment variable separates the pairs with commas, and key from value with an equals sign.
+    """
+
+    high: int
+    key: str
+    value: str
+    form: str
+
+    def read(self, value: object) -> tuple[tuple[str, str], ...]:
+        if not isinstance(value, dict) or len(value) > self.high:
+            raise ValueError(f"give a table of at most {self.high}: {self.form}")
+        for key, each in value.items():
+            if not re.fullmatch(self.key, key) or not isinstance(each, str) or not re.fullmatch(self.value, each):
+                raise ValueError(f"give {self.form}")
+        return tuple(value.items())
+
+    def from_text(self, text: str) -> object:
+        parts = [each.partition("=") for each in text.split(",") if each.strip()]
+        return {key.strip(): value.strip() for key, _, value in parts}
