@@ -44,9 +44,9 @@ def resolve(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 @pytest.mark.parametrize("address", EXPOSED)
 def test_an_address_for_other_machines_needs_tls_and_tokens(address: str) -> None:
-    assert "without tls.certificate, tls.key, auth.token_file" in refusal(address)
+    assert "without tls.directory (or tls.certificate and tls.key), auth.token_file" in refusal(address)
     assert "without auth.token_file" in refusal(address, tls=TLS)
-    assert "without tls.certificate, tls.key:" in refusal(address, auth=TOKENS)
+    assert "without tls.directory (or tls.certificate and tls.key):" in refusal(address, auth=TOKENS)
     assert [listener.is_exposed for listener in find(address, tls=TLS, auth=TOKENS)] == [True]
 
 

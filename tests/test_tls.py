@@ -9,6 +9,7 @@ import pytest
 
 from hearth.v1 import status_pb2, status_pb2_grpc
 from hearthd.errors import ConfigError
+from hearthd.tls import TlsFiles as ServerFiles
 from hearthd.tls import find_exposure, read_certificate
 from hearthd.tokens import create_token
 from serving import answer, asynchronous, chat_request, make_config, serving, tcp_target
@@ -140,17 +141,17 @@ async def test_a_daemon_warns_of_a_key_that_others_may_read(
 
 def test_a_key_of_another_certificate_is_refused(files: TlsFiles, other_files: TlsFiles) -> None:
     with pytest.raises(ConfigError, match="KEY_VALUES_MISMATCH"):
-        read_certificate(files.certificate, other_files.key)
+        read_certificate(ServerFiles(files.certificate, other_files.key))
 
 
 def test_files_that_are_not_there_or_not_pem_are_refused_by_name(tmp_path: Path, files: TlsFiles) -> None:
     with pytest.raises(ConfigError, match=r"tls\.certificate: .*/none cannot be read: No such file"):
-        read_certificate(tmp_path / "none", files.key)
+        read_certificate(ServerFiles(tmp_path / "none", files.key))
     with pytest.raises(ConfigError, match=r"tls\.key: .*/none cannot be read: No such file"):
-        read_certificate(files.certificate, tmp_path / "none")
+        read_certificate(ServerFiles(files.certificate, tmp_path / "none"))
     (tmp_path / "text").write_text("not PEM")
     with pytest.raises(ConfigError, match="are not a PEM certificate and its PEM key"):
-        read_certificate(tmp_path / "text", files.key)
+        read_certificate(ServerFiles(tmp_path / "text", files.key))
 
 
 def test_a_key_with_a_passphrase_is_refused_and_nobody_is_asked(tmp_path: Path, files: TlsFiles) -> None:
@@ -161,4 +162,4 @@ def test_a_key_with_a_passphrase_is_refused_and_nobody_is_asked(tmp_path: Path, 
         capture_output=True,
     )
     with pytest.raises(ConfigError, match="has a passphrase"):
-        read_certificate(files.certificate, encrypted)
+        read_certificate(ServerFiles(files.certificate, encrypted))

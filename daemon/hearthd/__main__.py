@@ -216,7 +216,7 @@ def run_server(config: Config, load: "Callable[[], Model]") -> int:
 def _check_config(parsed: argparse.Namespace) -> None:
     from hearthd.listeners import find_listeners
     from hearthd.store import Store
-    from hearthd.tls import find_exposure, read_certificate
+    from hearthd.tls import find_exposure, find_files, read_certificate
     from hearthd.tokens import list_tokens
 
     file = choose_file(parsed.config)
@@ -224,9 +224,9 @@ def _check_config(parsed: argparse.Namespace) -> None:
     # Before anything that may be wrong: it may be another file than the one that somebody has in mind.
     print(f"configuration: {file or 'no file, the defaults'}", flush=True)
     listeners = find_listeners(config.server, config.tls, config.auth)
-    if config.tls.certificate and config.tls.key:
-        read_certificate(config.tls.certificate, config.tls.key)
-        if exposure := find_exposure(config.tls.key):
+    if files := find_files(config.tls):
+        read_certificate(files)
+        if exposure := find_exposure(files.key):
             print(f"hearthd: warning: {exposure}", file=sys.stderr)
     if config.auth.token_file:
         list_tokens(config.auth.token_file)

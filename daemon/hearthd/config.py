@@ -67,10 +67,17 @@ class ServerConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TlsConfig:
-    """Certificate chain and private key, PEM; both or none. For every TCP address."""
+    """Certificate chain and private key, PEM: in a directory, or two files; or none. For every TCP address."""
 
+    directory: Annotated[Path | None, Place(auto=paths.tls_directory)] = None
     certificate: Annotated[Path | None, Place()] = None
     key: Annotated[Path | None, Place()] = None
+    clients: Annotated[Path | None, Place()] = None
+
+    @property
+    def is_configured(self) -> bool:
+        """Whether TCP addresses speak TLS."""
+        return self.directory is not None or self.certificate is not None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -281,6 +288,13 @@ def _check_together(config: Config) -> None:
     """Raise ConfigError for values that are right alone and wrong together."""
     if config.server.unix_socket is None and not config.server.tcp:
         raise ConfigError("server.unix_socket and server.tcp are both empty; give at least one address to listen on")
+    if config.tls.directory and (config.tls.certificate or config.tls.key or config.tls.clients):
+        raise ConfigError(
+            "tls.directory is given beside tls.certificate, tls.key or tls.clients; give the directory alone, which "
+            "holds server.crt, server.key and, if callers need certificates, clients.crt; or give the files"
+        )
+    if config.tls.clients and config.tls.certificate is None:
+        raise ConfigError("tls.clients is given without tls.certificate and tls.key; give all three")
     if (config.tls.certificate is None) != (config.tls.key is None):
         missing = "key" if config.tls.key is None else "certificate"
         raise ConfigError(f"tls.{missing} is missing; give both tls.certificate and tls.key, or none")

@@ -55,7 +55,7 @@ def find_listeners(server: ServerConfig, tls: TlsConfig, auth: AuthConfig) -> tu
 
 
 def _refuse_exposure(listeners: Sequence[Listener], server: ServerConfig, tls: TlsConfig, auth: AuthConfig) -> None:
-    missing = [] if tls.certificate else ["tls.certificate", "tls.key"]
+    missing = [] if tls.is_configured else ["tls.directory (or tls.certificate and tls.key)"]
     missing += [] if auth.token_file else ["auth.token_file"]
     if not missing or server.allow_insecure_lan:
         return

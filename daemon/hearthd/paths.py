@@ -15,6 +15,7 @@ __all__ = [
     "model_directory",
     "runtime_directory",
     "state_directory",
+    "tls_directory",
     "token_file",
     "unix_socket",
     "usage_file",
@@ -62,6 +63,11 @@ def cache_directory(environment: Mapping[str, str] = os.environ, *, is_root: boo
     if os.geteuid() == 0 if is_root is None else is_root:
         return Path("/var/cache/hearth")
     return (_absolute(environment, "XDG_CACHE_HOME") or _home(environment) / ".cache") / "hearth"
+
+
+def tls_directory(environment: Mapping[str, str] = os.environ, *, is_root: bool | None = None) -> Path:
+    """Return where the daemon's certificate and key are, and where `hearthd pair` makes them."""
+    return state_directory(environment, is_root=is_root) / "tls"
 
 
 def token_file(environment: Mapping[str, str] = os.environ, *, is_root: bool | None = None) -> Path:

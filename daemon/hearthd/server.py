@@ -27,7 +27,7 @@ from hearthd.model import Model
 from hearthd.notify import Notifier, feed_watchdog
 from hearthd.service import ChatService, ModelService, StatusService, Tokenising
 from hearthd.statuses import ErrorBoundary
-from hearthd.tls import find_exposure, server_credentials
+from hearthd.tls import CertificateSource, find_exposure, find_files
 from hearthd.tokens import TokenFile
 from hearthd.transport import transport_options
 from hearthd.worker import Worker
@@ -57,6 +57,8 @@ class Server:
         self._config = config
         self._notifier = notifier or Notifier({})
         self._listeners = find_listeners(config.server, config.tls, config.auth)
+        self._tls_files = find_files(config.tls)
+        self._certificates = CertificateSource(self._tls_files) if self._tls_files else None
         self._tokens = TokenFile(config.auth.token_file) if config.auth.token_file else None
         self._worker = Worker(
             load, max_queued=config.limits.max_queued, stream_backlog_bytes=config.server.stream_backlog_bytes
@@ -137,15 +139,14 @@ class Server:
         ]
 
     def _add_address(self, server: grpc.aio.Server, listener: Listener) -> None:
-        tls = self._config.tls
         try:
             if listener.socket_path:
                 with _umask(0o777 & ~self._config.server.unix_socket_mode):
                     server.add_insecure_port(listener.target)
                 self.addresses.append(listener.text)
                 return
-            if tls.certificate and tls.key:
-                port = server.add_secure_port(listener.target, server_credentials(tls.certificate, tls.key))
+            if self._certificates:
+                port = server.add_secure_port(listener.target, self._certificates.credentials())
             else:
                 port = server.add_insecure_port(listener.target)
             # The kernel chooses a port for 0.
@@ -159,9 +160,9 @@ class Server:
     def _warn(self) -> None:
         """Say what the configuration allows and somebody may not have meant."""
         exposed = ", ".join(listener.text for listener in self._listeners if listener.is_exposed)
-        if exposed and (self._tokens is None or self._config.tls.certificate is None):
+        if exposed and (self._tokens is None or self._certificates is None):
             _logger.warning("server.allow_insecure_lan: %s is open to the network without TLS or tokens", exposed)
-        if self._config.tls.key and (exposure := find_exposure(self._config.tls.key)):
+        if self._tls_files and (exposure := find_exposure(self._tls_files.key)):
             _logger.warning("%s", exposure)
         if self._tokens is not None and not len(self._tokens):
             _logger.warning("%s has no token, so nobody can call on TCP", self._config.auth.token_file)

@@ -1,53 +1,110 @@
-"""TLS of the server: a certificate and a key from files, read again when they change.
+"""TLS of the server: certificate and key from files, followed when they change without a restart.
 
-A renewed certificate is used from the next handshake on. A broken one is told in the journal, and the last good one
-stays: a failed renewal must not end the service. Called by `server`; `__main__` checks files with
-`read_certificate` and `find_exposure`.
+A renewed certificate is used from the next handshake on; connections that are open keep theirs. A broken one, and a
+certificate without its key, which a renewal leaves for a moment, is told in the journal and in the status, and the last
+good one stays: a failed renewal must not end the service.
+
+With an authority for the callers' certificates, each caller must show one that it signed (mutual TLS). gRPC for Python
+can either require that or not ask at all [M: grpcio 1.85.1 sends no CertificateRequest unless it requires one], so
+there is no "optional". Who a certificate belongs to is `auth`'s affair.
+
+Called by `server`; `check_config` and `pairing` check and read files with `find_files` and `read_certificate`.
 """
 
+import hashlib
 import logging
+import os
 import ssl
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Final, NoReturn
 
 import grpc
 
+from hearthd.config import TlsConfig
 from hearthd.errors import ConfigError
 
-__all__ = ["Certificate", "find_exposure", "read_certificate", "server_credentials"]
+__all__ = ["Certificate", "CertificateSource", "TlsFiles", "find_exposure", "find_files", "read_certificate"]
 
 _logger = logging.getLogger(__name__)
+
+CERTIFICATE_NAME: Final = "server.crt"
+KEY_NAME: Final = "server.key"
+CLIENTS_NAME: Final = "clients.crt"
+_MAX_FILE_BYTES: Final = 2**20
 
 _Signature = tuple[tuple[int, int, int], ...]
 
 
 @dataclass(frozen=True, slots=True)
+class TlsFiles:
+    """Where certificate and key are, PEM."""
+
+    certificate: Path
+    key: Path
+    clients: Path | None = None
+    """Authority of the callers' certificates; None: callers show none."""
+
+
+@dataclass(frozen=True, slots=True)
 class Certificate:
-    """What proves the daemon's name."""
+    """What proves the daemon's name, and what callers' proofs are checked against. PEM."""
 
     chain: bytes
-    """PEM, the daemon's own certificate first."""
+    """The daemon's own certificate first."""
     key: bytes
-    """PEM."""
+    clients: bytes | None = None
+
+    @property
+    def fingerprint(self) -> bytes:
+        """SHA-256 of the daemon's own certificate."""
+        end = b"-----END CERTIFICATE-----"
+        own = self.chain[: self.chain.index(end) + len(end)]
+        der = ssl.PEM_cert_to_DER_cert(own[own.index(b"-----BEGIN CERTIFICATE-----") :].decode("ascii"))
+        return hashlib.sha256(der).digest()
 
 
-def read_certificate(chain_path: Path, key_path: Path) -> Certificate:
-    """Read both files and prove that they belong together. Raises ConfigError."""
-    for name, path in (("tls.certificate", chain_path), ("tls.key", key_path)):
-        try:
-            path.read_bytes()
-        except OSError as error:
-            raise ConfigError(f"{name}: {path} cannot be read: {error.strerror}") from None
+def find_files(tls: TlsConfig) -> TlsFiles | None:
+    """Return the files of a configuration; None where it has no TLS."""
+    if tls.directory:
+        clients = tls.directory / CLIENTS_NAME
+        return TlsFiles(
+            tls.directory / CERTIFICATE_NAME,
+            tls.directory / KEY_NAME,
+            # Not `exists`, which is false too for what may not be looked at: that must not let everybody in.
+            clients if os.path.lexists(clients) else None,
+        )
+    if tls.certificate and tls.key:
+        return TlsFiles(tls.certificate, tls.key, tls.clients)
+    return None
+
+
+def read_certificate(files: TlsFiles) -> Certificate:
+    """Read the files and prove that they belong together. Raises ConfigError."""
+    chain = _read("tls.certificate", files.certificate)
+    key = _read("tls.key", files.key)
+    clients = _read("tls.clients", files.clients) if files.clients else None
     try:
-        # gRPC takes anything and fails at the first handshake; OpenSSL says at once what is wrong.
-        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(chain_path, key_path, password=_refuse_password)
-        return Certificate(chain_path.read_bytes(), key_path.read_bytes())
+        # gRPC takes anything and fails at the first handshake; OpenSSL says at once what is wrong. It gets the bytes
+        # that were read, and not the files, which may be others by now.
+        with _in_memory(chain) as chain_path, _in_memory(key) as key_path:
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(chain_path, key_path, password=_refuse_password)
     except (OSError, ValueError) as error:  # SSLError is an OSError
         reason = getattr(error, "reason", None) or str(error)
         raise ConfigError(
-            f"tls.certificate {chain_path} and tls.key {key_path} are not a PEM certificate and its PEM key: {reason}"
+            f"tls.certificate {files.certificate} and tls.key {files.key} are not a PEM certificate and its PEM key: "
+            f"{reason}"
         ) from None
+    if clients is not None:
+        try:
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_verify_locations(cadata=clients.decode("ascii"))
+        except (ssl.SSLError, ValueError) as error:
+            reason = getattr(error, "reason", None) or "it is not PEM"
+            raise ConfigError(f"tls.clients {files.clients} holds no certificate of an authority: {reason}") from None
+    return Certificate(chain, key, clients)
 
 
 def find_exposure(key_path: Path) -> str | None:
@@ -64,46 +121,93 @@ def find_exposure(key_path: Path) -> str | None:
     return f"tls.key: key file {key_path} has mode {mode:04o}; others may read it; run: chmod 600 {key_path}"
 
 
+class CertificateSource:
+    """Follows the files: looks at them at each handshake, on gRPC's threads, and when `refresh` is called."""
+
+    def __init__(self, files: TlsFiles) -> None:
+        """Read the files. Raises ConfigError if they cannot be used now."""
+        self._files = files
+        self._lock = threading.Lock()
+        self._seen = self._signature()
+        self._configuration = self._read()
+        self._problem: str | None = None
+
+    @property
+    def problem(self) -> str | None:
+        """What is wrong with the files as they are now, so that an older certificate is in use; None if nothing is."""
+        return self._problem
+
+    def credentials(self) -> grpc.ServerCredentials:
+        """Return credentials of one listener that follow the files."""
+        given = self._configuration
+
+        def fetch() -> object | None:
+            nonlocal given
+            self.refresh()
+            if self._configuration is given:
+                return None
+            given = self._configuration
+            return given
+
+        return grpc.dynamic_ssl_server_credentials(given, fetch, self._files.clients is not None)
+
+    def refresh(self) -> None:
+        """Read the files again if they changed. What cannot be used is told, and changes nothing."""
+        with self._lock:
+            signature = self._signature()
+            if signature == self._seen:
+                return
+            # Before they are read: what changes while they are is seen the next time.
+            self._seen = signature
+            try:
+                self._configuration = self._read()
+            except ConfigError as error:
+                self._problem = f"the new certificate is not used, the last good one stays: {error}"
+                _logger.error("%s", self._problem)
+                return
+            self._problem = None
+        _logger.info("certificate %s read again", self._files.certificate)
+
+    def _read(self) -> object:
+        read = read_certificate(self._files)
+        return grpc.ssl_server_certificate_configuration([(read.key, read.chain)], read.clients)
+
+    def _signature(self) -> _Signature | None:
+        paths = [self._files.certificate, self._files.key]
+        paths += [self._files.clients] if self._files.clients else []
+        try:
+            found = [path.stat() for path in paths]
+        except OSError:  # in the middle of a renewal, or gone: either way, not what was read
+            return None
+        return tuple((each.st_ino, each.st_size, each.st_mtime_ns) for each in found)
+
+
+def _read(name: str, path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            data = file.read(_MAX_FILE_BYTES + 1)
+    except OSError as error:
+        raise ConfigError(f"{name}: {path} cannot be read: {error.strerror}{_remedy(path)}") from None
+    if len(data) > _MAX_FILE_BYTES:
+        raise ConfigError(f"{name}: {path} has over {_MAX_FILE_BYTES} bytes; it is no certificate and no key")
+    return data
+
+
+def _remedy(path: Path) -> str:
+    return "; `hearthd pair NAME` makes one" if path.name == CERTIFICATE_NAME and not path.exists() else ""
+
+
 def _refuse_password() -> NoReturn:
     raise ValueError("the key has a passphrase; store it without one, readable by the daemon alone")
 
 
-def server_credentials(chain_path: Path, key_path: Path) -> grpc.ServerCredentials:
-    """Return credentials that follow the files. Raises ConfigError if they cannot be used now."""
-    source = _CertificateSource(chain_path, key_path)
-    return grpc.dynamic_ssl_server_credentials(source.configuration, source.fetch)
-
-
-class _CertificateSource:
-    """Looks at the files at each handshake, on gRPC's threads."""
-
-    def __init__(self, chain_path: Path, key_path: Path) -> None:
-        self._chain_path = chain_path
-        self._key_path = key_path
-        self._seen = self._signature()
-        self.configuration = self._read()
-
-    def fetch(self) -> object | None:
-        """Return a new configuration, or None to keep the last one."""
-        try:
-            signature = self._signature()
-            if signature == self._seen:
-                return None
-            self._seen = signature
-            configuration = self._read()
-        except (ConfigError, OSError) as error:
-            _logger.error("the new certificate is not used, the last good one stays: %s", error)
-            return None
-        _logger.info("certificate %s read again", self._chain_path)
-        return configuration
-
-    def _read(self) -> object:
-        certificate = read_certificate(self._chain_path, self._key_path)
-        return grpc.ssl_server_certificate_configuration([(certificate.key, certificate.chain)])
-
-    def _signature(self) -> _Signature | None:
-        try:
-            found = (self._chain_path.stat(), self._key_path.stat())
-        except OSError:  # in the middle of a renewal, or gone: either way, not the pair that was read
-            return None
-        return tuple((each.st_ino, each.st_size, each.st_mtime_ns) for each in found)
+@contextmanager
+def _in_memory(data: bytes) -> Iterator[str]:
+    """Give a path under which this process, and no other user, reads the data: OpenSSL takes nothing else."""
+    descriptor = os.memfd_create("hearthd", os.MFD_CLOEXEC)
+    try:
+        os.write(descriptor, data)
+        os.lseek(descriptor, 0, os.SEEK_SET)
+        yield f"/proc/self/fd/{descriptor}"
+    finally:
+        os.close(descriptor)
