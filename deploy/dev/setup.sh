@@ -6,6 +6,7 @@
 #     deploy/dev/setup.sh protos      .venv-protos: the one compiler version that writes client/hearth/v1
 #     deploy/dev/setup.sh export      .venv-export: the daemon with the extra [export], whose transformers is older
 #     deploy/dev/setup.sh emulator    what tests/arm64 needs of the system; no environment
+#     deploy/dev/setup.sh board       what tests/board needs of the system; no environment
 #
 # Installs only what is missing, and asks for root only if a system package is missing. PYTHON names an interpreter,
 # CC a compiler. A second run takes well under a second: a stamp in the environment names what it was made from. The
@@ -13,14 +14,14 @@
 # and is made anew. Called by the Makefile.
 set -eu
 
-stage=${1:?"usage: deploy/dev/setup.sh daemon|dev|protos|export|emulator"}
+stage=${1:?"usage: deploy/dev/setup.sh daemon|dev|protos|export|emulator|board"}
 constraints=constraints.txt
 case $stage in
 daemon | dev) venv=.venv ;;
 protos) venv=.venv-protos ;;
 export) venv=.venv-export constraints=constraints-export.txt ;;
-emulator) ;;
-*) echo "setup: no stage \"$stage\": use daemon, dev, protos, export or emulator" >&2 && exit 2 ;;
+emulator | board) ;;
+*) echo "setup: no stage \"$stage\": use daemon, dev, protos, export, emulator or board" >&2 && exit 2 ;;
 esac
 cd -- "$(dirname -- "$0")/../.."
 exec </dev/null # nothing here reads an answer, and a closed stdin would be reused as somebody's file
@@ -104,6 +105,10 @@ ensure_emulator() {
     command -v qemu-aarch64-static >/dev/null || set -- "$@" qemu-user-static
     command -v mmdebstrap >/dev/null || set -- "$@" mmdebstrap
     [ -e /usr/share/keyrings/debian-archive-keyring.gpg ] || set -- "$@" debian-archive-keyring
+    if [ "$stage" = board ]; then
+        command -v qemu-system-aarch64 >/dev/null || set -- "$@" qemu-system-arm
+        [ -x /usr/sbin/mkfs.ext4 ] || set -- "$@" e2fsprogs
+    fi
     [ $# -eq 0 ] || install_packages "$@"
 }
 
@@ -130,10 +135,11 @@ exec 9>.cache/setup.lock
 # Two runs at once would each half make one environment.
 flock -n 9 || { say "waiting for another set-up of this clone to end" && flock 9; }
 
-if [ "$stage" = emulator ]; then
+case $stage in emulator | board)
     ensure_emulator
     exit 0
-fi
+    ;;
+esac
 
 stamp=$venv/hearth-ready
 had_stage='' had_identity='' had_contents=''
