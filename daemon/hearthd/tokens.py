@@ -12,6 +12,7 @@ Knows no gRPC, and of roles the name only. Called by `auth`, `token_command` and
 """
 
 import datetime
+import errno
 import fcntl
 import hashlib
 import hmac
@@ -21,7 +22,7 @@ import re
 import secrets
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -44,6 +45,8 @@ _LINE: Final = re.compile(
     rf"({_NAME.pattern}) ([0-9a-f]{{64}}) ([0-9TZ:.+-]{{1,40}})(?: ({_ROLE.pattern})(?: ([0-9TZ:-]{{20}}))?)?"
 )
 _DATE: Final = "%Y-%m-%dT%H:%M:%SZ"
+# What the kernel says of a disk that has died or whose file system is broken, and of a server that is out of reach.
+_DISK_FAULTS: Final = frozenset({errno.EIO, errno.EUCLEAN, errno.ESTALE, errno.ENODEV, errno.ENXIO})
 _HEADER: Final = "# Hearth's tokens: name, SHA-256 of the token, created, role, expires. Written by `hearthd token`.\n"
 
 DEFAULT_ROLE: Final = "user"
@@ -128,7 +131,10 @@ class TokenFile:
         """Read the file. now: for tests. Raises ConfigError as `list_tokens` does."""
         self._path = path
         self._now = now or ForwardClock().now
-        self._seen = self._stat()
+        self._seen: tuple[int, ...] | None = None
+        self._trouble: str | None = None
+        with suppress(OSError):  # which `list_tokens` tells better
+            self._seen = self._stat()
         self._tokens = list_tokens(path)
 
     def __len__(self) -> int:
@@ -149,28 +155,41 @@ class TokenFile:
             return None
         return found
 
-    def _stat(self) -> tuple[int, ...] | None:
-        try:
-            found = self._path.stat()
-        except OSError:
-            return None
+    def _stat(self) -> tuple[int, ...]:
+        found = self._path.stat()
         return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
     def _refresh(self) -> None:
-        seen = self._stat()
-        if seen == self._seen:
-            return
-        # What cannot be read lets nobody in: a revocation must not depend on a well-formed file.
-        self._seen, self._tokens = seen, []
+        seen = None
         try:
+            seen = self._stat()
+            if seen == self._seen:
+                return
             text, _ = _read(self._path)
         except (OSError, ValueError) as error:
-            _logger.error("token file %s cannot be read, no token is valid: %s", self._path, _reason(error))
+            # A file that is too large is not read again for each call; everything else may have passed by the next.
+            self._seen = seen if isinstance(error, ValueError) else None
+            self._miss(error)
             return
+        self._seen, self._trouble = seen, None
         self._tokens, bad_lines = _parse(text)
         if bad_lines:
             _logger.error("token file %s: lines %s are no tokens and let nobody in", self._path, bad_lines[:10])
         _logger.info("token file %s read again: %d tokens", self._path, len(self._tokens))
+
+    def _miss(self, error: OSError | ValueError) -> None:
+        """Do without the file: it lets nobody in, unless it is the disk that has failed.
+
+        A revocation must not depend on a well-formed file. But a disk that cannot be read cannot be written either, so
+        nobody has been revoked on it, and whoever could call before still can.
+        """
+        has_disk_failed = isinstance(error, OSError) and error.errno in _DISK_FAULTS
+        if not has_disk_failed:
+            self._tokens = []
+        if self._trouble != (trouble := _reason(error)):
+            self._trouble = trouble
+            what = f"the {len(self._tokens)} tokens read before stay valid" if has_disk_failed else "no token is valid"
+            _logger.error("token file %s cannot be read, %s: %s", self._path, what, trouble)
 
 
 def _date(seconds: float) -> str:
