@@ -121,7 +121,10 @@ async def test_methods_that_do_not_exist_are_not_told_from_those_that_do(tmp_pat
     async with channel_to(tmp_path) as (channel, token, _):
         refused = [grpc.StatusCode.UNAUTHENTICATED] * len(UNKNOWN)
         assert [await code_of(channel.unary_unary(path)(b"")) for path in UNKNOWN] == refused
-        assert [await code_of(channel.unary_unary(path)(b"", metadata=bearer(token))) for path in UNKNOWN] == [
+        refused = [grpc.StatusCode.PERMISSION_DENIED] * len(UNKNOWN)
+        assert [await code_of(channel.unary_unary(path)(b"", metadata=bearer(token))) for path in UNKNOWN] == refused
+        admin = bearer(create_token(tmp_path / "tokens", "root", role="admin"))
+        assert [await code_of(channel.unary_unary(path)(b"", metadata=admin)) for path in UNKNOWN] == [
             grpc.StatusCode.UNIMPLEMENTED
         ] * len(UNKNOWN)
 

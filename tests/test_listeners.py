@@ -15,6 +15,8 @@ from hearthd.listeners import Listener, find_listeners
 
 NO_TLS, TLS = TlsConfig(), TlsConfig(certificate=Path("/c.pem"), key=Path("/k.pem"))
 NO_TOKENS, TOKENS = AuthConfig(), AuthConfig(token_file=Path("/tokens"))
+MUTUAL_TLS = TlsConfig(certificate=Path("/c.pem"), key=Path("/k.pem"), clients=Path("/ca.pem"))
+CERTIFICATES = AuthConfig(certificates=(("phone.lan", "user"),))
 EXPOSED = ["0.0.0.0:50051", "[::]:50051", "192.0.2.7:50051", "[2001:db8::7]:50051", "[::ffff:192.0.2.7]:1", "0:50051"]
 LOOPBACK = ["127.0.0.1:50051", "127.255.0.9:1", "[::1]:50051", "localhost:50051"]
 
@@ -43,11 +45,26 @@ def resolve(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 
 @pytest.mark.parametrize("address", EXPOSED)
-def test_an_address_for_other_machines_needs_tls_and_tokens(address: str) -> None:
-    assert "without tls.directory (or tls.certificate and tls.key), auth.token_file" in refusal(address)
-    assert "without auth.token_file" in refusal(address, tls=TLS)
+def test_an_address_for_other_machines_needs_tls_and_authentication(address: str) -> None:
+    missing = "auth.token_file (or auth.certificates)"
+    assert f"without tls.directory (or tls.certificate and tls.key), {missing}:" in refusal(address)
+    assert f"without {missing}:" in refusal(address, tls=TLS)
+    assert f"without {missing}:" in refusal(address, tls=MUTUAL_TLS)
     assert "without tls.directory (or tls.certificate and tls.key):" in refusal(address, auth=TOKENS)
     assert [listener.is_exposed for listener in find(address, tls=TLS, auth=TOKENS)] == [True]
+    assert [listener.is_exposed for listener in find(address, tls=MUTUAL_TLS, auth=CERTIFICATES)] == [True]
+
+
+def test_names_of_certificates_need_an_authority_that_proves_them(tmp_path: Path) -> None:
+    """Otherwise nobody could ever show one, and a daemon without tokens would seem to have authentication."""
+    directory = TlsConfig(directory=tmp_path)
+    for tls, where in ((NO_TLS, "tls.clients"), (TLS, "tls.clients"), (directory, f"{tmp_path} as clients.crt")):
+        for address in ("127.0.0.1:50051", "0.0.0.0:50051"):
+            message = refusal(address, tls=tls, auth=CERTIFICATES)
+            assert "there is no authority to check them against" in message
+            assert where in message
+    (tmp_path / "clients.crt").touch()
+    assert find("0.0.0.0:50051", tls=directory, auth=CERTIFICATES)
 
 
 @pytest.mark.parametrize("address", EXPOSED)

@@ -336,7 +336,7 @@ async def test_what_is_open_by_flag_is_told_in_the_log(tmp_path: Path, caplog: p
         auth={"token_file": tmp_path / "tokens"},
     )
     async with serving(config):
-        assert "0.0.0.0:0 is open to the network without TLS or tokens" in caplog.text
+        assert "0.0.0.0:0 is open to the network without TLS or authentication" in caplog.text
         assert "has no token, so nobody can call on TCP" in caplog.text
 
 

@@ -1,88 +1,180 @@
-"""Who calls: every method of a listener behind a token, those that do not exist included.
+"""Who calls, and whether they may: every method of every listener, those that do not exist included.
 
-`TokenInterceptor` decides before anything of the request is read. Knows tokens and no certificates. `server` puts one
-in front of each gRPC server, behind the boundary of `statuses`, which tells the caller of a refusal. `service` asks
-`caller_identity` and `caller_name`.
+A caller is whoever its token names, else whoever its client certificate names, which the TLS handshake has verified;
+on a listener that asks for neither, everybody is the same caller, with the role `auth.open_role`. All of this is
+decided before anything of the request is read, anew at each call: what was revoked or has expired ends then, on
+connections that stay open too. Whoever has no right to call gets the same answer from every method, and learns nothing.
+
+`server` makes one `Authenticator`, and puts an `AccessInterceptor` in front of each gRPC server, behind the boundary of
+`statuses`, which tells callers of refusals. `caller` holds the outcome; `metering` counts the call.
 """
 
-import contextvars
+import inspect
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any, Final, NoReturn
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from typing import Any, Final
 
 import grpc
 
-from hearthd.errors import UnauthenticatedError
-from hearthd.tokens import Token, TokenFile
+from hearthd.caller import Caller, set_caller
+from hearthd.config import AuthConfig
+from hearthd.errors import InvalidRequestError, NotPermittedError, UnauthenticatedError, UnknownMethodError
+from hearthd.metering import Meters
+from hearthd.roles import HEALTH, METHODS, NO_RIGHTS, OPEN_METHODS, Role
+from hearthd.tokens import TokenFile
 
-__all__ = ["TokenInterceptor", "caller_identity", "caller_name"]
+__all__ = ["AccessInterceptor", "Authenticator"]
 
 _logger = logging.getLogger(__name__)
 
-_HEALTH_PREFIX: Final = "/grpc.health.v1.Health/"
-# Set for one call: gRPC runs interceptors and handler of a call in one task, and each call in a task of its own.
-_caller: contextvars.ContextVar[Token | None] = contextvars.ContextVar("caller", default=None)
+_NOBODY: Final = "-"
+_OPEN: Final = "open"
 
 
-def caller_identity(context: grpc.aio.ServicerContext) -> str:
-    """Name who calls, as far as the server itself has verified it: KV is shared only inside of one identity.
+class Authenticator:
+    """Finds out who calls. One for all listeners; `update` gives it another configuration between two calls."""
 
-    The token; without one, the address of the other machine, or the Unix socket.
+    def __init__(self, auth: AuthConfig, roles: Mapping[str, Role]) -> None:
+        """Raises ConfigError if the token file cannot be used."""
+        self.update(auth, roles)
+
+    def update(self, auth: AuthConfig, roles: Mapping[str, Role]) -> None:
+        """Go by another configuration from the next call on. Raises ConfigError and goes by the old one."""
+        tokens = TokenFile(auth.token_file) if auth.token_file else None
+        self._auth, self._roles, self._tokens = auth, roles, tokens
+        self._certificates = dict(auth.certificates)
+
+    @property
+    def num_credentials(self) -> int | None:
+        """How many tokens and certificates there are; None if callers need none."""
+        if self._tokens is None and not self._certificates:
+            return None
+        return len(self._certificates) + (0 if self._tokens is None else len(self._tokens))
+
+    def identify(self, method: str, context: grpc.aio.ServicerContext, *, is_unix: bool) -> Caller:
+        """Return who makes a call. Raises UnauthenticatedError, always with the same text."""
+        given = [value for key, value in context.invocation_metadata() or () if key == "authorization"]
+        caller = None
+        if given and self._tokens is not None:
+            # A wrong token is refused where none would be needed, too: whoever shows one means to be somebody.
+            caller = self._by_token(self._tokens, given)
+        elif self._certificates and (name := self._verified_name(context)):
+            role = self._certificates[name]
+            caller = self._caller(name, role, f"certificate:{name}", f"certificate:{name}")
+        elif self._is_open(is_unix=is_unix):
+            caller = self._caller(_NOBODY, self._auth.open_role, _OPEN, _connection(context))
+        elif method in OPEN_METHODS or self._is_open_health(method):
+            # By no limit of the role: whoever is at the door must not use up what those inside share.
+            caller = Caller(_NOBODY, self._auth.open_role, _OPEN, _connection(context), Role())
+        if caller is None:
+            # The method's name is the caller's text, so it is not told.
+            _logger.info("a call without a valid credential from %s was refused", context.peer())
+            raise UnauthenticatedError(
+                "no valid credential: send the metadata `authorization: Bearer TOKEN`; `hearthd token create NAME` "
+                "makes a token"
+            )
+        return caller
+
+    def authorise(self, caller: Caller, method: str) -> None:
+        """Raise NotPermittedError if a caller has no right to a method, whether or not it exists."""
+        if method in OPEN_METHODS or self._is_open_health(method) or caller.rights.may_call(method):
+            return
+        _logger.info("a call of %s was refused: not for role %s", caller.name, caller.role)
+        raise NotPermittedError(f"role {caller.role} may not call this method; hearthd.toml says what each role may")
+
+    def _is_open(self, *, is_unix: bool) -> bool:
+        if is_unix:
+            return not self._auth.unix_needs_token
+        return self._tokens is None and not self._certificates
+
+    def _is_open_health(self, method: str) -> bool:
+        return self._auth.health_open and method in METHODS[HEALTH]
+
+    def _by_token(self, tokens: TokenFile, given: list[str | bytes]) -> Caller | None:
+        if len(given) > 1 or not isinstance(given[0], str):
+            return None
+        scheme, _, secret = given[0].partition(" ")
+        token = tokens.find(secret.strip()) if scheme.lower() == "bearer" else None
+        if token is None:
+            return None
+        return self._caller(token.name, token.role, f"token:{token.name}", f"token:{token.identity}")
+
+    def _verified_name(self, context: grpc.aio.ServicerContext) -> str | None:
+        """Return the name of the peer's certificate that the configuration knows. gRPC has verified the certificate."""
+        peer: Mapping[str, list[bytes]] = context.auth_context()
+        # RFC 6125, 6.4.4: the common name counts only where there is no subject alternative name.
+        names = peer.get("x509_subject_alternative_name") or peer.get("x509_common_name") or []
+        return next((name for each in names if (name := each.decode("utf-8", "replace")) in self._certificates), None)
+
+    def _caller(self, name: str, role: str, account: str, identity: str) -> Caller:
+        rights = self._roles.get(role)
+        if rights is None:
+            _logger.warning("%s has the role %s, which is not configured (any more) and has no rights", name, role)
+            rights = NO_RIGHTS
+        return Caller(name, role, account, identity, rights)
+
+
+def _connection(context: grpc.aio.ServicerContext) -> str:
+    """Name what can be told of a caller without a credential.
+
+    `ipv4:192.0.2.1:36014`, with the port: each connection is another one, for two users of one machine must not see
+    each other's cache. gRPC says nothing of who is at the other end of a Unix socket: `unix:`, one for all.
     """
-    token = _caller.get()
-    if token is not None:
-        return f"token:{token.identity}"
     peer: str = context.peer()
-    # `ipv4:192.0.2.1:36014`, `ipv6:%5B::1%5D:36014`, `unix:`. The port is another for each connection.
-    return peer.rpartition(":")[0] if peer.startswith("ip") else peer
+    return f"{_OPEN}:{peer}"
 
 
-def caller_name() -> str:
-    """Name who calls, for the journal."""
-    token = _caller.get()
-    return token.name if token is not None else "-"
+class AccessInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
+    """Asks at each call who it is, whether they may, and whether not too often."""
 
-
-class TokenInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
-    """Asks each call for a token.
-
-    tokens: None lets everybody in. is_required: whether a call without a token is refused; one with a wrong token
-    always is. is_health_open: whether the health service is left out of this.
-    """
-
-    def __init__(self, tokens: TokenFile | None, *, is_required: bool, is_health_open: bool) -> None:
-        self._tokens = tokens
-        self._is_required = is_required
-        self._is_health_open = is_health_open
+    def __init__(self, authenticator: Authenticator, meters: Meters, *, is_unix: bool) -> None:
+        self._authenticator = authenticator
+        self._meters = meters
+        self._is_unix = is_unix
 
     async def intercept_service(
         self,
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler | None]],
         handler_call_details: grpc.HandlerCallDetails,
-    ) -> grpc.RpcMethodHandler | None:
-        """Return the method's handler, or one that refuses the call."""
-        if self._tokens is not None and not self._may_call(self._tokens, handler_call_details):
-            # A stream, whatever the method is: its handler runs before the request is read, and a caller who is not
-            # let in can neither send anything that is kept nor learn which methods there are.
-            return grpc.stream_stream_rpc_method_handler(_refuse)
-        return await continuation(handler_call_details)
+    ) -> grpc.RpcMethodHandler:
+        """Return a handler that decides, and then does what the method's own would do.
 
-    def _may_call(self, tokens: TokenFile, details: grpc.HandlerCallDetails) -> bool:
-        given = [value for key, value in details.invocation_metadata or () if key == "authorization"]
-        if not given:
-            is_open = self._is_health_open and details.method.startswith(_HEALTH_PREFIX)
-            return is_open or not self._is_required
-        if len(given) > 1 or not isinstance(given[0], str):
-            return False
-        scheme, _, secret = given[0].partition(" ")
-        token = tokens.find(secret.strip()) if scheme.lower() == "bearer" else None
-        _caller.set(token)
-        return token is not None
+        A stream both ways, whatever the method is: such a handler runs before the request is read. So a caller who is
+        not let in can neither send anything that is kept nor learn which methods there are.
+        """
+        handler = await continuation(handler_call_details)
+        method = handler_call_details.method.removeprefix("/")
+
+        async def decide(requests: AsyncIterator[Any], context: grpc.aio.ServicerContext) -> None:
+            caller = self._authenticator.identify(method, context, is_unix=self._is_unix)
+            set_caller(caller)
+            self._authenticator.authorise(caller, method)
+            self._meters.count_request(caller)
+            if handler is None:
+                raise UnknownMethodError("there is no method of that name")
+            await _run(handler, requests, context)
+
+        return grpc.stream_stream_rpc_method_handler(
+            decide,
+            request_deserializer=handler and handler.request_deserializer,
+            response_serializer=handler and handler.response_serializer,
+        )
 
 
-async def _refuse(_requests: AsyncIterator[Any], context: grpc.aio.ServicerContext) -> NoReturn:
-    # The method's name is the caller's text, so it is not told.
-    _logger.info("a call without a valid token from %s was refused", context.peer())
-    raise UnauthenticatedError(
-        "no valid token: send the metadata `authorization: Bearer TOKEN`; `hearthd token create NAME` makes a token"
-    )
+async def _run(handler: grpc.RpcMethodHandler, requests: AsyncIterator[Any], context: grpc.aio.ServicerContext) -> None:
+    """Do what gRPC does with a method's handler, in terms of one that streams both ways."""
+    behavior = handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
+    request = requests if handler.request_streaming else await _only(requests)
+    if not handler.response_streaming:
+        await context.write(await behavior(request, context))
+    elif inspect.isasyncgenfunction(behavior):
+        async for response in behavior(request, context):
+            await context.write(response)
+    else:
+        await behavior(request, context)
+
+
+async def _only(requests: AsyncIterator[Any]) -> Any:
+    async for request in requests:
+        return request
+    raise InvalidRequestError("request", "is missing; send one message")

@@ -245,7 +245,7 @@ def _read_roles(tables: object, environment: Mapping[str, str], file: str) -> Ma
         if not isinstance(table, dict):
             raise ConfigError(f"{file}: {where} is {_shown(table)}; write [{where}] and its keys below")
         _refuse_unknown(table, kinds, f"{file}: [{where}]", "key")
-        values = {
+        values: dict[str, Any] = {
             key: _read(kinds[key].__metadata__[0], value, environment, f"{file}: {where}.{key}", value)
             for key, value in table.items()
         }

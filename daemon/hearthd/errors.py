@@ -10,7 +10,11 @@
     ├── InvalidRequestError  a request field is wrong           -> INVALID_ARGUMENT
     ├── ModelNotFoundError   no model of that name              -> NOT_FOUND
     ├── UnknownServiceError  no service of that name to ask for -> NOT_FOUND
-    ├── UnauthenticatedError no token, or none that is valid    -> UNAUTHENTICATED
+    ├── UnknownMethodError   no method of that name             -> UNIMPLEMENTED
+    ├── UnauthenticatedError no credential, or no valid one     -> UNAUTHENTICATED
+    ├── NotPermittedError    the caller's role has no right     -> PERMISSION_DENIED
+    ├── QuotaExceededError   a rate or quota of the caller      -> RESOURCE_EXHAUSTED
+    ├── PolicyRefusedError   a rule of the policy forbids it    -> PERMISSION_DENIED
     ├── QueueFullError       too many chats wait                -> RESOURCE_EXHAUSTED
     ├── SlowReaderError      the caller does not read           -> RESOURCE_EXHAUSTED
     ├── NotServingError      loading or draining                -> UNAVAILABLE
@@ -35,10 +39,14 @@ __all__ = [
     "InvalidRequestError",
     "MissingPackageError",
     "ModelNotFoundError",
+    "NotPermittedError",
     "NotServingError",
+    "PolicyRefusedError",
     "QueueFullError",
+    "QuotaExceededError",
     "SlowReaderError",
     "UnauthenticatedError",
+    "UnknownMethodError",
     "UnknownServiceError",
 ]
 
@@ -106,8 +114,36 @@ class UnknownServiceError(HearthdError):
     """The health of a service was asked that is not there."""
 
 
+class UnknownMethodError(HearthdError):
+    """A method was called that is not there."""
+
+
 class UnauthenticatedError(HearthdError):
-    """A call came without a token, or with one that is not valid."""
+    """A call came without a credential, or with one that is not valid."""
+
+
+class NotPermittedError(HearthdError):
+    """The role of a caller has no right to what it asks for."""
+
+
+class QuotaExceededError(HearthdError):
+    """A caller has used up what its role allows in a minute, in a day, or at once."""
+
+    def __init__(self, caller: str, limit: str, message: str, retry_after_seconds: float) -> None:
+        """caller: its name. limit: which, in words, for example `requests_per_minute = 30 of role guest`."""
+        super().__init__(message)
+        self.caller = caller
+        self.limit = limit
+        self.retry_after_seconds = retry_after_seconds
+
+
+class PolicyRefusedError(HearthdError):
+    """A rule of the owner's policy forbids what a caller sent, or what the model wrote."""
+
+    def __init__(self, message: str, rule: str) -> None:
+        """`message` is the owner's own sentence, if the rule has one; `rule` is its name."""
+        super().__init__(message)
+        self.rule = rule
 
 
 class QueueFullError(HearthdError):

@@ -18,6 +18,7 @@ from urllib.parse import quote
 
 from hearthd.config import AuthConfig, ServerConfig, TlsConfig
 from hearthd.errors import ConfigError
+from hearthd.tls import find_files
 
 __all__ = ["Listener", "find_listeners"]
 
@@ -42,8 +43,9 @@ def find_listeners(server: ServerConfig, tls: TlsConfig, auth: AuthConfig) -> tu
     """Resolve the addresses of a configuration.
 
     Asks the resolver if one of them is a host name. Raises ConfigError for an address that cannot be used, and for one
-    that other machines can reach without TLS and tokens, unless `allow_insecure_lan` says that this is meant.
+    that other machines can reach without TLS and authentication, unless `allow_insecure_lan` says that this is meant.
     """
+    _refuse_unverifiable(tls, auth)
     listeners = []
     if server.unix_socket:
         listeners.append(_unix_listener(server.unix_socket))
@@ -56,7 +58,7 @@ def find_listeners(server: ServerConfig, tls: TlsConfig, auth: AuthConfig) -> tu
 
 def _refuse_exposure(listeners: Sequence[Listener], server: ServerConfig, tls: TlsConfig, auth: AuthConfig) -> None:
     missing = [] if tls.is_configured else ["tls.directory (or tls.certificate and tls.key)"]
-    missing += [] if auth.token_file else ["auth.token_file"]
+    missing += [] if auth.token_file or auth.certificates else ["auth.token_file (or auth.certificates)"]
     if not missing or server.allow_insecure_lan:
         return
     for listener in listeners:
@@ -66,6 +68,17 @@ def _refuse_exposure(listeners: Sequence[Listener], server: ServerConfig, tls: T
                 "what is missing, or listen on 127.0.0.1 alone, or set server.allow_insecure_lan = true to let "
                 "everybody on the network use the model and read what is said"
             )
+
+
+def _refuse_unverifiable(tls: TlsConfig, auth: AuthConfig) -> None:
+    """Refuse names of certificates that nobody would check: without an authority, no caller shows a certificate."""
+    files = find_files(tls)
+    if auth.certificates and (files is None or files.clients is None):
+        where = f"{tls.directory} as clients.crt" if tls.directory else "tls.clients"
+        raise ConfigError(
+            "auth.certificates names client certificates, and there is no authority to check them against: put its "
+            f"certificate into {where}, or take auth.certificates out"
+        )
 
 
 def _unix_listener(path: Path) -> Listener:

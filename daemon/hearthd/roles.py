@@ -13,7 +13,7 @@ from typing import Annotated, Final
 
 from hearthd.setting import Strings, Whole, Words
 
-__all__ = ["BUILT_IN", "HEALTH", "METHODS", "NO_RIGHTS", "Role"]
+__all__ = ["BUILT_IN", "HEALTH", "METHODS", "NO_RIGHTS", "OPEN_METHODS", "Role"]
 
 _ALL: Final = "all"
 HEALTH: Final = "health"
@@ -31,6 +31,8 @@ METHODS: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
     }
 )
 """A word of hearthd.toml to the methods that it stands for."""
+OPEN_METHODS: Final[frozenset[str]] = frozenset()
+"""Methods that anybody may call, without a credential: each must judge its callers itself."""
 _EACH: Final = tuple(method for methods in METHODS.values() for method in methods)
 
 

@@ -16,19 +16,20 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from hearth.v1 import chat_pb2, chat_pb2_grpc, model_pb2, model_pb2_grpc, status_pb2, status_pb2_grpc
-from hearthd.auth import TokenInterceptor
+from hearthd.auth import AccessInterceptor, Authenticator
 from hearthd.config import Config
+from hearthd.daily_usage import DailyUsage
 from hearthd.errors import AddressInUseError, NotServingError
 from hearthd.health import HealthService
 from hearthd.instance_lock import hold_socket
 from hearthd.listeners import Listener, find_listeners
 from hearthd.logs import describe_exception
+from hearthd.metering import Meters
 from hearthd.model import Model
 from hearthd.notify import Notifier, feed_watchdog
 from hearthd.service import ChatService, ModelService, StatusService, Tokenising
 from hearthd.statuses import ErrorBoundary
 from hearthd.tls import CertificateSource, find_exposure, find_files
-from hearthd.tokens import TokenFile
 from hearthd.transport import transport_options
 from hearthd.worker import Worker
 
@@ -59,7 +60,9 @@ class Server:
         self._listeners = find_listeners(config.server, config.tls, config.auth)
         self._tls_files = find_files(config.tls)
         self._certificates = CertificateSource(self._tls_files) if self._tls_files else None
-        self._tokens = TokenFile(config.auth.token_file) if config.auth.token_file else None
+        self._authenticator = Authenticator(config.auth, config.roles)
+        self._daily_usage = DailyUsage(config.auth.usage_file)
+        self._meters = Meters(self._daily_usage)
         self._worker = Worker(
             load, max_queued=config.limits.max_queued, stream_backlog_bytes=config.server.stream_backlog_bytes
         )
@@ -114,12 +117,9 @@ class Server:
                 self._add_address(server, listener)
 
     def _make_server(self, *, is_unix: bool) -> grpc.aio.Server:
-        auth = self._config.auth
-        tokens = TokenInterceptor(
-            self._tokens, is_required=auth.unix_needs_token or not is_unix, is_health_open=auth.health_open
-        )
+        access = AccessInterceptor(self._authenticator, self._meters, is_unix=is_unix)
         server = grpc.aio.server(
-            interceptors=[ErrorBoundary(), tokens],
+            interceptors=[ErrorBoundary(), access],
             options=transport_options(self._config.server, self._config.limits),
         )
         for add, servicer in self._services:
@@ -129,7 +129,13 @@ class Server:
 
     def _make_services(self) -> list[tuple[Callable[[Any, grpc.aio.Server], None], object]]:
         config, worker, tokenising = self._config, self._worker, self._tokenising
-        chat = ChatService(worker, config.limits, tokenising, write_timeout_seconds=config.server.write_timeout_seconds)
+        chat = ChatService(
+            worker,
+            self._meters,
+            config.limits,
+            tokenising,
+            write_timeout_seconds=config.server.write_timeout_seconds,
+        )
         status = StatusService(worker, model_name=config.model.name, max_running=config.engine.slots)
         return [
             (chat_pb2_grpc.add_ChatServiceServicer_to_server, chat),
@@ -160,11 +166,14 @@ class Server:
     def _warn(self) -> None:
         """Say what the configuration allows and somebody may not have meant."""
         exposed = ", ".join(listener.text for listener in self._listeners if listener.is_exposed)
-        if exposed and (self._tokens is None or self._certificates is None):
-            _logger.warning("server.allow_insecure_lan: %s is open to the network without TLS or tokens", exposed)
+        num_credentials = self._authenticator.num_credentials
+        if exposed and (num_credentials is None or self._certificates is None):
+            _logger.warning(
+                "server.allow_insecure_lan: %s is open to the network without TLS or authentication", exposed
+            )
         if self._tls_files and (exposure := find_exposure(self._tls_files.key)):
             _logger.warning("%s", exposure)
-        if self._tokens is not None and not len(self._tokens):
+        if num_credentials == 0:
             _logger.warning("%s has no token, so nobody can call on TCP", self._config.auth.token_file)
 
     # Loading.
@@ -205,6 +214,7 @@ class Server:
         self.is_ready.set()
         stopping = asyncio.create_task(self._must_stop.wait())
         crashing = asyncio.create_task(self._worker.wait_until_ended())
+        saving = asyncio.create_task(self._daily_usage.keep_saving())
         feeding = (
             [asyncio.create_task(self._feed_watchdog(seconds))] if (seconds := self._notifier.watchdog_seconds) else []
         )
@@ -217,7 +227,7 @@ class Server:
             if crashing.done():
                 crashing.result()
         finally:
-            await _cancel(stopping, crashing, *feeding)
+            await _cancel(stopping, crashing, saving, *feeding)
 
     async def _feed_watchdog(self, seconds: float) -> None:
         await feed_watchdog(self._notifier, seconds, lambda: self._worker.progress, self._worker.ping)
@@ -250,6 +260,7 @@ class Server:
         # Not `stop(None)`: chats that have just failed must still be able to say so.
         await asyncio.gather(*(server.stop(CLOSE_SECONDS / 2) for server in self._servers))
         self._tokenising.close()
+        await self._daily_usage.save()
         with suppress(TimeoutError):
             async with asyncio.timeout(CLOSE_SECONDS / 2):
                 await self._worker.wait_until_gone()

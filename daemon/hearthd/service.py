@@ -16,7 +16,7 @@ from typing import Final, TypeVar
 import grpc
 
 from hearth.v1 import chat_pb2, chat_pb2_grpc, model_pb2, model_pb2_grpc, status_pb2, status_pb2_grpc
-from hearthd.auth import caller_identity, caller_name
+from hearthd.caller import current_caller
 from hearthd.config import LimitsConfig
 from hearthd.convert import (
     ChatCall,
@@ -27,6 +27,7 @@ from hearthd.convert import (
     to_sampling_options,
 )
 from hearthd.errors import InvalidRequestError, ModelNotFoundError, SlowReaderError
+from hearthd.metering import ChatMeter, Meters
 from hearthd.model import Model
 from hearthd.sampling import MAX_STOP_STRING_CHARS, MAX_STOP_STRINGS, MAX_TOP_LOGPROBS
 from hearthd.sequence import Sequence
@@ -68,6 +69,7 @@ class Tokenising:
 
 def _find_model(worker: Worker, name: str) -> Model:
     model = worker.model
+    current_caller().require_model(name or model.name)
     if name not in ("", model.name):
         # The name that was asked for is the caller's text, so it is not repeated.
         raise ModelNotFoundError(f"there is no model of that name; this daemon serves {model.name}")
@@ -78,9 +80,16 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
     """hearth.v1.ChatService."""
 
     def __init__(
-        self, worker: Worker, limits: LimitsConfig, tokenising: Tokenising, *, write_timeout_seconds: float
+        self,
+        worker: Worker,
+        meters: Meters,
+        limits: LimitsConfig,
+        tokenising: Tokenising,
+        *,
+        write_timeout_seconds: float,
     ) -> None:
         self._worker = worker
+        self._meters = meters
         self._limits = limits
         self._tokenising = tokenising
         self._write_timeout_seconds = write_timeout_seconds
@@ -92,7 +101,8 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
         arrived = time.monotonic()
         model = _find_model(self._worker, request.model)
         call = read_chat(request, model, self._limits.max_messages)
-        with self._worker.admit() as chat:
+        caller = current_caller()
+        with self._meters.admit_chat(caller) as meter, self._worker.admit() as chat:
             try:
                 prompt_ids = await self._tokenising.run(lambda: model.tokenizer.encode_chat(call.messages))
                 seconds_left = context.time_remaining()
@@ -101,14 +111,16 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
                         request_id=call.request_id,
                         prompt_ids=tuple(prompt_ids),
                         params=fit_to_context(call, len(prompt_ids), model.engine.context_length),
-                        cache_identity=caller_identity(context),
+                        cache_identity=caller.identity,
                         arrived=arrived,
                         deadline=None if seconds_left is None else time.monotonic() + seconds_left,
                     )
                 )
                 async for event in chat:
+                    _charge(meter, chat)
                     await self._write(context, chat, to_chat_response(event, call.request_id, model.name))
             finally:
+                _charge(meter, chat)
                 _log_end(chat, call, arrived)
 
     async def _write(
@@ -125,6 +137,13 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
             raise error from None
 
 
+def _charge(meter: ChatMeter, chat: ChatStream) -> None:
+    """Charge what a chat has cost so far: nothing without a slot, its whole prompt with one, and each token since."""
+    sequence = chat.sequence
+    if sequence is not None and sequence.admitted is not None:
+        meter.charge_up_to(len(sequence.prompt_ids) + len(sequence.output_ids))
+
+
 def _log_end(chat: ChatStream, call: ChatCall, arrived: float) -> None:
     """Log how a chat ended: counts and times, no text."""
     if chat.sequence is None:
@@ -134,7 +153,7 @@ def _log_end(chat: ChatStream, call: ChatCall, arrived: float) -> None:
         _logger.info(
             "chat %s of %s: %s, prompt %d (cached %d), answer %d tokens, first after %.0f ms, %.2f s",
             call.request_id,
-            caller_name(),
+            current_caller().name,
             finished.reason.value,
             finished.prompt_tokens,
             finished.cached_prompt_tokens,
@@ -144,7 +163,9 @@ def _log_end(chat: ChatStream, call: ChatCall, arrived: float) -> None:
         )
     else:
         how = "cancelled" if chat.error is None else f"ended by {type(chat.error).__name__}"
-        _logger.info("chat %s of %s: %s, %.2f s", call.request_id, caller_name(), how, time.monotonic() - arrived)
+        _logger.info(
+            "chat %s of %s: %s, %.2f s", call.request_id, current_caller().name, how, time.monotonic() - arrived
+        )
 
 
 class ModelService(model_pb2_grpc.ModelServiceServicer):
@@ -161,7 +182,10 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
         context: grpc.aio.ServicerContext,  # noqa: ARG002
     ) -> model_pb2.ListModelsResponse:
         """List the one model."""
-        return model_pb2.ListModelsResponse(models=[self._describe(self._worker.model)])
+        model = self._worker.model
+        # What a caller may not use is not there for it.
+        models = [self._describe(model)] if current_caller().rights.may_use(model.name) else []
+        return model_pb2.ListModelsResponse(models=models)
 
     async def GetModel(  # noqa: N802
         self,

@@ -9,6 +9,7 @@ journal has type and place under the same id. gRPC itself would send the excepti
 
 import asyncio
 import inspect
+import math
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -23,10 +24,13 @@ from hearthd.errors import (
     EngineCrashedError,
     InvalidRequestError,
     ModelNotFoundError,
+    NotPermittedError,
     NotServingError,
     QueueFullError,
+    QuotaExceededError,
     SlowReaderError,
     UnauthenticatedError,
+    UnknownMethodError,
     UnknownServiceError,
 )
 from hearthd.logs import log_incident
@@ -40,16 +44,17 @@ class RpcStatus:
 
     code: grpc.StatusCode
     message: str
-    detail: ProtoMessage | None = None
+    details: tuple[ProtoMessage, ...] = ()
     retry_after_ms: int | None = None
 
     def trailers(self) -> tuple[tuple[str, str | bytes], ...]:
         """Return the metadata that carries what does not fit code and message."""
         trailers: list[tuple[str, str | bytes]] = []
-        if self.detail is not None:
-            packed = any_pb2.Any()
-            packed.Pack(self.detail)
-            status = status_pb2.Status(code=self.code.value[0], message=self.message, details=[packed])
+        if self.details:
+            status = status_pb2.Status(code=self.code.value[0], message=self.message)
+            for detail in self.details:
+                status.details.append(any_pb2.Any())
+                status.details[-1].Pack(detail)
             trailers.append(("grpc-status-details-bin", status.SerializeToString()))
         if self.retry_after_ms is not None:
             # gRPC's own retry policy obeys this and does not read RetryInfo (gRFC A6).
@@ -68,16 +73,24 @@ def status_of(error: Exception) -> RpcStatus:
                     for each in violations
                 ]
             )
-            return RpcStatus(grpc.StatusCode.INVALID_ARGUMENT, "; ".join(map(str, violations)), detail)
+            return RpcStatus(grpc.StatusCode.INVALID_ARGUMENT, "; ".join(map(str, violations)), (detail,))
         case ModelNotFoundError() | UnknownServiceError():
             return RpcStatus(grpc.StatusCode.NOT_FOUND, str(error))
+        case UnknownMethodError():
+            return RpcStatus(grpc.StatusCode.UNIMPLEMENTED, str(error))
         case UnauthenticatedError():
             return RpcStatus(grpc.StatusCode.UNAUTHENTICATED, str(error))
+        case NotPermittedError():
+            return RpcStatus(grpc.StatusCode.PERMISSION_DENIED, str(error))
         case QueueFullError():
-            milliseconds = round(error.retry_after_seconds * 1000)
-            delay = duration_pb2.Duration(seconds=milliseconds // 1000, nanos=milliseconds % 1000 * 1_000_000)
-            detail = error_details_pb2.RetryInfo(retry_delay=delay)
-            return RpcStatus(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error), detail, milliseconds)
+            return _try_again(str(error), error.retry_after_seconds)
+        case QuotaExceededError():
+            violation = error_details_pb2.QuotaFailure.Violation(
+                subject=f"caller:{error.caller}", description=error.limit
+            )
+            return _try_again(
+                str(error), error.retry_after_seconds, error_details_pb2.QuotaFailure(violations=[violation])
+            )
         case SlowReaderError():
             return RpcStatus(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
         case NotServingError():
@@ -87,6 +100,14 @@ def status_of(error: Exception) -> RpcStatus:
         case _:
             incident = log_incident("a call failed", error)
     return RpcStatus(grpc.StatusCode.INTERNAL, f"a fault of the daemon, incident {incident}; its journal says more")
+
+
+def _try_again(message: str, seconds: float, *details: ProtoMessage) -> RpcStatus:
+    # Up: whoever comes back a moment too early would only be sent away once more.
+    milliseconds = math.ceil(seconds * 1000)
+    delay = duration_pb2.Duration(seconds=milliseconds // 1000, nanos=milliseconds % 1000 * 1_000_000)
+    retry = error_details_pb2.RetryInfo(retry_delay=delay)
+    return RpcStatus(grpc.StatusCode.RESOURCE_EXHAUSTED, message, (retry, *details), milliseconds)
 
 
 class ErrorBoundary(grpc.aio.ServerInterceptor):  # type: ignore[misc]
