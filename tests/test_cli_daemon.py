@@ -298,7 +298,7 @@ def test_tokens_are_made_listed_and_revoked(tmp_path: Path) -> None:
 
     assert "'kitchen' is taken" in one_line(run("token", "create", "kitchen"))
     listed = run("token", "list")
-    assert re.fullmatch(r"kitchen\t\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ\n", listed.stdout)
+    assert re.fullmatch(r"kitchen\tuser\t\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ\tnever\n", listed.stdout)
 
     assert run("token", "revoke", "kitchen").returncode == 0
     assert file.find(secret) is None

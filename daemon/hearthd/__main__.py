@@ -23,9 +23,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from hearthd import paths
 from hearthd.bench.cli import add_parser as add_bench
-from hearthd.config import Config, choose_file, load_config, settings
+from hearthd.config import Config, choose_file, load_config, role_settings, settings
 from hearthd.errors import (
     AddressInUseError,
     BenchError,
@@ -36,6 +35,7 @@ from hearthd.errors import (
     MissingPackageError,
     ModelNotFoundError,
 )
+from hearthd.token_command import add_parser as add_token
 from hearthd.version import daemon_version
 
 if TYPE_CHECKING:
@@ -123,22 +123,7 @@ def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
     _add_config(check)
     check.set_defaults(run=_check_config)
 
-    token = commands.add_parser("token", help="make, list and revoke callers' tokens")
-    actions = token.add_subparsers(required=True, metavar="ACTION")
-    create = actions.add_parser("create", help="make a token and print it, once")
-    create.add_argument("name", metavar="NAME", help="who will use it")
-    create.set_defaults(run=_create_token)
-    listing = actions.add_parser("list", help="list the names")
-    listing.set_defaults(run=_list_tokens)
-    revoke = actions.add_parser("revoke", help="make a token invalid, from the next call on")
-    revoke.add_argument("name", metavar="NAME")
-    revoke.set_defaults(run=_revoke_token)
-    for action in (create, listing, revoke):
-        _add_config(action)
-        action.add_argument(
-            "--token-file", type=Path, metavar="FILE", help="instead of the configuration's auth.token_file"
-        )
-
+    add_token(commands)
     if next((word for word in words if not word.startswith("-")), None) in ("model", None):
         # Brings what builds models, which takes longer to import than serving may take to begin.
         from hearthd.build.cli import add_parser
@@ -229,42 +214,17 @@ def _check_config(parsed: argparse.Namespace) -> None:
         if exposure := find_exposure(files.key):
             print(f"hearthd: warning: {exposure}", file=sys.stderr)
     if config.auth.token_file:
-        list_tokens(config.auth.token_file)
+        for token in list_tokens(config.auth.token_file):
+            if token.role not in config.roles:
+                print(f"hearthd: warning: token {token.name} has no rights: no role {token.role}", file=sys.stderr)
     # Without the hashes, which take as long as reading the whole model.
     Store(config.model.directory).open(config.model.name, verify=False)
     for key, value in settings(config).items():
         shown = f"0{value:o}" if key == "server.unix_socket_mode" else "" if value is None else value
         print(f"{key} = {list(shown) if isinstance(shown, tuple) else shown}")
+    for key, value in role_settings(config).items():
+        print(f"{key} = {list(value) if isinstance(value, tuple) else value}")
     print(f"good: would listen on {', '.join(listener.text for listener in listeners)}")
-
-
-def _token_file(parsed: argparse.Namespace) -> Path:
-    if parsed.token_file:
-        return Path(os.path.abspath(parsed.token_file))
-    return load_config(parsed.config).auth.token_file or paths.token_file()
-
-
-def _create_token(parsed: argparse.Namespace) -> None:
-    from hearthd.tokens import create_token
-
-    path = _token_file(parsed)
-    print(create_token(path, parsed.name))
-    print(f"hearthd: this is the only time that the token is shown; its hash stands in {path}", file=sys.stderr)
-
-
-def _list_tokens(parsed: argparse.Namespace) -> None:
-    from hearthd.tokens import list_tokens
-
-    for token in list_tokens(_token_file(parsed)):
-        print(f"{token.name}\t{token.created}")
-
-
-def _revoke_token(parsed: argparse.Namespace) -> None:
-    from hearthd.tokens import revoke_token
-
-    path = _token_file(parsed)
-    revoke_token(path, parsed.name)
-    print(f"hearthd: {parsed.name} is revoked in {path}", file=sys.stderr)
 
 
 if __name__ == "__main__":
