@@ -35,6 +35,7 @@ from hearthd.errors import (
     MissingPackageError,
     ModelNotFoundError,
 )
+from hearthd.pairing.cli import add_parser as add_pair
 from hearthd.token_command import add_parser as add_token
 from hearthd.version import daemon_version
 
@@ -131,6 +132,7 @@ def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
         add_parser(commands)
     else:
         commands.add_parser("model", help="build, list and remove models")
+    add_pair(commands)
     add_bench(commands)
     return parser
 

@@ -1,17 +1,20 @@
 """One small file, replaced durably: after a power cut at any moment the old one is there or the new one, whole.
 
 Knows nothing of what is in the file, and takes no lock: whoever reads, changes and writes must hold one. Called by
-whatever keeps secrets and counts in the state directory: `tokens` and `daily_usage`.
+whatever keeps secrets and counts in the state directory: `tokens`, `daily_usage`,
+`pairing`.
 """
 
 import os
 from pathlib import Path
 
-__all__ = ["replace_file"]
+__all__ = ["replace_file", "sync_directory"]
 
 
-def replace_file(path: Path, data: bytes) -> None:
+def replace_file(path: Path, data: bytes, *, mode: int = 0o600) -> None:
     """Write a new file, readable by its owner alone, and let it take the old one's place. Raises OSError.
+
+    mode: of the file, where others may read it too.
 
     What a killed process left behind is removed; the directory must exist.
     """
@@ -24,11 +27,17 @@ def replace_file(path: Path, data: bytes) -> None:
             # `sudo hearthd token create` writes into the service's directory; the service must be able to read it.
             owner = path.stat() if path.exists() else path.parent.stat()
             os.fchown(descriptor, owner.st_uid, owner.st_gid)
+        os.fchmod(descriptor, mode)
         file.write(data)
         file.flush()
         os.fsync(descriptor)
     temporary.replace(path)
-    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    sync_directory(path.parent)
+
+
+def sync_directory(path: Path) -> None:
+    """Make durable which files a directory has. Raises OSError."""
+    directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(directory)
     finally:

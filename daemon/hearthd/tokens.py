@@ -31,7 +31,16 @@ from hearthd.durable_file import replace_file
 from hearthd.errors import ConfigError
 from hearthd.forward_clock import ForwardClock
 
-__all__ = ["DEFAULT_ROLE", "Token", "TokenFile", "create_token", "list_tokens", "revoke_token"]
+__all__ = [
+    "DEFAULT_ROLE",
+    "Token",
+    "TokenFile",
+    "check_new_token",
+    "create_token",
+    "list_tokens",
+    "make_token_file",
+    "revoke_token",
+]
 
 _logger = logging.getLogger(__name__)
 
@@ -82,18 +91,29 @@ def create_token(path: Path, name: str, *, role: str = DEFAULT_ROLE, seconds_val
     seconds_valid: from now on; None: it never expires. Whether there is such a role is not known here.
     Raises ConfigError if the name is taken or malformed, or the file cannot be read or written.
     """
-    if not _NAME.fullmatch(name):
-        raise ConfigError(f"token name {name[:80]!r}: give up to 64 of A-Z, a-z, 0-9, '.', '_', '-'")
+    _check_name(name)
     if not _ROLE.fullmatch(role):
         raise ConfigError(f"role {role[:80]!r}: give up to 32 of a-z, 0-9, '_', '-', a letter first")
     now = time.time()
     expires = None if seconds_valid is None else _date(now + seconds_valid)
     with _changing(path) as tokens:
-        if any(token.name == name for token in tokens):
-            raise ConfigError(f"token name {name!r} is taken in {path}; choose another, or revoke that one first")
+        _check_not_taken(tokens, path, name)
         secret = _PREFIX + secrets.token_urlsafe(_RANDOM_BYTES)
         tokens.append(Token(name, _digest(secret), _date(now), role, expires))
     return secret
+
+
+def make_token_file(path: Path) -> None:
+    """Make a file without tokens, unless there is one. Raises ConfigError if it cannot be written."""
+    if not path.exists():
+        with _changing(path):
+            pass
+
+
+def check_new_token(path: Path, name: str) -> None:
+    """Raise ConfigError if `create_token` would not take the name now."""
+    _check_name(name)
+    _check_not_taken(list_tokens(path), path, name)
 
 
 def revoke_token(path: Path, name: str) -> None:
@@ -199,6 +219,16 @@ def _date(seconds: float) -> str:
 def _seconds(date: str) -> float:
     """Raises ValueError for what is no date."""
     return datetime.datetime.strptime(date, _DATE).replace(tzinfo=datetime.UTC).timestamp()
+
+
+def _check_name(name: str) -> None:
+    if not _NAME.fullmatch(name):
+        raise ConfigError(f"token name {name[:80]!r}: give up to 64 of A-Z, a-z, 0-9, '.', '_', '-'")
+
+
+def _check_not_taken(tokens: list[Token], path: Path, name: str) -> None:
+    if any(token.name == name for token in tokens):
+        raise ConfigError(f"token name {name!r} is taken in {path}; choose another, or revoke that one first")
 
 
 def _digest(secret: str) -> str:

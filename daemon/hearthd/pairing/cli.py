@@ -1,0 +1,245 @@
+"""`hearthd pair NAME`: make a code with which one device becomes a caller; list and take back codes.
+
+Runs beside the daemon, usually as root, and talks to it by files only: certificate, token file and pairing record, all
+in the service's own directories and owned by it. Imports what makes certificates and QR codes when it needs them.
+Called by `__main__`.
+"""
+
+import argparse
+import os
+import re
+import shutil
+import socket
+import ssl
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from hearthd import paths
+from hearthd.config import Config, choose_file, load_config
+from hearthd.errors import ConfigError
+
+if TYPE_CHECKING:
+    from hearthd.listeners import Listener
+
+__all__ = ["add_parser"]
+
+_UNIT: Final = "hearthd.service"
+_MAX_HOSTS: Final = 3
+_PROBE_SECONDS: Final = 3.0
+_HOST: Final = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?")
+
+
+def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Register the command."""
+    parser = commands.add_parser(
+        "pair",
+        help="make a code with which a device becomes a caller",
+        description="Prints a code, and a QR code on a terminal, that lets one device in, once, within some minutes. "
+        "On the device: hearth pair CODE. To shut it out again: hearthd token revoke NAME.",
+    )
+    parser.add_argument("name", metavar="NAME", nargs="?", help="what to call the device; its token gets this name")
+    parser.add_argument("--role", metavar="ROLE", help="what it may do; user if not given")
+    parser.add_argument(
+        "--minutes", type=int, default=10, metavar="N", help="how long the code is good; 1 to 60, or 10"
+    )
+    parser.add_argument(
+        "--address",
+        action="append",
+        default=[],
+        metavar="HOST[:PORT]",
+        help="where the device finds the daemon, in place of this machine's own name and addresses; up to 3",
+    )
+    parser.add_argument(
+        "--open-lan",
+        action="store_true",
+        help="write what hearthd.toml lacks for other machines to call, and restart the service if it runs",
+    )
+    parser.add_argument("--no-qr", action="store_true", help="print no QR code")
+    parser.add_argument("--list", action="store_true", help="list the devices that are being paired")
+    parser.add_argument("--cancel", metavar="NAME", help="take a code back that nobody has used yet")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="TOML file, as for hearthd serve")
+    parser.set_defaults(run=_run, parser=parser)
+
+
+def _run(parsed: argparse.Namespace) -> None:
+    if sum((parsed.name is not None, parsed.list, parsed.cancel is not None)) != 1:
+        parsed.parser.error("give one of NAME, --list and --cancel NAME")
+    if parsed.list:
+        _list(parsed)
+    elif parsed.cancel is not None:
+        _cancel(parsed)
+    else:
+        _pair(parsed)
+
+
+def _list(parsed: argparse.Namespace) -> None:
+    from hearthd.pairing.records import PairingRecords
+
+    for record in PairingRecords(_token_file(load_config(parsed.config))).list():
+        print(f"{record.name}\t{record.role}\t{record.seconds_left / 60:.0f} minutes left")
+
+
+def _cancel(parsed: argparse.Namespace) -> None:
+    from hearthd.pairing.records import PairingRecords
+
+    PairingRecords(_token_file(load_config(parsed.config))).cancel(parsed.cancel)
+    print(f"hearthd: the code of {parsed.cancel} is no good any more", file=sys.stderr)
+
+
+def _pair(parsed: argparse.Namespace) -> None:
+    from hearthd.listeners import find_listeners
+    from hearthd.pairing.certificate import make_certificate
+    from hearthd.pairing.code import make_code
+    from hearthd.pairing.open_lan import by_hand, missing_lines, open_lan
+    from hearthd.pairing.records import PairingRecords
+    from hearthd.tls import find_files, read_certificate
+    from hearthd.tokens import DEFAULT_ROLE, check_new_token, make_token_file
+
+    if not 1 <= parsed.minutes <= 60:
+        raise ConfigError(f"--minutes is {parsed.minutes}; give 1 to 60")
+    file = choose_file(parsed.config)
+    config = load_config(file)
+    given_hosts, given_port = _given_addresses(parsed.address)
+    listeners = find_listeners(config.server, config.tls, config.auth)
+    is_exposed = bool(given_hosts) or any(listener.is_exposed for listener in listeners)
+    lines = missing_lines(config, is_exposed=is_exposed)
+    file = file or paths.configuration_file()
+    if lines and not parsed.open_lan:
+        raise ConfigError(
+            f"no other machine may call this daemon yet; {by_hand(lines)} to {file}, restart the daemon, and run this "
+            f"again; or let `hearthd pair {parsed.name} --open-lan` do that"
+        )
+    if lines:
+        config = open_lan(file, lines)
+        listeners = find_listeners(config.server, config.tls, config.auth)
+        print(f"hearthd: {file} lets other machines call now, with TLS and a token each", file=sys.stderr)
+    token_file = _token_file(config)
+    role = parsed.role or DEFAULT_ROLE
+    if role not in config.roles:
+        raise ConfigError(f"there is no role {role[:80]!r}; there are: {', '.join(config.roles)}")
+    make_token_file(token_file)
+    check_new_token(token_file, parsed.name)
+    if config.tls.directory and make_certificate(config.tls.directory):
+        print(f"hearthd: made a certificate in {config.tls.directory}; devices know it by its hash", file=sys.stderr)
+    files = find_files(config.tls)
+    assert files is not None
+    certificate = read_certificate(files)
+    if lines:
+        _restart_service()
+    port = given_port or _port(listeners)
+    hosts = given_hosts or _own_hosts(listeners)
+    _tell_if_not_served(listeners, certificate.fingerprint)
+    secret = PairingRecords(token_file).create(parsed.name, role, seconds=parsed.minutes * 60)
+    code = make_code(hosts, port, certificate.fingerprint, secret)
+    print(
+        f"hearthd: for {parsed.minutes} minutes, and once, this lets a device in as {parsed.name} (role {role}):",
+        file=sys.stderr,
+    )
+    if sys.stdout.isatty() and not parsed.no_qr:
+        _print_qr(code)
+    print(code, flush=True)
+    print("hearthd: on the device: hearth pair CODE, with the line above as CODE", file=sys.stderr)
+
+
+def _token_file(config: Config) -> Path:
+    return config.auth.token_file or paths.token_file()
+
+
+def _given_addresses(texts: Sequence[str]) -> tuple[list[str], int | None]:
+    """Return the hosts of --address, and the port that they share if they name one. Raises ConfigError."""
+    hosts: list[str] = []
+    ports: set[int] = set()
+    for text in texts:
+        host, colon, port = text.partition(":")
+        if colon and not (port.isascii() and port.isdigit() and len(port) < 6 and 1 <= int(port) <= 65535):
+            raise ConfigError(f"--address {text[:80]!r}: the port is no number from 1 to 65535")
+        if not _HOST.fullmatch(host):
+            raise ConfigError(f"--address {text[:80]!r}: give a host name or an IPv4 address, and :PORT if need be")
+        hosts.append(host)
+        ports.update([int(port)] if colon else [])
+    if len(ports) > 1 or len(hosts) > _MAX_HOSTS:
+        raise ConfigError(f"--address: give at most {_MAX_HOSTS}, all with the same port")
+    return hosts, ports.pop() if ports else None
+
+
+def _port(listeners: "Sequence[Listener]") -> int:
+    tcp = sorted((each for each in listeners if not each.socket_path), key=lambda each: not each.is_exposed)
+    port = int(tcp[0].target.rpartition(":")[2]) if tcp else 0
+    if not port:
+        raise ConfigError("server.tcp names no port; give one there, or to --address")
+    return port
+
+
+def _own_hosts(listeners: "Sequence[Listener]") -> list[str]:
+    """Return this machine's name and addresses, as far as the daemon listens there."""
+    from hearthd.lan_addresses import lan_addresses
+
+    exposed = [each.target.rpartition(":")[0] for each in listeners if each.is_exposed]
+    addresses = list(lan_addresses()) if "[::]" in exposed else [host for host in exposed if "[" not in host]
+    name = socket.gethostname().partition(".")[0]
+    # Multicast DNS finds the name whatever address the router gives this machine tomorrow.
+    named = [f"{name}.local"] if _HOST.fullmatch(name) and name != "localhost" else []
+    if not addresses and not named:
+        raise ConfigError("this machine has no address on a network; connect it, or name one with --address HOST")
+    return [*named, *addresses][:_MAX_HOSTS]
+
+
+def _restart_service() -> None:
+    """Let a running service read its configuration again; waits until it serves."""
+    if not shutil.which("systemctl") or not Path("/run/systemd/system").is_dir():
+        print("hearthd: restart the daemon, so that it reads its configuration", file=sys.stderr)
+        return
+    enabled = subprocess.run(["systemctl", "is-enabled", "--quiet", _UNIT], stdin=subprocess.DEVNULL, check=False)
+    # One that is enabled may have failed for want of what is there now.
+    verb = "try-restart" if enabled.returncode else "restart"
+    print(f"hearthd: systemctl {verb} {_UNIT}", file=sys.stderr, flush=True)
+    done = subprocess.run(["systemctl", verb, _UNIT], stdin=subprocess.DEVNULL, check=False)
+    if done.returncode:
+        raise ConfigError(f"{_UNIT} did not start again; journalctl -u {_UNIT} says why")
+
+
+def _tell_if_not_served(listeners: "Sequence[Listener]", fingerprint: bytes) -> None:
+    """Look whether a daemon with this certificate is there; say so if not, for the code would be of no use."""
+    import hashlib
+
+    for listener in listeners:
+        if listener.socket_path:
+            continue
+        host, _, port = listener.target.rpartition(":")
+        where = (host.strip("[]") if host != "[::]" else "127.0.0.1", int(port))
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        try:
+            with (
+                socket.create_connection(where, timeout=_PROBE_SECONDS) as connection,
+                context.wrap_socket(connection) as tls,
+            ):
+                served = hashlib.sha256(tls.getpeercert(binary_form=True) or b"").digest()
+        except OSError as error:
+            print(
+                f"hearthd: warning: no daemon with TLS answers at {listener.text} ({error.strerror or error}); start "
+                f"it, or restart it if it runs with an older configuration: systemctl restart {_UNIT}",
+                file=sys.stderr,
+            )
+            return
+        if served != fingerprint:
+            print(
+                f"hearthd: warning: what listens at {listener.text} shows another certificate; restart it: systemctl "
+                f"restart {_UNIT}",
+                file=sys.stderr,
+            )
+        return
+
+
+def _print_qr(code: str) -> None:
+    """Print the QR code with half blocks, one character for two modules; a narrow terminal gets none."""
+    import segno
+
+    # Upper case: QR's alphanumeric form takes 5.5 bits a character instead of 8.
+    symbol = segno.make_qr(code.upper(), error="l")
+    width, _ = symbol.symbol_size(border=2)
+    if width <= os.get_terminal_size(sys.stdout.fileno()).columns:
+        symbol.terminal(compact=True, border=2)
