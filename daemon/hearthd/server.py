@@ -15,7 +15,7 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from hearth.v1 import chat_pb2, chat_pb2_grpc, model_pb2, model_pb2_grpc, status_pb2, status_pb2_grpc
+from hearth.v1 import chat_pb2, chat_pb2_grpc, model_pb2, model_pb2_grpc, pairing_pb2, status_pb2, status_pb2_grpc
 from hearthd.auth import AccessInterceptor, Authenticator
 from hearthd.config import Config
 from hearthd.daily_usage import DailyUsage
@@ -27,6 +27,7 @@ from hearthd.logs import describe_exception
 from hearthd.metering import Meters
 from hearthd.model import Model
 from hearthd.notify import Notifier, feed_watchdog
+from hearthd.pairing.gate import PairingGate
 from hearthd.service import ChatService, ModelService, StatusService, Tokenising
 from hearthd.statuses import ErrorBoundary
 from hearthd.tls import CertificateSource, find_exposure, find_files
@@ -47,6 +48,7 @@ _SERVICES: Final = tuple(
     module.DESCRIPTOR.services_by_name[name].full_name
     for module, name in ((chat_pb2, "ChatService"), (model_pb2, "ModelService"), (status_pb2, "StatusService"))
 )
+_PAIRING: Final = pairing_pb2.DESCRIPTOR.services_by_name["PairingService"].full_name
 _HEALTH: Final = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
 
 
@@ -63,6 +65,7 @@ class Server:
         self._authenticator = Authenticator(config.auth, config.roles)
         self._daily_usage = DailyUsage(config.auth.usage_file)
         self._meters = Meters(self._daily_usage)
+        self._pairing = PairingGate(config.auth.token_file)
         self._worker = Worker(
             load, max_queued=config.limits.max_queued, stream_backlog_bytes=config.server.stream_backlog_bytes
         )
@@ -119,12 +122,12 @@ class Server:
     def _make_server(self, *, is_unix: bool) -> grpc.aio.Server:
         access = AccessInterceptor(self._authenticator, self._meters, is_unix=is_unix)
         server = grpc.aio.server(
-            interceptors=[ErrorBoundary(), access],
+            interceptors=[ErrorBoundary(), self._pairing, access],
             options=transport_options(self._config.server, self._config.limits),
         )
         for add, servicer in self._services:
             add(servicer, server)
-        reflection.enable_server_reflection((*_SERVICES, _HEALTH, reflection.SERVICE_NAME), server)
+        reflection.enable_server_reflection((*_SERVICES, _PAIRING, _HEALTH, reflection.SERVICE_NAME), server)
         return server
 
     def _make_services(self) -> list[tuple[Callable[[Any, grpc.aio.Server], None], object]]:
