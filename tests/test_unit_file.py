@@ -1,6 +1,6 @@
-"""The systemd unit: what systemd itself says of it, and that it fits what the daemon does."""
+"""The systemd units: what systemd itself says of them, and that they fit what the daemon does."""
 
-import configparser
+import re
 import shutil
 import subprocess
 import sys
@@ -12,51 +12,158 @@ from hearthd import __main__ as cli
 from hearthd.config import ServerConfig
 from hearthd.server import CLOSE_SECONDS
 
-UNIT = Path(__file__).parent.parent / "deploy/systemd/hearthd.service"
-
-pytestmark = pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="needs systemd")
-
-
-def analyze(*words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(["systemd-analyze", *words], capture_output=True, text=True, check=False)
-
-
-@pytest.fixture(scope="module")
-def service() -> dict[str, str]:
-    parser = configparser.ConfigParser(strict=False, interpolation=None)
-    parser.optionxform = str  # type: ignore[assignment,method-assign]
-    parser.read(UNIT)
-    return dict(parser["Service"])
+UNITS = Path(__file__).parent.parent / "deploy/systemd"
+LAN, LOCAL, INSTANCE = "hearthd.service", "hearthd-local.service", "hearthd@.service"
+DAEMONS = (LAN, LOCAL, INSTANCE, "user/hearthd.service")
+SYSTEM = (LAN, LOCAL, INSTANCE, "hearthd-proxy.service", "hearthd-proxy.socket")
+# What `systemd-analyze security` may say at most, in tenths.
+EXPOSURE = {LAN: 11, LOCAL: 3, INSTANCE: 11, "hearthd-proxy.service": 3}
 
 
-def test_systemd_finds_nothing_to_say() -> None:
-    done = analyze("verify", "--man=no", str(UNIT))
+def analyze(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    program = shutil.which("systemd-analyze")
+    assert program, "systemd-analyze is missing: deploy/dev/setup.sh dev installs the package systemd"
+    # A sandbox may have no /run/user; systemd wants to know where it would be.
+    return subprocess.run([program, *words], capture_output=True, text=True, check=False, env=environment or None)
+
+
+def read(unit: str) -> dict[str, list[tuple[str, str]]]:
+    """Return each section's lines, in their order; a key may come again."""
+    sections: dict[str, list[tuple[str, str]]] = {}
+    for line in (UNITS / unit).read_text(encoding="utf-8").splitlines():
+        if line.startswith("["):
+            sections[line.strip("[]")] = lines = []
+        elif line and not line.startswith("#"):
+            key, _, value = line.partition("=")
+            lines.append((key, value))
+    return sections
+
+
+def service(unit: str) -> dict[str, str]:
+    return dict(read(unit)["Service"])
+
+
+def test_each_unit_is_tested_here() -> None:
+    assert {str(path.relative_to(UNITS)) for path in UNITS.rglob("*.*")} == {*SYSTEM, *DAEMONS}
+
+
+@pytest.mark.parametrize("unit", SYSTEM)
+def test_systemd_finds_nothing_to_say(unit: str) -> None:
+    done = analyze("verify", "--man=no", str(UNITS / unit))
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_systemd_finds_nothing_to_say_of_a_users_unit(tmp_path: Path) -> None:
+    done = analyze("--user", "verify", "--man=no", str(UNITS / "user/hearthd.service"), XDG_RUNTIME_DIR=str(tmp_path))
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 def test_systemd_would_say_something(tmp_path: Path) -> None:
-    """The test above can fail: a misspelt key is told."""
-    wrong = tmp_path / UNIT.name
-    wrong.write_text(UNIT.read_text().replace("ProtectSystem=", "ProtectSistem="))
+    """The tests above can fail: a misspelt key is told."""
+    wrong = tmp_path / LAN
+    wrong.write_text((UNITS / LAN).read_text().replace("ProtectSystem=", "ProtectSistem="))
     assert "ProtectSistem" in analyze("verify", "--man=no", str(wrong)).stderr
 
 
-def test_the_sandbox_is_closed_but_for_the_network() -> None:
-    done = analyze("security", "--offline=true", "--threshold=11", "--no-pager", str(UNIT))
+def security(unit: Path, threshold: int) -> subprocess.CompletedProcess[str]:
+    return analyze("security", "--offline=true", f"--threshold={threshold}", "--no-pager", str(unit))
+
+
+@pytest.mark.parametrize("unit", EXPOSURE)
+def test_the_sandbox_is_as_closed_as_is_promised(unit: str) -> None:
+    done = security(UNITS / unit, EXPOSURE[unit])
     assert done.returncode == 0, done.stdout[-200:]
 
 
-def test_a_hard_exit_comes_before_systemds(service: dict[str, str]) -> None:
-    assert int(service["TimeoutStopSec"]) > ServerConfig().drain_grace_seconds + 2 * CLOSE_SECONDS
+@pytest.mark.parametrize("unit", [LAN, LOCAL])
+def test_one_line_less_and_the_sandbox_is_not_closed(unit: str, tmp_path: Path) -> None:
+    """The test above can fail: each promise is that of the whole list."""
+    text = (UNITS / unit).read_text()
+    (tmp_path / unit).write_text(text.replace("\nPrivateUsers=yes\n", "\n").replace("\nCapabilityBoundingSet=\n", "\n"))
+    assert security(tmp_path / unit, EXPOSURE[unit]).returncode != 0
 
 
-def test_what_cannot_get_better_is_not_started_again(service: dict[str, str]) -> None:
-    assert set(service["RestartPreventExitStatus"].split()) == {str(cli.EXIT_USAGE), str(cli.EXIT_CONFIG), "127"}
-    assert str(cli.EXIT_FAULT) not in service["RestartPreventExitStatus"]
+@pytest.mark.parametrize("unit", [*SYSTEM, "user/hearthd.service"])
+def test_each_line_has_its_reason(unit: str) -> None:
+    """A paragraph of settings is explained by the comments in it, or is systemd's own everyday vocabulary."""
+    everyday = {"Description", "Documentation", "Type", "NotifyAccess", "ExecStart", "WantedBy", "ListenStream"}
+    everyday |= {"Requires", "After", "Restart", "RestartSec"}
+    text = (UNITS / unit).read_text(encoding="utf-8")
+    bare = [
+        paragraph
+        for paragraph in text.split("\n\n")
+        if "#" not in paragraph
+        for line in paragraph.splitlines()
+        if not line.startswith("[") and line.partition("=")[0] not in everyday
+    ]
+    assert bare == []
 
 
-def test_the_words_of_the_unit_are_a_command_of_hearthd(service: dict[str, str]) -> None:
-    *_, program, command = service["ExecStart"].split()
-    assert program == "hearthd"
-    done = subprocess.run([sys.executable, "-m", program, command, "--help"], capture_output=True, check=False)
-    assert done.returncode == 0
+@pytest.mark.parametrize("unit", [LOCAL, INSTANCE])
+def test_the_units_differ_only_where_they_are_meant_to(unit: str) -> None:
+    """Whoever hardens one must harden the others: copies drift apart."""
+    meant = {
+        LOCAL: {"RestrictAddressFamilies", "PrivateNetwork", "IPAddressDeny", "Environment"},
+        INSTANCE: {"ExecStart", "ExecReload", "StateDirectory", "RuntimeDirectory", "Environment", "LoadCredential"},
+    }[unit]
+    different = set(read(unit)["Service"]) ^ set(read(LAN)["Service"])
+    assert {key for key, _ in different} == meant
+
+
+def test_the_local_unit_has_no_network_and_does_not_try_to_use_one() -> None:
+    lines = read(LOCAL)["Service"]
+    assert ("PrivateNetwork", "yes") in lines
+    assert ("RestrictAddressFamilies", "AF_UNIX") in lines
+    assert ("Environment", "HEARTHD_SERVER_TCP=") in lines
+    assert "network" not in str(read(LOCAL)["Unit"]).replace("(this machine only)", "")
+
+
+@pytest.mark.parametrize("unit", DAEMONS)
+def test_a_hard_exit_comes_before_systemds(unit: str) -> None:
+    assert int(service(unit)["TimeoutStopSec"]) > ServerConfig().drain_grace_seconds + 2 * CLOSE_SECONDS
+
+
+@pytest.mark.parametrize("unit", DAEMONS)
+def test_what_cannot_get_better_is_not_started_again_and_all_else_always_is(unit: str) -> None:
+    never = service(unit)["RestartPreventExitStatus"].split()
+    assert set(never) == {str(cli.EXIT_USAGE), str(cli.EXIT_CONFIG), "127"}
+    assert str(cli.EXIT_FAULT) not in never
+    assert ("StartLimitIntervalSec", "0") in read(unit)["Unit"]
+
+
+@pytest.mark.parametrize("unit", DAEMONS)
+def test_a_frozen_daemon_is_back_in_time(unit: str) -> None:
+    """WatchdogSec + 5 s: what ends it and what waits before the next start must fit."""
+    found = service(unit)
+    assert int(found["TimeoutAbortSec"]) + int(found["RestartSec"]) <= 5
+    assert found["Restart"] == "on-failure"  # to which a watchdog's end belongs
+
+
+@pytest.mark.parametrize("unit", DAEMONS)
+def test_the_words_of_the_unit_are_commands_of_hearthd(unit: str) -> None:
+    commands = [value for key, value in read(unit)["Service"] if key in ("ExecStart", "ExecReload")]
+    assert commands[1] == "/bin/kill -HUP $MAINPID"
+    for command in (commands[0], commands[2]):
+        env, program, *words = command.split()
+        assert (env, program) == ("/usr/bin/env", "hearthd")
+        done = subprocess.run([sys.executable, "-m", program, *words, "--help"], capture_output=True, check=False)
+        assert done.returncode == 0
+
+
+@pytest.mark.parametrize("unit", [LAN, LOCAL, INSTANCE])
+def test_time_is_waited_for(unit: str) -> None:
+    lines = dict(read(unit)["Unit"])
+    assert "time-sync.target" in lines["After"]
+    assert "time-sync.target" in lines["Wants"]
+
+
+def test_the_proxy_passes_on_to_the_daemon_without_a_network() -> None:
+    proxy = read("hearthd-proxy.service")
+    assert [value for key, value in proxy["Unit"] if key == "Requires"] == ["hearthd-proxy.socket", LOCAL]
+    assert ("PrivateNetwork", "yes") in proxy["Service"]
+    *_, target = service("hearthd-proxy.service")["ExecStart"].split()
+    named = re.search(r'tls_socket = "(.+)"', (UNITS / "hearthd-proxy.socket").read_text())
+    assert named
+    assert target == named[1]
+    # The same user, or the socket would not let it in.
+    assert service("hearthd-proxy.service")["User"] == service(LOCAL)["User"]
