@@ -10,13 +10,14 @@ another attempt. The two are kept parallel, method by method.
 import asyncio
 import os
 import weakref
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
 
 from hearth import _operations
-from hearth._channel import call_metadata, open_async_channel
+from hearth._channel import call_metadata
 from hearth._chat import ChatProgress
+from hearth._connection import AsyncConnection
 from hearth._errors import CallCancelledError
 from hearth._grpc import grpc
 from hearth._operations import Operation
@@ -32,8 +33,9 @@ _T = TypeVar("_T")
 class AsyncClient:
     """A connection to a daemon, made when it is first needed. Belongs to the event loop that first uses it.
 
-    `address` is `unix:///path`, `host:port` or `[IPv6]:port`. None: HEARTH_ADDRESS, else the socket of this user's or
-    the system's daemon, else 127.0.0.1:50051. `options`: see `ClientOptions`.
+    `address` is `unix:///path`, `host:port` or `[IPv6]:port`. None: HEARTH_ADDRESS, else the daemon that this user is
+    paired with, else the socket of this user's or the system's daemon, else 127.0.0.1:50051. `options`: see
+    `ClientOptions`.
 
     Raises ConfigurationError if any of them cannot be used. Every call may raise the other errors of this package.
     """
@@ -41,7 +43,7 @@ class AsyncClient:
     def __init__(self, address: str | None = None, **options: Unpack[ClientOptions]) -> None:
         self._settings = read_settings(address, options, os.environ)
         self._metadata = call_metadata(self._settings)
-        self._opened: Any = None
+        self._connection = AsyncConnection(self._settings)
         self._is_closed = False
         # Small calls that wait for their next attempt; closing the channel would not reach them.
         self._waiting: set[asyncio.Event] = set()
@@ -62,7 +64,7 @@ class AsyncClient:
     @property
     def address(self) -> str:
         """Where the daemon is looked for."""
-        return self._settings.address.text
+        return self._connection.address
 
     async def aclose(self) -> None:
         """Close the connection. Calls that run end with CallCancelledError."""
@@ -71,10 +73,7 @@ class AsyncClient:
             wakeup.set()
         for stream in list(self._streams):
             stream._cancel()
-        # A closed channel of grpc.aio goes on connecting for as long as anything holds it.
-        opened, self._opened = self._opened, None
-        if opened is not None:
-            await opened.close()
+        await self._connection.close()
 
     async def chat(
         self, messages: str | Iterable[Message], *, timeout: float | None = None, **options: Unpack[ChatOptions]
@@ -104,8 +103,9 @@ class AsyncClient:
         def begin() -> ChatProgress:
             return ChatProgress(self._patience(seconds), on_queued)
 
-        def open_call(remaining: float | None) -> Any:
-            return self._channel().unary_stream(_operations.CHAT)(request, timeout=remaining, metadata=self._metadata)
+        async def open_call(remaining: float | None) -> Any:
+            channel = await self._channel(remaining)
+            return channel.unary_stream(_operations.CHAT)(request, timeout=remaining, metadata=self._metadata)
 
         stream = AsyncChatStream(self, begin, open_call)
         self._streams.add(stream)
@@ -138,7 +138,8 @@ class AsyncClient:
         patience = self._patience(seconds, operation.waits_for_ready)
         while True:
             try:
-                data: bytes = await self._channel().unary_unary(operation.method)(
+                channel = await self._channel(patience.remaining())
+                data: bytes = await channel.unary_unary(operation.method)(
                     operation.request, timeout=patience.remaining(), metadata=self._metadata
                 )
             except grpc.RpcError as error:
@@ -172,14 +173,19 @@ class AsyncClient:
             timeout=timeout,
             ready_timeout=self._settings.ready_timeout if waits_for_ready else 0,
             max_retries=self._settings.max_retries,
+            on_failure=self._connection.note,
         )
 
-    def _channel(self) -> Any:
+    async def _channel(self, seconds: float | None) -> Any:
+        self._raise_if_closed()
+        channel = await self._connection.channel(seconds)
+        # Closed while a paired daemon was looked for.
+        self._raise_if_closed()
+        return channel
+
+    def _raise_if_closed(self) -> None:
         if self._is_closed:
             raise CallCancelledError("the client is closed")
-        if self._opened is None:
-            self._opened = open_async_channel(self._settings)
-        return self._opened
 
     def _raise_if_closed_beside_task(self) -> None:
         """Raise CallCancelledError if it is the client's closing, and not the task's own end, that cancelled a call."""
@@ -196,7 +202,10 @@ class AsyncChatStream:
     """
 
     def __init__(
-        self, client: AsyncClient, begin: Callable[[], ChatProgress], open_call: Callable[[float | None], Any]
+        self,
+        client: AsyncClient,
+        begin: Callable[[], ChatProgress],
+        open_call: Callable[[float | None], Awaitable[Any]],
     ) -> None:
         """Made by `AsyncClient.stream`."""
         self._client = client
@@ -273,7 +282,10 @@ class AsyncChatStream:
                 raise CallCancelledError("the stream was closed before its end")
             try:
                 if self._call is None:
-                    self._call = self._open_call(self._progress.remaining())
+                    self._call = await self._open_call(self._progress.remaining())
+                    # Closed meanwhile: `_cancel` knew of no call.
+                    if self._is_closed:
+                        self._call.cancel()
                     # Not `read`: it drops the responses that have come when the call is over before they were read.
                     self._responses = aiter(self._call)
                 data: bytes | None = await anext(self._responses, None)

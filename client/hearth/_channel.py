@@ -12,8 +12,12 @@ from hearth._settings import Settings
 
 def channel_options(settings: Settings) -> list[tuple[str, int | str]]:
     """gRPC's options for these settings."""
+    # A paired daemon's certificate is the only one that is accepted, so what matters is that it is this one, and not
+    # which address the router has given the board today: look for a name that stands in it.
+    pinned = [("grpc.ssl_target_name_override", settings.server_name)] if settings.server_name else []
     keepalive_ms = max(1, round(settings.keepalive * 1000))
     return [
+        *pinned,
         ("grpc.primary_user_agent", "hearth-python"),
         # A running call asks for a sign of life. In gRPC 1.85 the third bounds the wait for it, and the second, which
         # is the documented one, does nothing. Without the fourth, gRPC stops asking after two pings in a silence: a

@@ -11,8 +11,9 @@ from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
 
 from hearth import _operations
-from hearth._channel import call_metadata, open_channel
+from hearth._channel import call_metadata
 from hearth._chat import ChatProgress
+from hearth._connection import Connection
 from hearth._errors import CallCancelledError
 from hearth._grpc import grpc
 from hearth._operations import Operation
@@ -28,8 +29,9 @@ _T = TypeVar("_T")
 class Client:
     """A connection to a daemon, made when it is first needed. Any thread may use it.
 
-    `address` is `unix:///path`, `host:port` or `[IPv6]:port`. None: HEARTH_ADDRESS, else the socket of this user's or
-    the system's daemon, else 127.0.0.1:50051. `options`: see `ClientOptions`.
+    `address` is `unix:///path`, `host:port` or `[IPv6]:port`. None: HEARTH_ADDRESS, else the daemon that this user is
+    paired with, else the socket of this user's or the system's daemon, else 127.0.0.1:50051. `options`: see
+    `ClientOptions`.
 
     Raises ConfigurationError if any of them cannot be used. Every call may raise the other errors of this package.
     """
@@ -37,7 +39,7 @@ class Client:
     def __init__(self, address: str | None = None, **options: Unpack[ClientOptions]) -> None:
         self._settings = read_settings(address, options, os.environ)
         self._metadata = call_metadata(self._settings)
-        self._channel: Any = open_channel(self._settings)
+        self._connection = Connection(self._settings)
         self._stop = Stop()
 
     def __repr__(self) -> str:
@@ -54,12 +56,12 @@ class Client:
     @property
     def address(self) -> str:
         """Where the daemon is looked for."""
-        return self._settings.address.text
+        return self._connection.address
 
     def close(self) -> None:
         """Close the connection. Calls that run end with CallCancelledError."""
         self._stop.set()
-        self._channel.close()
+        self._connection.close()
 
     def chat(
         self, messages: str | Iterable[Message], *, timeout: float | None = None, **options: Unpack[ChatOptions]
@@ -92,7 +94,9 @@ class Client:
         def open_call(remaining: float | None) -> Any:
             self._raise_if_closed()
             try:
-                return self._channel.unary_stream(_operations.CHAT)(request, timeout=remaining, metadata=self._metadata)
+                return self._connection.channel(remaining).unary_stream(_operations.CHAT)(
+                    request, timeout=remaining, metadata=self._metadata
+                )
             except ValueError:
                 self._raise_if_closed()
                 raise
@@ -127,7 +131,7 @@ class Client:
         while True:
             self._raise_if_closed()
             try:
-                data: bytes = self._channel.unary_unary(operation.method)(
+                data: bytes = self._connection.channel(patience.remaining()).unary_unary(operation.method)(
                     operation.request, timeout=patience.remaining(), metadata=self._metadata
                 )
             except grpc.RpcError as error:
@@ -149,6 +153,7 @@ class Client:
             timeout=timeout,
             ready_timeout=self._settings.ready_timeout if waits_for_ready else 0,
             max_retries=self._settings.max_retries,
+            on_failure=self._connection.note,
         )
 
     def _raise_if_closed(self) -> None:

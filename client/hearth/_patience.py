@@ -32,9 +32,12 @@ class Patience:
         max_retries: int,
         clock: Callable[[], float] = time.monotonic,
         jitter: Callable[[], float] = random.random,
+        on_failure: Callable[[HearthError], None] = lambda _: None,
     ) -> None:
+        """`on_failure` hears of each failed attempt."""
         self._clock = clock
         self._jitter = jitter
+        self._on_failure = on_failure
         self._start = clock()
         self._timeout = timeout
         self._ready_timeout = ready_timeout
@@ -49,6 +52,7 @@ class Patience:
 
     def delay_after(self, error: HearthError) -> float | None:
         """Seconds to wait before the next attempt; None if there is none and `error` stands."""
+        self._on_failure(error)
         elapsed = self._clock() - self._start
         if isinstance(error, QueueFullError):
             delay, limit = self._delay_of_full_queue(error), math.inf

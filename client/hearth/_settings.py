@@ -13,6 +13,7 @@ from typing import cast
 
 from hearth._address import Address, default_address, parse_address
 from hearth._errors import ConfigurationError
+from hearth._paired import PairedDaemon, PairedDaemons
 from hearth._values import ClientOptions
 
 # A token is one short line and a CA file a few certificates: whatever is larger is another file, named by mistake.
@@ -34,6 +35,10 @@ class Settings:
     ready_timeout: float = 10.0
     max_retries: int = 3
     keepalive: float = 10.0
+    server_name: str | None = None
+    """The name to look for in the daemon's certificate; None: the host of the address."""
+    paired: PairedDaemon | None = None
+    """Whose address this is, so that it may be looked for elsewhere."""
 
 
 def read_settings(address: str | None, options: ClientOptions, environ: Mapping[str, str]) -> Settings:
@@ -41,9 +46,15 @@ def read_settings(address: str | None, options: ClientOptions, environ: Mapping[
     known = ClientOptions.__annotations__
     if unknown := options.keys() - known.keys():
         raise TypeError(f"unknown option {min(unknown)!r}; there are {', '.join(sorted(known))}")
-    where = parse_address(default_address(environ) if address is None else address)
-    ca = _read_ca(where, options, environ)
-    token = _read_token(options, environ)
+    paired = _choose_paired(address, options, environ)
+    if paired is not None:
+        where = parse_address(paired.addresses[0])
+        ca: bytes | None = paired.certificate.encode()
+        token: str | None = paired.token
+    else:
+        where = parse_address(default_address(environ) if address is None else address)
+        ca = _read_ca(where, options, environ)
+        token = _read_token(options, environ)
     if token and not (where.is_loopback or ca or options.get("allow_plaintext_token")):
         raise ConfigurationError(
             f"address {where.text!r}: the token would cross the network unencrypted; name the file that the daemon's "
@@ -63,7 +74,14 @@ def read_settings(address: str | None, options: ClientOptions, environ: Mapping[
         for name in ("timeout", "call_timeout", "ready_timeout", "max_retries", "keepalive")
         if name in options
     }
-    return Settings(address=where, token=token, ca=ca, **cast(dict[str, int], numbers))
+    return Settings(
+        address=where,
+        token=token,
+        ca=ca,
+        server_name=paired.server_name if paired else None,
+        paired=paired,
+        **cast(dict[str, int], numbers),
+    )
 
 
 def check_seconds(name: str, seconds: float) -> float:
@@ -71,6 +89,33 @@ def check_seconds(name: str, seconds: float) -> float:
     if not seconds > 0:
         raise ConfigurationError(f"{name} is {seconds}; it is a number of seconds over 0 (math.inf: no limit)")
     return seconds
+
+
+def _choose_paired(address: str | None, options: ClientOptions, environ: Mapping[str, str]) -> PairedDaemon | None:
+    """The paired daemon to use: the one that is named, else the only one; None if something else says where to go."""
+    name = options.get("daemon")
+    own = [option for option in ("token", "token_file", "ca") if options.get(option) is not None]
+    if name is not None:
+        if address is not None or own:
+            raise ConfigurationError(
+                f"daemon {name[:80]!r} is given beside {own[0] if own else 'an address'}; a paired daemon has its own"
+            )
+        return PairedDaemons(environ).read(name)
+    if address is not None or environ.get("HEARTH_ADDRESS"):
+        return None
+    if name := environ.get("HEARTH_DAEMON"):
+        return PairedDaemons(environ).read(name)
+    # Whoever brings credentials means a daemon that was not paired.
+    if own or any(environ.get(variable) for variable in ("HEARTH_TOKEN", "HEARTH_TOKEN_FILE", "HEARTH_CA")):
+        return None
+    daemons = PairedDaemons(environ)
+    names = daemons.names()
+    if len(names) > 1:
+        raise ConfigurationError(
+            f"this user is paired with several daemons: {', '.join(names)}; name one (--daemon, HEARTH_DAEMON or "
+            "daemon=), or an address"
+        )
+    return daemons.read(names[0]) if names else None
 
 
 def _read_ca(address: Address, options: ClientOptions, environ: Mapping[str, str]) -> bytes | None:

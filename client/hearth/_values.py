@@ -50,6 +50,8 @@ class ChatOptions(TypedDict, total=False):
 class ClientOptions(TypedDict, total=False):
     """What `Client` and `AsyncClient` take by keyword. Times are in seconds; math.inf is no limit."""
 
+    daemon: str | None
+    """Name of a paired daemon, instead of an address and of what belongs to it. Not set: HEARTH_DAEMON."""
     token: str | None
     """Sent with each call. Not set: `token_file`, then HEARTH_TOKEN, then the file that HEARTH_TOKEN_FILE names."""
     token_file: str | os.PathLike[str] | None

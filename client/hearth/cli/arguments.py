@@ -12,11 +12,14 @@ addresses:
   raspberrypi.local:50051             a host and a port
   [::1]:50051                         an IPv6 address and a port
 
-  Not given: HEARTH_ADDRESS; else $XDG_RUNTIME_DIR/hearth/hearthd.sock or
-  /run/hearth/hearthd.sock, whichever is there first; else 127.0.0.1:50051.
+  Not given: HEARTH_ADDRESS; else the daemon that this user is paired with
+  (`hearth pair`; several: --daemon NAME or HEARTH_DAEMON says which); else
+  $XDG_RUNTIME_DIR/hearth/hearthd.sock or /run/hearth/hearthd.sock, whichever
+  is there first; else 127.0.0.1:50051.
 
 environment:
   HEARTH_ADDRESS      where the daemon is
+  HEARTH_DAEMON       which of the paired ones it is
   HEARTH_CA           file with the certificate that the daemon's is checked against
   HEARTH_TOKEN        the token that the daemon wants
   HEARTH_TOKEN_FILE   a file that holds it
@@ -60,6 +63,20 @@ Lines already typed come back with the arrow keys; they are kept in memory only.
 """,
     "status": "",
     "models": "",
+    "pair": """\
+The code is printed by `hearthd pair NAME` on the daemon's machine; it is good once, for some minutes. The daemon's
+certificate is compared with the code before anything is sent. Address, certificate and token are kept in
+~/.config/hearth/daemons, readable by this user alone; from then on `hearth ask` needs no options.
+
+examples:
+  hearth pair hearth://raspberrypi.local+192.168.1.7:50051/QC4WZW-9Q3SKW-ZXCCMD-6KTXZP-8YBJ85-XF52NP-CQYC2D-5DW0CN
+  hearth pair --list
+  hearth pair --forget raspberrypi
+""",
+    "discover": """\
+Needs the package zeroconf: pip install 'hearth-chat[discover]'. Whoever announces itself says what it likes: `hearth
+pair` compares the certificate, this list does not.
+""",
 }
 
 
@@ -79,6 +96,8 @@ def make_parser() -> argparse.ArgumentParser:
         ("chat", "hold a conversation in the terminal"),
         ("status", "print what the daemon is doing"),
         ("models", "list the models that the daemon serves"),
+        ("pair", "become a caller of a daemon, by the code that it printed"),
+        ("discover", "list the daemons that announce themselves on the local network"),
     ):
         command = commands.add_parser(
             name,
@@ -94,6 +113,12 @@ def make_parser() -> argparse.ArgumentParser:
             _add_chat_options(command)
         if name != "chat":
             command.add_argument("--json", action="store_true", help="print one JSON object")
+        if name == "pair":
+            _add_pair_options(command)
+            continue
+        if name == "discover":
+            _add_discover_options(command)
+            continue
         # The question of `status` is how the daemon is now: there is nothing to wait for.
         _add_connection_options(command, offers_wait=name != "status")
     return parser
@@ -120,9 +145,29 @@ def _add_chat_options(command: argparse.ArgumentParser) -> None:
         group.add_argument("--request-id", metavar="ID", help="names the request in the daemon's journal")
 
 
+def _add_pair_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("code", nargs="?", metavar="CODE", help="the line that `hearthd pair NAME` printed")
+    command.add_argument("--name", metavar="NAME", help="what to call the daemon; as it calls itself if not given")
+    command.add_argument("--list", action="store_true", help="list the daemons that this user is paired with")
+    command.add_argument("--forget", metavar="NAME", help="remove one of them from this machine")
+
+
+def _add_discover_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--seconds", type=_seconds, default=3.0, metavar="SECONDS", help="how long to listen; 3 if not given"
+    )
+    command.add_argument(
+        "--interface",
+        action="append",
+        metavar="ADDRESS",
+        help="this machine's own address on the network to ask; all networks if not given; may be given again",
+    )
+
+
 def _add_connection_options(command: argparse.ArgumentParser, *, offers_wait: bool) -> None:
     group = command.add_argument_group("connection")
     group.add_argument("--address", metavar="ADDRESS", help="where the daemon is; see hearth --help")
+    group.add_argument("--daemon", metavar="NAME", help="one of `hearth pair --list`, instead of an address")
     group.add_argument("--ca", metavar="FILE", help="certificate (PEM) to check the daemon's against; makes it TLS")
     group.add_argument("--token-file", metavar="FILE", help="file with the token that the daemon wants")
     group.add_argument(

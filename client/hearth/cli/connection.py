@@ -21,6 +21,8 @@ def open_client(arguments: argparse.Namespace, screen: Screen) -> Client:
     logger.setLevel(logging.INFO)
     logger.addHandler(_Notes(screen))
     options: ClientOptions = {"allow_plaintext_token": arguments.allow_plaintext_token}
+    if arguments.daemon is not None:
+        options["daemon"] = arguments.daemon
     if arguments.ca is not None:
         options["ca"] = arguments.ca
     if arguments.token_file is not None:

@@ -241,5 +241,6 @@ def _print_qr(code: str) -> None:
     # Upper case: QR's alphanumeric form takes 5.5 bits a character instead of 8.
     symbol = segno.make_qr(code.upper(), error="l")
     width, _ = symbol.symbol_size(border=2)
-    if width <= os.get_terminal_size(sys.stdout.fileno()).columns:
+    # 0: a terminal that does not know its width.
+    if width <= (os.get_terminal_size(sys.stdout.fileno()).columns or width):
         symbol.terminal(compact=True, border=2)

@@ -1,0 +1,91 @@
+"""Where a paired daemon is now: at a stored address, or, if the network can be asked, at another one.
+
+An address counts only if the daemon's own certificate is shown there: another machine may have taken the address over.
+Blocks; `Client` and `AsyncClient` call it before a channel is opened, the latter in a thread.
+"""
+
+import contextlib
+import logging
+import queue
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from hearth._certificate import fetch_certificate, fingerprint
+from hearth._discovery import FoundDaemon, can_discover, discover
+from hearth._errors import ConfigurationError, ConnectError
+from hearth._paired import PairedDaemon, PairedDaemons
+
+_logger = logging.getLogger("hearth")
+
+_STORED_SECONDS = 3.0
+_DISCOVER_SECONDS = 4.0
+
+
+def find_address(daemon: PairedDaemon, seconds: float, environ: Mapping[str, str]) -> str:
+    """The address to use; if none answers, the likeliest one, so that the call says what is wrong with it.
+
+    Raises ConnectError if only machines with other certificates answer.
+    """
+    deadline = time.monotonic() + seconds
+    found, is_other = _first_that_answers(daemon, daemon.addresses, min(_STORED_SECONDS, seconds))
+    if found is None and can_discover() and (left := deadline - time.monotonic()) > 0:
+        _logger.info("%s does not answer at %s; looking for it", daemon.name, ", ".join(daemon.addresses))
+        found = _ask_the_network(daemon, min(_DISCOVER_SECONDS, left))
+        if found is not None:
+            _remember(daemon, found, environ)
+    if found is None and is_other:
+        raise ConnectError(
+            f"what answers at {is_other} shows another certificate than the one that {daemon.name} was paired with: it "
+            f"is another machine, or the daemon's certificate was renewed; then pair again (hearthd pair, hearth pair)",
+            is_transient=False,
+        )
+    return found or daemon.addresses[0]
+
+
+def _ask_the_network(daemon: PairedDaemon, seconds: float) -> str | None:
+    def is_it(found: FoundDaemon) -> bool:
+        return found.fingerprint == daemon.fingerprint
+
+    try:
+        addresses = [address for found in discover(seconds, is_it) if is_it(found) for address in found.addresses]
+    except ConfigurationError as error:
+        _logger.info("%s", error)
+        return None
+    return _first_that_answers(daemon, addresses, _STORED_SECONDS)[0] if addresses else None
+
+
+def _remember(daemon: PairedDaemon, address: str, environ: Mapping[str, str]) -> None:
+    _logger.info("%s is at %s now", daemon.name, address)
+    kept = tuple(dict.fromkeys((address, *daemon.addresses)))[:8]
+    # It works without, at the price of asking again the next time.
+    with contextlib.suppress(ConfigurationError):
+        PairedDaemons(environ).write(replace(daemon, addresses=kept))
+
+
+def _first_that_answers(
+    daemon: PairedDaemon, addresses: Sequence[str], seconds: float
+) -> tuple[str | None, str | None]:
+    """(the first address with the daemon's certificate, an address where another one is shown), as far as there are."""
+    answers: queue.SimpleQueue[tuple[str, str | None]] = queue.SimpleQueue()
+
+    def ask(address: str) -> None:
+        mark = None
+        with contextlib.suppress(ConnectError):
+            mark = fingerprint(fetch_certificate(address, seconds))
+        answers.put((address, mark))
+
+    # At once: a name that nobody knows may take its resolver many seconds, which must not delay the others.
+    for address in addresses:
+        threading.Thread(target=ask, args=(address,), name="hearth-find", daemon=True).start()
+    deadline, other = time.monotonic() + seconds, None
+    for _ in addresses:
+        try:
+            address, mark = answers.get(timeout=max(deadline - time.monotonic(), 0))
+        except queue.Empty:
+            break
+        if mark == daemon.fingerprint:
+            return address, None
+        other = other or (address if mark else None)
+    return None, other

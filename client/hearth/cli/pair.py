@@ -1,0 +1,67 @@
+"""`hearth pair`: become a caller of a daemon by its code; list and forget daemons.
+
+Called by `__main__`.
+"""
+
+import argparse
+import json
+import os
+
+from hearth._errors import ConfigurationError
+from hearth._paired import PairedDaemon, PairedDaemons
+from hearth.cli.terminal import Screen, neutralise_line
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Pair, list or forget; return the exit code."""
+    if sum((arguments.code is not None, arguments.list, arguments.forget is not None)) != 1:
+        raise ConfigurationError("give one of CODE, --list and --forget NAME; `hearthd pair NAME`, on the board, "
+                                 "prints a CODE")  # fmt: skip
+    screen, daemons = Screen(), PairedDaemons(os.environ)
+    if arguments.forget is not None:
+        forgotten = daemons.read(arguments.forget)
+        daemons.forget(arguments.forget)
+        screen.note(f"forgot {forgotten.name}; on its machine, this ends the token: hearthd token revoke "
+                    f"{neutralise_line(forgotten.device)}")  # fmt: skip
+        return 0
+    if arguments.list:
+        _list(screen, daemons.all(), as_json=arguments.json)
+        return 0
+    # gRPC is slow to import, and a list does without.
+    from hearth._pairing import pair
+
+    daemon = pair(arguments.code, daemons, name=arguments.name)
+    if arguments.json:
+        screen.write(json.dumps(_fields(daemon), ensure_ascii=not screen.encoding_is_unicode) + "\n")
+    else:
+        screen.write(
+            f"paired with {daemon.name} at {daemon.addresses[0]}, as {neutralise_line(daemon.device)} "
+            f"(role {neutralise_line(daemon.role)})\n"
+        )
+        screen.note('now ask it something: hearth ask "Why is the sky blue?"')
+    return 0
+
+
+def _list(screen: Screen, daemons: list[PairedDaemon], *, as_json: bool) -> None:
+    if as_json:
+        listed = {"daemons": [_fields(daemon) for daemon in daemons]}
+        screen.write(json.dumps(listed, ensure_ascii=not screen.encoding_is_unicode) + "\n")
+        return
+    for daemon in daemons:
+        screen.write(
+            f"{daemon.name}  {', '.join(daemon.addresses)}  as {neutralise_line(daemon.device)}  "
+            f"certificate {daemon.fingerprint[:16]}\n"
+        )
+    if not daemons:
+        screen.note("paired with no daemon; `hearthd pair NAME`, on the board, prints a code for: hearth pair CODE")
+
+
+def _fields(daemon: PairedDaemon) -> dict[str, object]:
+    """What may be shown: all but the token."""
+    return {
+        "name": daemon.name,
+        "addresses": list(daemon.addresses),
+        "fingerprint": daemon.fingerprint,
+        "device": daemon.device,
+        "role": daemon.role,
+    }
