@@ -2,7 +2,7 @@
 
 from hearthd.answer import Answer
 from hearthd.decoding import IncrementalDecoder, decoder_steps
-from hearthd.events import Delta, TokenLogprob
+from hearthd.events import Delta, FinishReason, TokenLogprob
 
 # Tokens of several bytes, which end within characters: "é" is C3 A9, "ü" is C3 BC.
 TOKENS = ("a\u00c3", "\u00a9\u00c3", "\u00bcb", "END", "xE", "NDy")
@@ -53,14 +53,14 @@ def test_token_that_the_stop_string_cuts_in_two_is_part_of_the_answer() -> None:
     ongoing = answer("END")
     assert push(ongoing, 4) == ("x", [])
     assert push(ongoing, 5) == ("", [4])
-    assert ongoing.is_stopped
+    assert ongoing.stopped_by is FinishReason.STOP_STRING
     assert ongoing.end() is None
 
 
 def test_token_within_the_stop_string_is_not() -> None:
     ongoing = answer("END")
     assert push(ongoing, 3) == ("", [])
-    assert ongoing.is_stopped
+    assert ongoing.stopped_by is FinishReason.STOP_STRING
     assert ongoing.end() is None
 
 

@@ -18,6 +18,7 @@ _FINISH_REASONS = {
     chat_pb2.FINISH_REASON_STOP_STRING: values.FinishReason.STOP_STRING,
     chat_pb2.FINISH_REASON_LENGTH: values.FinishReason.LENGTH,
     chat_pb2.FINISH_REASON_TIME_LIMIT: values.FinishReason.TIME_LIMIT,
+    chat_pb2.FINISH_REASON_POLICY: values.FinishReason.POLICY,
 }
 _STATES = {
     status_pb2.DAEMON_STATE_LOADING: values.DaemonState.LOADING,

@@ -110,6 +110,8 @@ class FinishReason(enum.StrEnum):
     """`max_tokens` or the end of the context was reached: the answer may break off in mid-sentence."""
     TIME_LIMIT = "time_limit"
     """The daemon's own cap on an answer's time was reached."""
+    POLICY = "policy"
+    """A rule of the daemon's owner ended the answer, before what it does not allow."""
     UNKNOWN = "unknown"
     """A reason that this client is too old to know."""
 

@@ -202,6 +202,7 @@ def run_server(config: Config, load: "Callable[[], Model]") -> int:
 
 def _check_config(parsed: argparse.Namespace) -> None:
     from hearthd.listeners import find_listeners
+    from hearthd.policy.policy_file import PolicyFile
     from hearthd.store import Store
     from hearthd.tls import find_exposure, find_files, read_certificate
     from hearthd.tokens import list_tokens
@@ -219,6 +220,7 @@ def _check_config(parsed: argparse.Namespace) -> None:
         for token in list_tokens(config.auth.token_file):
             if token.role not in config.roles:
                 print(f"hearthd: warning: token {token.name} has no rights: no role {token.role}", file=sys.stderr)
+    PolicyFile(config.policy.file, config.roles)
     # Without the hashes, which take as long as reading the whole model.
     Store(config.model.directory).open(config.model.name, verify=False)
     for key, value in settings(config).items():

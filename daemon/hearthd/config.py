@@ -22,12 +22,14 @@ from hearthd.roles import BUILT_IN, Role
 from hearthd.setting import FileMode, Flag, Kind, Number, Pairs, Place, Strings, Text, Whole, Word
 
 __all__ = [
+    "AuditConfig",
     "AuthConfig",
     "Config",
     "EngineConfig",
     "LimitsConfig",
     "LogConfig",
     "ModelConfig",
+    "PolicyConfig",
     "ServerConfig",
     "TlsConfig",
     "choose_file",
@@ -134,6 +136,22 @@ class LimitsConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PolicyConfig:
+    """What the owner wants of every conversation."""
+
+    file: Annotated[Path | None, Place()] = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AuditConfig:
+    """Who called, without a word of what was said."""
+
+    file: Annotated[Path | None, Place()] = None
+    max_bytes: Annotated[int, Whole(64 * 1024, 2**30)] = 4 * 2**20
+    old_files: Annotated[int, Whole(0, 99)] = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LogConfig:
     """What is told."""
 
@@ -150,6 +168,8 @@ class Config:
     auth: AuthConfig = field(default_factory=AuthConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     limits: LimitsConfig = field(default_factory=LimitsConfig)
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    audit: AuditConfig = field(default_factory=AuditConfig)
     log: LogConfig = field(default_factory=LogConfig)
     roles: Mapping[str, Role] = field(default_factory=lambda: BUILT_IN)
 

@@ -38,6 +38,7 @@ _FINISH_REASONS: Final = {
     FinishReason.STOP_STRING: chat_pb2.FINISH_REASON_STOP_STRING,
     FinishReason.LENGTH: chat_pb2.FINISH_REASON_LENGTH,
     FinishReason.TIME_LIMIT: chat_pb2.FINISH_REASON_TIME_LIMIT,
+    FinishReason.POLICY: chat_pb2.FINISH_REASON_POLICY,
 }
 _OPTIONS: Final = (
     "temperature",

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hearthd.answer import Answer
-from hearthd.errors import InvalidRequestError
+from hearthd.errors import InvalidRequestError, PolicyRefusedError
 from hearthd.events import (
     Delta,
     Event,
@@ -184,7 +184,7 @@ class Engine:
             now = self._clock()
             try:
                 sequence.sampler = Sampler(sequence.params, sequence.prompt_ids)
-                sequence.answer = Answer(self._tokenizer.decoder(), sequence.params.stop)
+                sequence.answer = Answer(self._tokenizer.decoder(), sequence.params.stop, sequence.screen)
                 place = self._cache.acquire(sequence.prompt_ids, sequence.cache_identity)
             except Exception as error:  # noqa: BLE001 - of this sequence alone; the others go on
                 self._fail(sequence, error)
@@ -286,8 +286,8 @@ class Engine:
         num_tokens = len(sequence.output_ids)
         if is_end:
             self._finish(sequence, FinishReason.END_OF_TURN)
-        elif sequence.answer.is_stopped:
-            self._finish(sequence, FinishReason.STOP_STRING)
+        elif (stopped_by := sequence.answer.stopped_by) is not None:
+            self._finish(sequence, stopped_by)
         elif num_tokens >= sequence.params.max_tokens or len(sequence.prompt_ids) + num_tokens >= self.context_length:
             self._finish(sequence, FinishReason.LENGTH)
 
@@ -303,11 +303,15 @@ class Engine:
 
     def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
         if sequence.admitted is not None:
-            rest = sequence.answer.end()
+            try:
+                rest = sequence.answer.end()
+            except PolicyRefusedError as error:
+                self._fail(sequence, error)
+                return
             if rest is not None:
                 self._events.append((sequence, rest))
-            if sequence.answer.is_stopped:  # a stop string may have waited for a longer one that did not come
-                reason = FinishReason.STOP_STRING
+            # What ends a text may have waited for something longer that did not come.
+            reason = sequence.answer.stopped_by or reason
         self._events.append((sequence, sequence.finished(reason, self._clock())))
         self.remove(sequence)
 

@@ -18,6 +18,8 @@ class FinishReason(enum.Enum):
     """One of the request's stop strings came."""
     LENGTH = "length"
     """max_tokens, or the end of the context, was reached."""
+    POLICY = "policy"
+    """A rule of the owner's policy ended the answer."""
     TIME_LIMIT = "time_limit"
     """The sequence's deadline, or the daemon's cap on an answer's wall time, was reached."""
 

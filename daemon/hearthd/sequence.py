@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from hearthd.answer import Answer
 from hearthd.events import Finished, FinishReason
+from hearthd.policy.screening import Screen
 from hearthd.sampling import Sampler, SamplingParams
 
 __all__ = ["Sequence", "SequenceState"]
@@ -38,6 +39,8 @@ class Sequence:
     arrived: float
     deadline: float | None = None
     """When it passes, the answer ends with TIME_LIMIT."""
+    screen: Screen | None = None
+    """What the owner's policy does to the answer."""
 
     # The engine's from here on.
     state: SequenceState = field(init=False, default=SequenceState.NEW)

@@ -16,8 +16,10 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from hearth.v1 import chat_pb2, chat_pb2_grpc, model_pb2, model_pb2_grpc, pairing_pb2, status_pb2, status_pb2_grpc
+from hearthd.audit import AuditInterceptor
+from hearthd.audit_log import AuditLog
 from hearthd.auth import AccessInterceptor, Authenticator
-from hearthd.config import Config
+from hearthd.config import AuditConfig, Config
 from hearthd.daily_usage import DailyUsage
 from hearthd.errors import AddressInUseError, NotServingError
 from hearthd.health import HealthService
@@ -28,6 +30,8 @@ from hearthd.metering import Meters
 from hearthd.model import Model
 from hearthd.notify import Notifier, feed_watchdog
 from hearthd.pairing.gate import PairingGate
+from hearthd.policy.policy_file import PolicyFile
+from hearthd.policy.rules import Policy
 from hearthd.service import ChatService, ModelService, StatusService, Tokenising
 from hearthd.statuses import ErrorBoundary
 from hearthd.tls import CertificateSource, find_exposure, find_files
@@ -69,6 +73,8 @@ class Server:
         self._worker = Worker(
             load, max_queued=config.limits.max_queued, stream_backlog_bytes=config.server.stream_backlog_bytes
         )
+        self._policy = PolicyFile(config.policy.file, config.roles)
+        self._audit_log = _open_audit_log(config.audit)
         self._health = HealthService((*_SERVICES, _HEALTH))
         self._tokenising = Tokenising()
         self._services = self._make_services()
@@ -121,8 +127,9 @@ class Server:
 
     def _make_server(self, *, is_unix: bool) -> grpc.aio.Server:
         access = AccessInterceptor(self._authenticator, self._meters, is_unix=is_unix)
+        audit = [AuditInterceptor(self._audit_log)] if self._audit_log else []
         server = grpc.aio.server(
-            interceptors=[ErrorBoundary(), self._pairing, access],
+            interceptors=[*audit, ErrorBoundary(), self._pairing, access],
             options=transport_options(self._config.server, self._config.limits),
         )
         for add, servicer in self._services:
@@ -137,12 +144,14 @@ class Server:
             self._meters,
             config.limits,
             tokenising,
+            self._policy,
             write_timeout_seconds=config.server.write_timeout_seconds,
         )
+        models = ModelService(worker, config.limits, tokenising, self._policy)
         status = StatusService(worker, model_name=config.model.name, max_running=config.engine.slots)
         return [
             (chat_pb2_grpc.add_ChatServiceServicer_to_server, chat),
-            (model_pb2_grpc.add_ModelServiceServicer_to_server, ModelService(worker, config.limits, tokenising)),
+            (model_pb2_grpc.add_ModelServiceServicer_to_server, models),
             (status_pb2_grpc.add_StatusServiceServicer_to_server, status),
             (health_pb2_grpc.add_HealthServicer_to_server, self._health),
         ]
@@ -194,6 +203,7 @@ class Server:
             model = await loading
         finally:
             await _cancel(loading, stopping, extending)
+        self._policy.add_check(lambda policy: self._check_policy(policy, model))
         _logger.info(
             "serving %s: %d slots, context %d, %d waiting at most",
             model.name,
@@ -202,6 +212,11 @@ class Server:
             self._worker.max_queued,
         )
         return True
+
+    def _check_policy(self, policy: Policy, model: Model) -> None:
+        policy.check_prompts(
+            self._config.roles, lambda messages: len(model.tokenizer.encode_chat(messages)), model.engine.context_length
+        )
 
     async def _extend_timeout(self, longest_seconds: float) -> None:
         for _ in range(int(longest_seconds / _EXTEND_SECONDS)):
@@ -263,10 +278,18 @@ class Server:
         # Not `stop(None)`: chats that have just failed must still be able to say so.
         await asyncio.gather(*(server.stop(CLOSE_SECONDS / 2) for server in self._servers))
         self._tokenising.close()
+        if self._audit_log:
+            await asyncio.to_thread(self._audit_log.close)
         await self._daily_usage.save()
         with suppress(TimeoutError):
             async with asyncio.timeout(CLOSE_SECONDS / 2):
                 await self._worker.wait_until_gone()
+
+
+def _open_audit_log(audit: AuditConfig) -> AuditLog | None:
+    if audit.file is None:
+        return None
+    return AuditLog(audit.file, max_bytes=audit.max_bytes, num_old_files=audit.old_files)
 
 
 @contextmanager

@@ -16,7 +16,9 @@ from typing import Final, TypeVar
 import grpc
 
 from hearth.v1 import chat_pb2, chat_pb2_grpc, model_pb2, model_pb2_grpc, status_pb2, status_pb2_grpc
+from hearthd.audit import current_record
 from hearthd.caller import current_caller
+from hearthd.chat_template import Message
 from hearthd.config import LimitsConfig
 from hearthd.convert import (
     ChatCall,
@@ -29,6 +31,9 @@ from hearthd.convert import (
 from hearthd.errors import InvalidRequestError, ModelNotFoundError, SlowReaderError
 from hearthd.metering import ChatMeter, Meters
 from hearthd.model import Model
+from hearthd.policy.policy_file import PolicyFile
+from hearthd.policy.rules import RoleRules
+from hearthd.policy.screening import Screen
 from hearthd.sampling import MAX_STOP_STRING_CHARS, MAX_STOP_STRINGS, MAX_TOP_LOGPROBS
 from hearthd.sequence import Sequence
 from hearthd.stream import ChatStream
@@ -85,6 +90,7 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
         meters: Meters,
         limits: LimitsConfig,
         tokenising: Tokenising,
+        policy: PolicyFile,
         *,
         write_timeout_seconds: float,
     ) -> None:
@@ -92,6 +98,7 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
         self._meters = meters
         self._limits = limits
         self._tokenising = tokenising
+        self._policy = policy
         self._write_timeout_seconds = write_timeout_seconds
 
     async def Chat(  # noqa: N802
@@ -102,9 +109,16 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
         model = _find_model(self._worker, request.model)
         call = read_chat(request, model, self._limits.max_messages)
         caller = current_caller()
+        rules = self._policy.current.for_role(caller.role)
+        if rules.has_output_rules and call.params.top_logprobs is not None:
+            raise InvalidRequestError(
+                "sampling.top_logprobs",
+                "is set; this daemon's policy screens answers, and they would tell what it hides",
+            )
+        screen = rules.screen_answer()
         with self._meters.admit_chat(caller) as meter, self._worker.admit() as chat:
             try:
-                prompt_ids = await self._tokenising.run(lambda: model.tokenizer.encode_chat(call.messages))
+                prompt_ids = await self._tokenising.run(_encoding(model, rules, call.messages))
                 seconds_left = context.time_remaining()
                 chat.submit(
                     Sequence(
@@ -114,6 +128,7 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
                         cache_identity=caller.identity,
                         arrived=arrived,
                         deadline=None if seconds_left is None else time.monotonic() + seconds_left,
+                        screen=screen,
                     )
                 )
                 async for event in chat:
@@ -121,6 +136,7 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
                     await self._write(context, chat, to_chat_response(event, call.request_id, model.name))
             finally:
                 _charge(meter, chat)
+                _record_end(chat, screen)
                 _log_end(chat, call, arrived)
 
     async def _write(
@@ -142,6 +158,23 @@ def _charge(meter: ChatMeter, chat: ChatStream) -> None:
     sequence = chat.sequence
     if sequence is not None and sequence.admitted is not None:
         meter.charge_up_to(len(sequence.prompt_ids) + len(sequence.output_ids))
+
+
+def _encoding(model: Model, rules: RoleRules, messages: tuple[Message, ...]) -> Callable[[], list[int]]:
+    """Return what makes token ids of a conversation, as the policy has it, in another thread."""
+    fired = current_record().rules
+    return lambda: model.tokenizer.encode_chat(rules.apply(messages, fired))
+
+
+def _record_end(chat: ChatStream, screen: Screen | None) -> None:
+    """Tell the audit log how a chat ended: counts, and names of rules."""
+    record, sequence = current_record(), chat.sequence
+    if screen is not None:
+        record.rules |= screen.fired
+    if sequence is not None and sequence.admitted is not None:
+        record.prompt_tokens, record.completion_tokens = len(sequence.prompt_ids), len(sequence.output_ids)
+    if chat.finished is not None:
+        record.finish_reason = chat.finished.reason.value
 
 
 def _log_end(chat: ChatStream, call: ChatCall, arrived: float) -> None:
@@ -171,10 +204,11 @@ def _log_end(chat: ChatStream, call: ChatCall, arrived: float) -> None:
 class ModelService(model_pb2_grpc.ModelServiceServicer):
     """hearth.v1.ModelService."""
 
-    def __init__(self, worker: Worker, limits: LimitsConfig, tokenising: Tokenising) -> None:
+    def __init__(self, worker: Worker, limits: LimitsConfig, tokenising: Tokenising, policy: PolicyFile) -> None:
         self._worker = worker
         self._limits = limits
         self._tokenising = tokenising
+        self._policy = policy
 
     async def ListModels(  # noqa: N802
         self,
@@ -201,15 +235,16 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
         context: grpc.aio.ServicerContext,  # noqa: ARG002
     ) -> model_pb2.CountTokensResponse:
         """Count the tokens of a text or a conversation."""
-        tokenizer = _find_model(self._worker, request.model).tokenizer
+        model = _find_model(self._worker, request.model)
         match request.WhichOneof("input"):
             case "text":
-                ids = await self._tokenising.run(lambda: tokenizer.encode_text(request.text))
+                ids = await self._tokenising.run(lambda: model.tokenizer.encode_text(request.text))
             case "conversation":
                 messages = read_conversation(
                     request.conversation.messages, self._limits.max_messages, must_end_with_user=False
                 )
-                ids = await self._tokenising.run(lambda: tokenizer.encode_chat(messages))
+                rules = self._policy.current.for_role(current_caller().role)
+                ids = await self._tokenising.run(_encoding(model, rules, messages))
             case _:
                 raise InvalidRequestError("input", "is not set; give text or conversation")
         return model_pb2.CountTokensResponse(token_count=len(ids))

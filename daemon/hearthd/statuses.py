@@ -26,6 +26,7 @@ from hearthd.errors import (
     ModelNotFoundError,
     NotPermittedError,
     NotServingError,
+    PolicyRefusedError,
     QueueFullError,
     QuotaExceededError,
     SlowReaderError,
@@ -82,6 +83,11 @@ def status_of(error: Exception) -> RpcStatus:
             return RpcStatus(grpc.StatusCode.UNAUTHENTICATED, str(error))
         case NotPermittedError():
             return RpcStatus(grpc.StatusCode.PERMISSION_DENIED, str(error))
+        case PolicyRefusedError():
+            detail = error_details_pb2.ErrorInfo(
+                reason="POLICY_RULE", domain="hearth.v1", metadata={"rule": error.rule}
+            )
+            return RpcStatus(grpc.StatusCode.PERMISSION_DENIED, str(error), (detail,))
         case QueueFullError():
             return _try_again(str(error), error.retry_after_seconds)
         case QuotaExceededError():

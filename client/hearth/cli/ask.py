@@ -55,6 +55,8 @@ def run(arguments: argparse.Namespace) -> int:
         screen.note("the answer may break off: it reached --max-tokens, or the end of the model's context")
     elif answer.finish_reason is FinishReason.TIME_LIMIT:
         screen.note("the answer may break off: it reached the daemon's limit of time")
+    elif answer.finish_reason is FinishReason.POLICY:
+        screen.note("the answer may break off: a rule of the daemon's owner ended it")
     return 0
 
 

@@ -159,6 +159,8 @@ class Session:
             )
         elif answer.finish_reason is FinishReason.TIME_LIMIT:
             figures += "; cut off: the daemon's limit of time is reached"
+        elif answer.finish_reason is FinishReason.POLICY:
+            figures += "; ended by a rule of the daemon's owner"
         return figures
 
     def _system(self, text: str) -> None:

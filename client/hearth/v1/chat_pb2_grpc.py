@@ -86,6 +86,9 @@ class ChatServiceServicer(object):
         context length. Details: google.rpc.BadRequest, a violation for each wrong field, at most 16.
         Nothing is ever cut short silently.
         NOT_FOUND           there is no model of that name.
+        PERMISSION_DENIED   a rule of the owner's policy forbids what was sent, or what the model was about to write; then
+        what came before stays said. Details: google.rpc.ErrorInfo, reason POLICY_RULE, with the rule's
+        name. To send the same again does not help.
         RESOURCE_EXHAUSTED  the queue is full. Details: google.rpc.RetryInfo; trailer `grpc-retry-pushback-ms` holds the
         same delay. Or: the caller reads its stream too slowly.
         """

@@ -76,12 +76,13 @@ class ModelServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def CountTokens(self, request, context):
-        """Counts the tokens of a text, or of a whole conversation as Chat would send it to the model. One response. Nothing is
-        generated, and the call waits in no queue.
+        """Counts the tokens of a text, or of a whole conversation as Chat would send it to the model, with what the owner's
+        policy adds. One response. Nothing is generated, and the call waits in no queue.
 
         Statuses:
         INVALID_ARGUMENT  neither is given, or the conversation is malformed. Details: google.rpc.BadRequest.
         NOT_FOUND         there is no model of that name.
+        PERMISSION_DENIED the owner's policy forbids the conversation, as in Chat.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

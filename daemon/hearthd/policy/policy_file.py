@@ -11,7 +11,7 @@ import difflib
 import logging
 import re
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -50,11 +50,20 @@ class PolicyFile:
         """known_roles: which roles there are, so that none is misspelt; None: any. Raises ConfigError."""
         self._path = path
         self._known_roles = None if known_roles is None else frozenset(known_roles)
+        self._check: Callable[[Policy], None] | None = None
         self.current = self._read()
+
+    def add_check(self, check: Callable[[Policy], None]) -> None:
+        """Let every policy pass a check, this one at once. Raises what it raises."""
+        check(self.current)
+        self._check = check
 
     def reload(self) -> None:
         """Read the file again. Raises ConfigError, and keeps what was, if it cannot be used."""
-        self.current = self._read()
+        policy = self._read()
+        if self._check is not None:
+            self._check(policy)
+        self.current = policy
         if self._path:
             _logger.info("policy file %s read again", self._path)
 

@@ -5,14 +5,18 @@ answer.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 from hearthd.chat_template import Message
-from hearthd.errors import PolicyRefusedError
+from hearthd.errors import ConfigError, InvalidRequestError, PolicyRefusedError
 from hearthd.policy.screening import PhraseRule, RuleSet, Screen
 
 __all__ = ["Policy", "RoleRules", "Scope", "SystemPrompt"]
+
+# Tokens that instructions must leave to question and answer.
+_MIN_ROOM: Final = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +60,18 @@ class RoleRules:
         """Return the screen for one answer; None if none is needed."""
         return None if self._output is None else Screen(self._output)
 
+    def add_prompt(self, messages: Sequence[Message]) -> tuple[Message, ...]:
+        """Return the conversation behind the owner's instructions. Raises PolicyRefusedError."""
+        if not self._prompts:
+            return tuple(messages)
+        texts = [prompt.text for prompt in self._prompts]
+        own = messages[0].content if messages and messages[0].role == "system" else None
+        if own is None:
+            return (Message("system", "\n\n".join(texts)), *messages)
+        if not all(prompt.allows_own for prompt in self._prompts):
+            raise PolicyRefusedError("the policy of this daemon allows no system message; leave it out", "system")
+        return (Message("system", "\n\n".join([*texts, own])), *messages[1:])
+
     def apply(self, messages: Sequence[Message], fired: set[str]) -> tuple[Message, ...]:
         """Return the conversation as the model gets it. fired: takes the names of the rules that applied.
 
@@ -73,18 +89,11 @@ class RoleRules:
                     finally:
                         fired |= screen.fired
             screened.append(Message(message.role, content))
-        return self._add_prompt(screened, fired)
-
-    def _add_prompt(self, messages: list[Message], fired: set[str]) -> tuple[Message, ...]:
-        if not self._prompts:
-            return tuple(messages)
-        texts = [prompt.text for prompt in self._prompts]
-        if messages and messages[0].role == "system":
-            if not all(prompt.allows_own for prompt in self._prompts):
-                fired.add("system")
-                raise PolicyRefusedError("the policy of this daemon allows no system message; leave it out", "system")
-            texts.append(messages.pop(0).content)
-        return (Message("system", "\n\n".join(texts)), *messages)
+        try:
+            return self.add_prompt(screened)
+        except PolicyRefusedError as error:
+            fired.add(error.rule)
+            raise
 
 
 class Policy:
@@ -107,6 +116,30 @@ class Policy:
         """The roles that it names."""
         scopes = [scope for _, scope in (*self._prompts, *self._input_rules, *self._output_rules)]
         return frozenset().union(*(scope.roles for scope in scopes if scope.roles))
+
+    def check_prompts(
+        self, roles: Iterable[str], count_tokens: Callable[[Sequence[Message]], int], context_length: int
+    ) -> None:
+        """Raise ConfigError if the instructions of a role are more than the model takes, or of a kind that it refuses.
+
+        count_tokens: of a conversation as the model gets it; raises InvalidRequestError.
+        """
+        hello = (Message("user", "Hello"),)
+        for role in roles:
+            prompted = self.for_role(role).add_prompt(hello)
+            if prompted == hello:
+                continue
+            try:
+                num_tokens = count_tokens(prompted)
+            except InvalidRequestError as error:
+                raise ConfigError(
+                    f"the model does not take the policy's system prompt: {error.message}; leave [[system]] out"
+                ) from None
+            if num_tokens + _MIN_ROOM > context_length:
+                raise ConfigError(
+                    f"the policy's system prompt makes {num_tokens} tokens of a greeting by role {role}; give at most "
+                    f"{context_length - _MIN_ROOM}, which leaves room in engine.context_length, {context_length}"
+                )
 
     def _for_role(self, role: str) -> RoleRules:
         return RoleRules(
