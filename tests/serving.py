@@ -87,7 +87,8 @@ def make_config(directory: Path, **sections: dict[str, Any]) -> Config:
         tls=TlsConfig(),
         auth=AuthConfig(),
     )
-    return replace(config, **{name: replace(getattr(config, name), **keys) for name, keys in sections.items()})
+    roles = {"roles": {**config.roles, **sections.pop("roles")}} if "roles" in sections else {}
+    return replace(config, **{name: replace(getattr(config, name), **keys) for name, keys in sections.items()}, **roles)
 
 
 @asynccontextmanager

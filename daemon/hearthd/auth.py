@@ -20,7 +20,7 @@ from hearthd.caller import Caller, set_caller
 from hearthd.config import AuthConfig
 from hearthd.errors import InvalidRequestError, NotPermittedError, UnauthenticatedError, UnknownMethodError
 from hearthd.metering import Meters
-from hearthd.roles import HEALTH, METHODS, NO_RIGHTS, OPEN_METHODS, Role
+from hearthd.roles import HEALTH, METHODS, NO_RIGHTS, Role
 from hearthd.tokens import TokenFile
 
 __all__ = ["AccessInterceptor", "Authenticator"]
@@ -40,9 +40,18 @@ class Authenticator:
 
     def update(self, auth: AuthConfig, roles: Mapping[str, Role]) -> None:
         """Go by another configuration from the next call on. Raises ConfigError and goes by the old one."""
+        self.prepare(auth, roles)()
+
+    def prepare(self, auth: AuthConfig, roles: Mapping[str, Role]) -> Callable[[], None]:
+        """Return what makes it go by another configuration, which cannot fail any more. Raises ConfigError."""
         tokens = TokenFile(auth.token_file) if auth.token_file else None
-        self._auth, self._roles, self._tokens = auth, roles, tokens
-        self._certificates = dict(auth.certificates)
+
+        def apply() -> None:
+            self._auth, self._roles, self._tokens = auth, roles, tokens
+            self._told_roles: set[str] = set()
+            self._certificates = dict(auth.certificates)
+
+        return apply
 
     @property
     def num_credentials(self) -> int | None:
@@ -63,7 +72,7 @@ class Authenticator:
             caller = self._caller(name, role, f"certificate:{name}", f"certificate:{name}")
         elif self._is_open(is_unix=is_unix):
             caller = self._caller(_NOBODY, self._auth.open_role, _OPEN, _connection(context))
-        elif method in OPEN_METHODS or self._is_open_health(method):
+        elif self._is_open_health(method):
             # By no limit of the role: whoever is at the door must not use up what those inside share.
             caller = Caller(_NOBODY, self._auth.open_role, _OPEN, _connection(context), Role())
         if caller is None:
@@ -77,7 +86,7 @@ class Authenticator:
 
     def authorise(self, caller: Caller, method: str) -> None:
         """Raise NotPermittedError if a caller has no right to a method, whether or not it exists."""
-        if method in OPEN_METHODS or self._is_open_health(method) or caller.rights.may_call(method):
+        if caller.rights.may_call(method) or self._is_open_health(method):
             return
         _logger.info("a call of %s was refused: not for role %s", caller.name, caller.role)
         raise NotPermittedError(f"role {caller.role} may not call this method; hearthd.toml says what each role may")
@@ -109,7 +118,9 @@ class Authenticator:
     def _caller(self, name: str, role: str, account: str, identity: str) -> Caller:
         rights = self._roles.get(role)
         if rights is None:
-            _logger.warning("%s has the role %s, which is not configured (any more) and has no rights", name, role)
+            if role not in self._told_roles:
+                _logger.warning("%s has the role %s, which is not configured (any more) and has no rights", name, role)
+                self._told_roles.add(role)
             rights = NO_RIGHTS
         return Caller(name, role, account, identity, rights)
 

@@ -31,8 +31,9 @@ METHODS: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
     }
 )
 """A word of hearthd.toml to the methods that it stands for."""
-OPEN_METHODS: Final[frozenset[str]] = frozenset()
-"""Methods that anybody may call, without a credential: each must judge its callers itself."""
+OPEN_METHODS: Final = frozenset({"hearth.v1.PairingService/Pair"})
+"""Open to whoever shows what they ask for, who is no caller yet: `pairing.gate` takes such calls before `auth` sees
+them. Without that, they are like methods that are not there."""
 _EACH: Final = tuple(method for methods in METHODS.values() for method in methods)
 
 
