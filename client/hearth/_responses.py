@@ -82,6 +82,7 @@ def parse_status(data: bytes) -> values.DaemonStatus:
         num_prompt_tokens=response.prompt_tokens_count,
         num_cached_prompt_tokens=response.cached_prompt_tokens_count,
         num_completion_tokens=response.completion_tokens_count,
+        warnings=tuple(response.warnings),
     )
 
 

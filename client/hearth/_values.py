@@ -229,6 +229,8 @@ class DaemonStatus:
     num_prompt_tokens: int
     num_cached_prompt_tokens: int
     num_completion_tokens: int
+    warnings: tuple[str, ...] = ()
+    """What somebody should look at, for example a renewed certificate that cannot be used."""
 
 
 class Health(enum.StrEnum):

@@ -14,17 +14,37 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Final
 
 from hearthd.lan_addresses import lan_addresses
+from hearthd.logs import log_incident
 
 if TYPE_CHECKING:
     from zeroconf.asyncio import AsyncZeroconf
 
-__all__ = ["SERVICE_TYPE", "Announcer"]
+__all__ = ["SERVICE_TYPE", "Announcer", "announce"]
 
 _logger = logging.getLogger(__name__)
 
 SERVICE_TYPE: Final = "_hearth._tcp.local."
 # Addresses change when a router restarts; nobody is in a hurry to know.
 _LOOK_SECONDS: Final = 30.0
+
+
+async def announce(exposed: Sequence[str], fingerprint: Callable[[], bytes | None]) -> None:
+    """Announce what listens for other machines until cancelled; a fault of it is told and ends nothing else.
+
+    exposed: the addresses that they can reach, `host:port` or `[host]:port`.
+    """
+    if not exposed:
+        _logger.warning("discovery.announce is true, but no other machine can reach any address of server.tcp")
+        return
+    hosts = {address.rpartition(":")[0] for address in exposed}
+
+    def addresses() -> Sequence[str]:
+        return [address for address in lan_addresses() if "[::]" in hosts or address in hosts]
+
+    try:
+        await Announcer(int(exposed[0].rpartition(":")[2]), fingerprint, addresses).run()
+    except Exception as error:  # noqa: BLE001 - a library's fault must not end the service, nor pass unseen
+        log_incident("announcing on the local network ended", error)
 
 
 class Announcer:

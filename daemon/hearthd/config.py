@@ -25,6 +25,7 @@ __all__ = [
     "AuditConfig",
     "AuthConfig",
     "Config",
+    "DiscoveryConfig",
     "EngineConfig",
     "LimitsConfig",
     "LogConfig",
@@ -100,6 +101,13 @@ class AuthConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DiscoveryConfig:
+    """Whether other machines are told, unasked, that there is a daemon."""
+
+    announce: Annotated[bool, Flag()] = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
     """Which model is served."""
 
@@ -166,6 +174,7 @@ class Config:
     server: ServerConfig = field(default_factory=ServerConfig)
     tls: TlsConfig = field(default_factory=TlsConfig)
     auth: AuthConfig = field(default_factory=AuthConfig)
+    discovery: DiscoveryConfig = field(default_factory=DiscoveryConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     limits: LimitsConfig = field(default_factory=LimitsConfig)
     policy: PolicyConfig = field(default_factory=PolicyConfig)

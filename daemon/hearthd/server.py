@@ -18,6 +18,7 @@ from grpc_reflection.v1alpha import reflection
 from hearth.v1 import chat_pb2, chat_pb2_grpc, model_pb2, model_pb2_grpc, pairing_pb2, status_pb2, status_pb2_grpc
 from hearthd.audit import AuditInterceptor
 from hearthd.audit_log import AuditLog
+from hearthd.announcing import announce
 from hearthd.auth import AccessInterceptor, Authenticator
 from hearthd.config import AuditConfig, Config
 from hearthd.daily_usage import DailyUsage
@@ -148,7 +149,9 @@ class Server:
             write_timeout_seconds=config.server.write_timeout_seconds,
         )
         models = ModelService(worker, config.limits, tokenising, self._policy)
-        status = StatusService(worker, model_name=config.model.name, max_running=config.engine.slots)
+        status = StatusService(
+            worker, model_name=config.model.name, max_running=config.engine.slots, warnings=self._warnings
+        )
         return [
             (chat_pb2_grpc.add_ChatServiceServicer_to_server, chat),
             (model_pb2_grpc.add_ModelServiceServicer_to_server, models),
@@ -233,6 +236,7 @@ class Server:
         stopping = asyncio.create_task(self._must_stop.wait())
         crashing = asyncio.create_task(self._worker.wait_until_ended())
         saving = asyncio.create_task(self._daily_usage.keep_saving())
+        announcing = asyncio.create_task(self._announce())
         feeding = (
             [asyncio.create_task(self._feed_watchdog(seconds))] if (seconds := self._notifier.watchdog_seconds) else []
         )
@@ -245,7 +249,18 @@ class Server:
             if crashing.done():
                 crashing.result()
         finally:
-            await _cancel(stopping, crashing, saving, *feeding)
+            await _cancel(stopping, crashing, saving, announcing, *feeding)
+
+    async def _announce(self) -> None:
+        if self._config.discovery.announce:
+            bound = zip(self._listeners, self.addresses, strict=True)
+            exposed = [address for listener, address in bound if listener.is_exposed]
+            await announce(exposed, lambda: self._certificates.fingerprint if self._certificates else None)
+
+    def _warnings(self) -> list[str]:
+        if self._certificates is None or self._certificates.problem is None:
+            return []
+        return ["the renewed TLS certificate is not used, the last good one is; the journal says why"]
 
     async def _feed_watchdog(self, seconds: float) -> None:
         await feed_watchdog(self._notifier, seconds, lambda: self._worker.progress, self._worker.ping)

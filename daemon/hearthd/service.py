@@ -8,7 +8,7 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final, TypeVar
@@ -277,8 +277,14 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
 class StatusService(status_pb2_grpc.StatusServiceServicer):
     """hearth.v1.StatusService. Answers while the model loads, and waits for nothing."""
 
-    def __init__(self, worker: Worker, *, model_name: str, max_running: int) -> None:
-        """model_name, max_running: as configured, for the time before the model is there."""
+    def __init__(
+        self, worker: Worker, *, model_name: str, max_running: int, warnings: Callable[[], Iterable[str]] = tuple
+    ) -> None:
+        """model_name, max_running: as configured, for the time before the model is there.
+
+        warnings: what somebody should look at, in lines that every caller may read.
+        """
+        self._warnings = warnings
         self._worker = worker
         self._model_name = model_name
         self._max_running = max_running
@@ -310,6 +316,7 @@ class StatusService(status_pb2_grpc.StatusServiceServicer):
             cached_prompt_tokens_count=counts.cached_prompt_tokens,
             completion_tokens_count=counts.completion_tokens,
             model=self._model_name,
+            warnings=self._warnings(),
         )
 
 

@@ -129,13 +129,19 @@ class CertificateSource:
         self._files = files
         self._lock = threading.Lock()
         self._seen = self._signature()
-        self._configuration = self._read()
+        self._certificate = read_certificate(files)
+        self._configuration = _configuration(self._certificate)
         self._problem: str | None = None
 
     @property
     def problem(self) -> str | None:
         """What is wrong with the files as they are now, so that an older certificate is in use; None if nothing is."""
         return self._problem
+
+    @property
+    def fingerprint(self) -> bytes:
+        """SHA-256 of the certificate that is in use."""
+        return self._certificate.fingerprint
 
     def credentials(self) -> grpc.ServerCredentials:
         """Return credentials of one listener that follow the files."""
@@ -160,17 +166,14 @@ class CertificateSource:
             # Before they are read: what changes while they are is seen the next time.
             self._seen = signature
             try:
-                self._configuration = self._read()
+                self._certificate = read_certificate(self._files)
             except ConfigError as error:
                 self._problem = f"the new certificate is not used, the last good one stays: {error}"
                 _logger.error("%s", self._problem)
                 return
+            self._configuration = _configuration(self._certificate)
             self._problem = None
         _logger.info("certificate %s read again", self._files.certificate)
-
-    def _read(self) -> object:
-        read = read_certificate(self._files)
-        return grpc.ssl_server_certificate_configuration([(read.key, read.chain)], read.clients)
 
     def _signature(self) -> _Signature | None:
         paths = [self._files.certificate, self._files.key]
@@ -180,6 +183,10 @@ class CertificateSource:
         except OSError:  # in the middle of a renewal, or gone: either way, not what was read
             return None
         return tuple((each.st_ino, each.st_size, each.st_mtime_ns) for each in found)
+
+
+def _configuration(certificate: Certificate) -> object:
+    return grpc.ssl_server_certificate_configuration([(certificate.key, certificate.chain)], certificate.clients)
 
 
 def _read(name: str, path: Path) -> bytes:

@@ -47,4 +47,7 @@ def _lines(address: str, status: DaemonStatus) -> list[str]:
         "chats": chats,
         "tokens": tokens,
     }
-    return [f"{name:<8}{neutralise_line(value)}" for name, value in rows.items()]
+    return [
+        f"{name:<8}{neutralise_line(value)}"
+        for name, value in [*rows.items(), *(("warning", warning) for warning in status.warnings)]
+    ]

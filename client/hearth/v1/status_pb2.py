@@ -24,19 +24,19 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16hearth/v1/status.proto\x12\thearth.v1\"\x12\n\x10GetStatusRequest\"\xb3\x03\n\x11GetStatusResponse\x12%\n\x05state\x18\x01 \x01(\x0e\x32\x16.hearth.v1.DaemonState\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x11\n\tuptime_ms\x18\x03 \x01(\x03\x12\x15\n\rrunning_count\x18\x04 \x01(\x05\x12\x13\n\x0bmax_running\x18\x05 \x01(\x05\x12\x14\n\x0cqueued_count\x18\x06 \x01(\x05\x12\x12\n\nmax_queued\x18\x07 \x01(\x05\x12\x16\n\x0eresident_bytes\x18\x08 \x01(\x03\x12\x1c\n\x14\x63hats_finished_count\x18\t \x01(\x03\x12\x1d\n\x15\x63hats_cancelled_count\x18\n \x01(\x03\x12\x1b\n\x13\x63hats_refused_count\x18\x0b \x01(\x03\x12\x1a\n\x12\x63hats_failed_count\x18\x0c \x01(\x03\x12\x1b\n\x13prompt_tokens_count\x18\r \x01(\x03\x12\"\n\x1a\x63\x61\x63hed_prompt_tokens_count\x18\x0e \x01(\x03\x12\x1f\n\x17\x63ompletion_tokens_count\x18\x0f \x01(\x03\x12\r\n\x05model\x18\x10 \x01(\t*z\n\x0b\x44\x61\x65monState\x12\x1c\n\x18\x44\x41\x45MON_STATE_UNSPECIFIED\x10\x00\x12\x18\n\x14\x44\x41\x45MON_STATE_LOADING\x10\x01\x12\x18\n\x14\x44\x41\x45MON_STATE_SERVING\x10\x02\x12\x19\n\x15\x44\x41\x45MON_STATE_DRAINING\x10\x03\x32W\n\rStatusService\x12\x46\n\tGetStatus\x12\x1b.hearth.v1.GetStatusRequest\x1a\x1c.hearth.v1.GetStatusResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16hearth/v1/status.proto\x12\thearth.v1\"\x12\n\x10GetStatusRequest\"\xc5\x03\n\x11GetStatusResponse\x12%\n\x05state\x18\x01 \x01(\x0e\x32\x16.hearth.v1.DaemonState\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x11\n\tuptime_ms\x18\x03 \x01(\x03\x12\x15\n\rrunning_count\x18\x04 \x01(\x05\x12\x13\n\x0bmax_running\x18\x05 \x01(\x05\x12\x14\n\x0cqueued_count\x18\x06 \x01(\x05\x12\x12\n\nmax_queued\x18\x07 \x01(\x05\x12\x16\n\x0eresident_bytes\x18\x08 \x01(\x03\x12\x1c\n\x14\x63hats_finished_count\x18\t \x01(\x03\x12\x1d\n\x15\x63hats_cancelled_count\x18\n \x01(\x03\x12\x1b\n\x13\x63hats_refused_count\x18\x0b \x01(\x03\x12\x1a\n\x12\x63hats_failed_count\x18\x0c \x01(\x03\x12\x1b\n\x13prompt_tokens_count\x18\r \x01(\x03\x12\"\n\x1a\x63\x61\x63hed_prompt_tokens_count\x18\x0e \x01(\x03\x12\x1f\n\x17\x63ompletion_tokens_count\x18\x0f \x01(\x03\x12\r\n\x05model\x18\x10 \x01(\t\x12\x10\n\x08warnings\x18\x11 \x03(\t*z\n\x0b\x44\x61\x65monState\x12\x1c\n\x18\x44\x41\x45MON_STATE_UNSPECIFIED\x10\x00\x12\x18\n\x14\x44\x41\x45MON_STATE_LOADING\x10\x01\x12\x18\n\x14\x44\x41\x45MON_STATE_SERVING\x10\x02\x12\x19\n\x15\x44\x41\x45MON_STATE_DRAINING\x10\x03\x32W\n\rStatusService\x12\x46\n\tGetStatus\x12\x1b.hearth.v1.GetStatusRequest\x1a\x1c.hearth.v1.GetStatusResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'hearth.v1.status_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_DAEMONSTATE']._serialized_start=495
-  _globals['_DAEMONSTATE']._serialized_end=617
+  _globals['_DAEMONSTATE']._serialized_start=513
+  _globals['_DAEMONSTATE']._serialized_end=635
   _globals['_GETSTATUSREQUEST']._serialized_start=37
   _globals['_GETSTATUSREQUEST']._serialized_end=55
   _globals['_GETSTATUSRESPONSE']._serialized_start=58
-  _globals['_GETSTATUSRESPONSE']._serialized_end=493
-  _globals['_STATUSSERVICE']._serialized_start=619
-  _globals['_STATUSSERVICE']._serialized_end=706
+  _globals['_GETSTATUSRESPONSE']._serialized_end=511
+  _globals['_STATUSSERVICE']._serialized_start=637
+  _globals['_STATUSSERVICE']._serialized_end=724
 # @@protoc_insertion_point(module_scope)

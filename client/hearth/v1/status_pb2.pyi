@@ -1,6 +1,8 @@
+from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable
 from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
@@ -21,7 +23,7 @@ class GetStatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetStatusResponse(_message.Message):
-    __slots__ = ("state", "version", "uptime_ms", "running_count", "max_running", "queued_count", "max_queued", "resident_bytes", "chats_finished_count", "chats_cancelled_count", "chats_refused_count", "chats_failed_count", "prompt_tokens_count", "cached_prompt_tokens_count", "completion_tokens_count", "model")
+    __slots__ = ("state", "version", "uptime_ms", "running_count", "max_running", "queued_count", "max_queued", "resident_bytes", "chats_finished_count", "chats_cancelled_count", "chats_refused_count", "chats_failed_count", "prompt_tokens_count", "cached_prompt_tokens_count", "completion_tokens_count", "model", "warnings")
     STATE_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     UPTIME_MS_FIELD_NUMBER: _ClassVar[int]
@@ -38,6 +40,7 @@ class GetStatusResponse(_message.Message):
     CACHED_PROMPT_TOKENS_COUNT_FIELD_NUMBER: _ClassVar[int]
     COMPLETION_TOKENS_COUNT_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
+    WARNINGS_FIELD_NUMBER: _ClassVar[int]
     state: DaemonState
     version: str
     uptime_ms: int
@@ -54,4 +57,5 @@ class GetStatusResponse(_message.Message):
     cached_prompt_tokens_count: int
     completion_tokens_count: int
     model: str
-    def __init__(self, state: _Optional[_Union[DaemonState, str]] = ..., version: _Optional[str] = ..., uptime_ms: _Optional[int] = ..., running_count: _Optional[int] = ..., max_running: _Optional[int] = ..., queued_count: _Optional[int] = ..., max_queued: _Optional[int] = ..., resident_bytes: _Optional[int] = ..., chats_finished_count: _Optional[int] = ..., chats_cancelled_count: _Optional[int] = ..., chats_refused_count: _Optional[int] = ..., chats_failed_count: _Optional[int] = ..., prompt_tokens_count: _Optional[int] = ..., cached_prompt_tokens_count: _Optional[int] = ..., completion_tokens_count: _Optional[int] = ..., model: _Optional[str] = ...) -> None: ...
+    warnings: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, state: _Optional[_Union[DaemonState, str]] = ..., version: _Optional[str] = ..., uptime_ms: _Optional[int] = ..., running_count: _Optional[int] = ..., max_running: _Optional[int] = ..., queued_count: _Optional[int] = ..., max_queued: _Optional[int] = ..., resident_bytes: _Optional[int] = ..., chats_finished_count: _Optional[int] = ..., chats_cancelled_count: _Optional[int] = ..., chats_refused_count: _Optional[int] = ..., chats_failed_count: _Optional[int] = ..., prompt_tokens_count: _Optional[int] = ..., cached_prompt_tokens_count: _Optional[int] = ..., completion_tokens_count: _Optional[int] = ..., model: _Optional[str] = ..., warnings: _Optional[_Iterable[str]] = ...) -> None: ...

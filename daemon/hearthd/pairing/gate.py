@@ -45,11 +45,6 @@ class PairingGate(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         self._clock = clock
         self._wrong: dict[str, TokenBucket] = {}
 
-    def update(self, token_file: Path | None) -> None:
-        """Go by another token file from the next call on."""
-        self._token_file = token_file
-        self._records = PairingRecords(token_file) if token_file else None
-
     async def intercept_service(
         self,
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler | None]],
