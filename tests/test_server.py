@@ -113,7 +113,9 @@ async def test_reflection_shows_every_service(tmp_path: Path) -> None:
         ]
         listed, described = [response async for response in stub.ServerReflectionInfo(iter(requests))]
         names = [service.name for service in listed.list_services_response.service]
-        assert sorted(names) == sorted([*SERVICES[1:], "hearth.v1.PairingService", "grpc.reflection.v1alpha.ServerReflection"])
+        assert sorted(names) == sorted(
+            [*SERVICES[1:], "hearth.v1.PairingService", "grpc.reflection.v1alpha.ServerReflection"]
+        )
         assert described.file_descriptor_response.file_descriptor_proto
 
 
