@@ -55,6 +55,8 @@ class Kind(enum.Enum):
     MARK = 2
     """Part of the character before it."""
     SPACE = 3
+    UNSPACED = 4
+    """A letter of a script that puts no spaces between words: nobody can tell where one ends."""
 
 
 class Unit(NamedTuple):
@@ -126,11 +128,11 @@ def _fold(character: str) -> tuple[tuple[str, Kind], ...]:
         elif category[0] == "M" or _FIRST_JAMO_VOWEL <= ord(char) <= _LAST_JAMO:
             units.append((char, Kind.MARK))
         else:
-            units.append((char, Kind.WORD if _is_of_word(char, category) else Kind.OTHER))
+            units.append((char, _kind(char, category)))
     return tuple(units)
 
 
-def _is_of_word(char: str, category: str) -> bool:
+def _kind(char: str, category: str) -> Kind:
     if category[0] not in "LN" and char != "_":
-        return False
-    return not any(first <= ord(char) <= last for first, last in _UNSPACED)
+        return Kind.OTHER
+    return Kind.UNSPACED if any(first <= ord(char) <= last for first, last in _UNSPACED) else Kind.WORD

@@ -1,9 +1,9 @@
 """Phrases of a policy, compiled to one automaton that reads each character once.
 
-A phrase is compared literally, but for `?`, any one character, and `*`, any run of them, neither of which is a space;
-a backslash before one of the three means the character itself. Each element of a phrase is one bit of a whole number:
-reading a character is a shift and a few ANDs for all phrases together (Shift-And, Baeza-Yates and Gonnet 1992), so
-the cost of a text is its length times the size of the policy, whatever the one and the other say.
+A phrase is compared literally, but for `?`, any one character but a space, and `*`, any run of letters and digits or
+none; a backslash before one of the three means the character itself. Each element of a phrase is one bit of a whole
+number: reading a character is a shift and a few ANDs for all phrases together (Shift-And, Baeza-Yates and Gonnet 1992),
+so the cost of a text is its length times the size of the policy, whatever the one and the other say.
 
 Knows no rules: whoever compiles gives each phrase an owner. Called by `rules` and `search`.
 """
@@ -22,7 +22,7 @@ _MAX_WILDCARDS: Final = 4
 
 @dataclass(frozen=True, slots=True)
 class _Element:
-    """What one unit of a text has to be; None: any. is_repeated: a run of any characters may follow."""
+    """What one unit of a text has to be; None: any. is_repeated: a run of letters may follow."""
 
     char: str | None
     is_mark: bool = False

@@ -51,7 +51,7 @@ class PolicyFile:
         self._path = path
         self._known_roles = None if known_roles is None else frozenset(known_roles)
         self._check: Callable[[Policy], None] | None = None
-        self.current = self._read()
+        self.current = _read(path, self._known_roles)
 
     def add_check(self, check: Callable[[Policy], None]) -> None:
         """Let every policy pass a check, this one at once. Raises what it raises."""
@@ -60,15 +60,25 @@ class PolicyFile:
 
     def reload(self) -> None:
         """Read the file again. Raises ConfigError, and keeps what was, if it cannot be used."""
-        policy = self._read()
+        self.prepare(self._path, self._known_roles)()
+
+    def prepare(self, path: Path | None, known_roles: Iterable[str] | None) -> Callable[[], None]:
+        """Read another file, or this one again; return what puts it in force, which cannot fail. Raises ConfigError."""
+        roles = None if known_roles is None else frozenset(known_roles)
+        policy = _read(path, roles)
         if self._check is not None:
             self._check(policy)
-        self.current = policy
-        if self._path:
-            _logger.info("policy file %s read again", self._path)
 
-    def _read(self) -> Policy:
-        return Policy() if self._path is None else read_policy(self._path, self._known_roles)
+        def apply() -> None:
+            self._path, self._known_roles, self.current = path, roles, policy
+            if path:
+                _logger.info("policy file %s read again", path)
+
+        return apply
+
+
+def _read(path: Path | None, known_roles: Iterable[str] | None) -> Policy:
+    return Policy() if path is None else read_policy(path, known_roles)
 
 
 def read_policy(path: Path, known_roles: Iterable[str] | None = None) -> Policy:

@@ -13,7 +13,7 @@ from hearthd.policy.phrases import Automaton
 
 __all__ = ["MAX_RUN", "Match", "Search"]
 
-# `*` does not reach beyond so many characters without a space: text without any must not be held back for ever.
+# `*` does not reach beyond so many letters in a row: text without spaces must not be held back for ever.
 MAX_RUN: Final = 32
 # Characters between two looks at which of them may be forgotten.
 _TRIM: Final = 512
@@ -79,7 +79,7 @@ class Search:
         if live and kind is not Kind.MARK:
             # Only now is it known that the character before was the last of its word, or had all of its marks.
             self._tell(live & (automaton.last_within_word if is_within_word else automaton.last))
-        can_repeat = self._run < MAX_RUN
+        can_repeat = self._run < MAX_RUN and kind in (Kind.WORD, Kind.UNSPACED)
         advanced = (live << 1) & automaton.not_first
         match kind:
             case Kind.MARK:
@@ -92,7 +92,7 @@ class Search:
                 repeated = live & automaton.repeated if can_repeat else 0
                 live = advanced & automaton.symbols.get(unit.char, automaton.any) | repeated
                 self._is_in_word = kind is Kind.WORD
-        self._run = 0 if kind is Kind.SPACE else self._run + 1
+        self._run = 0 if kind in (Kind.SPACE, Kind.OTHER) else self._run + 1
         self._live = live
         if not live:
             self._held.clear()
