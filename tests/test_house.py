@@ -56,7 +56,7 @@ ONLY_IN = {
     "torch": {"hearthd.build.sources.optimum_export"},
     "transformers": {"hearthd.build.sources.optimum_export"},
     "optimum": {"hearthd.build.sources.optimum_export"},
-    "cryptography": {"hearthd.pairing.certificate"},
+    "cryptography": {"hearthd.pairing.certificate", "hearthd.peer_certificate"},
     "segno": {"hearthd.pairing.cli"},
     # An extra on the client's side, asked for by name before it is imported.
     "zeroconf": {"hearth._discovery", "hearthd.announcing"},
@@ -242,6 +242,13 @@ def test_the_engine_and_all_below_know_no_event_loop_and_no_grpc() -> None:
     below = {"hearthd.engine", *reachable("hearthd.engine")}
     wrong = {name: packages(MODULES[name]) & {"asyncio", "grpc", "google", "hearth"} for name in below}
     assert {name: extra for name, extra in wrong.items() if extra} == {}
+
+
+@pytest.mark.parametrize("name", ["roles", "caller", "tokens", "metering", "peer_certificate"])
+def test_rights_and_limits_are_judged_without_grpc(name: str) -> None:
+    below = {f"hearthd.{name}", *reachable(f"hearthd.{name}")}
+    wrong = {each: packages(MODULES[each]) & {"grpc", "google", "hearth"} for each in below}
+    assert {each: extra for each, extra in wrong.items() if extra} == {}
 
 
 def test_only_statuses_answers_a_call_with_a_status() -> None:

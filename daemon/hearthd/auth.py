@@ -19,7 +19,9 @@ import grpc
 from hearthd.caller import Caller, set_caller
 from hearthd.config import AuthConfig
 from hearthd.errors import InvalidRequestError, NotPermittedError, UnauthenticatedError, UnknownMethodError
+from hearthd.forward_clock import ForwardClock
 from hearthd.metering import Meters
+from hearthd.peer_certificate import find_names, has_expired
 from hearthd.roles import HEALTH, METHODS, NO_RIGHTS, Role
 from hearthd.tokens import TokenFile
 
@@ -36,6 +38,7 @@ class Authenticator:
 
     def __init__(self, auth: AuthConfig, roles: Mapping[str, Role]) -> None:
         """Raises ConfigError if the token file cannot be used."""
+        self._clock = ForwardClock()
         self.update(auth, roles)
 
     def update(self, auth: AuthConfig, roles: Mapping[str, Role]) -> None:
@@ -44,7 +47,7 @@ class Authenticator:
 
     def prepare(self, auth: AuthConfig, roles: Mapping[str, Role]) -> Callable[[], None]:
         """Return what makes it go by another configuration, which cannot fail any more. Raises ConfigError."""
-        tokens = TokenFile(auth.token_file) if auth.token_file else None
+        tokens = TokenFile(auth.token_file, self._clock.now) if auth.token_file else None
 
         def apply() -> None:
             self._auth, self._roles, self._tokens = auth, roles, tokens
@@ -109,11 +112,13 @@ class Authenticator:
         return self._caller(token.name, token.role, f"token:{token.name}", f"token:{token.identity}")
 
     def _verified_name(self, context: grpc.aio.ServicerContext) -> str | None:
-        """Return the name of the peer's certificate that the configuration knows. gRPC has verified the certificate."""
-        peer: Mapping[str, list[bytes]] = context.auth_context()
-        # RFC 6125, 6.4.4: the common name counts only where there is no subject alternative name.
-        names = peer.get("x509_subject_alternative_name") or peer.get("x509_common_name") or []
-        return next((name for each in names if (name := each.decode("utf-8", "replace")) in self._certificates), None)
+        """Return the name of the peer's certificate that the configuration knows."""
+        peer = context.auth_context()
+        name = next((name for name in find_names(peer) if name in self._certificates), None)
+        if name is not None and has_expired(peer, self._clock.now()):
+            _logger.info("the certificate of %s has expired", name)
+            return None
+        return name
 
     def _caller(self, name: str, role: str, account: str, identity: str) -> Caller:
         rights = self._roles.get(role)
