@@ -216,10 +216,9 @@ class Server:
         )
         return True
 
-    def _check_policy(self, policy: Policy, model: Model) -> None:
-        policy.check_prompts(
-            self._config.roles, lambda messages: len(model.tokenizer.encode_chat(messages)), model.engine.context_length
-        )
+    @staticmethod
+    def _check_policy(policy: Policy, model: Model) -> None:
+        policy.check_prompts(lambda messages: len(model.tokenizer.encode_chat(messages)), model.engine.context_length)
 
     async def _extend_timeout(self, longest_seconds: float) -> None:
         for _ in range(int(longest_seconds / _EXTEND_SECONDS)):

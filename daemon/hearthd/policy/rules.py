@@ -5,7 +5,7 @@ answer.
 """
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -117,15 +117,14 @@ class Policy:
         scopes = [scope for _, scope in (*self._prompts, *self._input_rules, *self._output_rules)]
         return frozenset().union(*(scope.roles for scope in scopes if scope.roles))
 
-    def check_prompts(
-        self, roles: Iterable[str], count_tokens: Callable[[Sequence[Message]], int], context_length: int
-    ) -> None:
+    def check_prompts(self, count_tokens: Callable[[Sequence[Message]], int], context_length: int) -> None:
         """Raise ConfigError if the instructions of a role are more than the model takes, or of a kind that it refuses.
 
         count_tokens: of a conversation as the model gets it; raises InvalidRequestError.
         """
         hello = (Message("user", "Hello"),)
-        for role in roles:
+        # Whatever other roles there are, they get what a role without a name would get.
+        for role in sorted({*self.roles, ""}):
             prompted = self.for_role(role).add_prompt(hello)
             if prompted == hello:
                 continue
@@ -137,7 +136,7 @@ class Policy:
                 ) from None
             if num_tokens + _MIN_ROOM > context_length:
                 raise ConfigError(
-                    f"the policy's system prompt makes {num_tokens} tokens of a greeting by role {role}; give at most "
+                    f"the policy's system prompt makes {num_tokens} tokens of a greeting; give at most "
                     f"{context_length - _MIN_ROOM}, which leaves room in engine.context_length, {context_length}"
                 )
 
