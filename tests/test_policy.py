@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hearthd.chat_template import Message
@@ -95,6 +95,7 @@ def outcome(rules: list[PhraseRule], pieces: list[str]) -> tuple[str, bool, set[
     return out, screen.is_stopped, screen.fired
 
 
+@settings(max_examples=400)
 @given(WORDS, RULES)
 def test_cuts_change_nothing(pieces: list[str], written: list[tuple[list[str], Action, bool]]) -> None:
     rules = [

@@ -78,7 +78,8 @@ class Screen:
         self._missing = {number: Search(automaton) for number, automaton in rules.required.items()}
         self._waiting = ""
         self._num_passed = 0
-        self._replaced: list[Match] = []
+        self._replaced: list[tuple[Match, set[str]]] = []
+        """Matches in their order, none overlapping, each with the names of all rules that are part of it."""
         self._is_stopped = False
         self.fired: set[str] = set()
         """The names of the rules that have applied."""
@@ -137,12 +138,13 @@ class Screen:
         return passed + rule.text
 
     def _replace(self, match: Match) -> None:
-        self.fired.add(self._rules[match.owner].name)
-        while self._replaced and match.start < self._replaced[-1].end:
-            before = self._replaced.pop()
+        names = {self._rules[match.owner].name}
+        while self._replaced and match.start < self._replaced[-1][0].end:
+            before, names_before = self._replaced.pop()
             first = min(before, match, key=lambda each: (each.start, each.owner))
             match = Match(first.start, max(before.end, match.end), first.owner)
-        self._replaced.append(match)
+            names |= names_before
+        self._replaced.append((match, names))
 
     def _take(self, end: int, *, is_last: bool = False) -> str:
         """Take the text before a place from what waits. A phrase that reaches beyond it waits, unless it is the last.
@@ -150,13 +152,14 @@ class Screen:
         Where a longer match may still come, the place lies before its beginning, and so within the shorter one.
         """
         taken = ""
-        while self._replaced and self._replaced[0].start < end:
-            match = self._replaced[0]
+        while self._replaced and self._replaced[0][0].start < end:
+            match, names = self._replaced[0]
             if match.end > end and not is_last:
                 end = match.start
                 break
             taken += self._cut(match.start) + self._rules[match.owner].text
             self._cut(match.end)
+            self.fired |= names
             del self._replaced[0]
         return taken + self._cut(end)
 
