@@ -146,6 +146,11 @@ def retry_info(seconds: float) -> error_details_pb2.RetryInfo:
     return error_details_pb2.RetryInfo(retry_delay=delay)
 
 
+def quota_failure(subject: str, description: str) -> error_details_pb2.QuotaFailure:
+    violation = error_details_pb2.QuotaFailure.Violation(subject=subject, description=description)
+    return error_details_pb2.QuotaFailure(violations=[violation])
+
+
 class ScriptedDaemon(
     chat_pb2_grpc.ChatServiceServicer, model_pb2_grpc.ModelServiceServicer, status_pb2_grpc.StatusServiceServicer
 ):

@@ -257,8 +257,9 @@ def test_the_drawn_error_tree_is_the_real_one() -> None:
 
 
 def test_errors_can_be_pickled() -> None:
-    error = pickle.loads(pickle.dumps(hearth.QueueFullError("full", retry_after=1.5)))
-    assert (str(error), error.retry_after) == ("full", 1.5)
+    for error in (hearth.QueueFullError("full", retry_after=1.5), hearth.QuotaExceededError("full", retry_after=1.5)):
+        again = pickle.loads(pickle.dumps(error))
+        assert (type(again), str(again), again.retry_after) == (type(error), "full", 1.5)
 
 
 def test_no_grpc_type_in_a_public_signature() -> None:

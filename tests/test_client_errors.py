@@ -144,6 +144,29 @@ def test_a_queue_that_stays_full_is_reported(daemon: peer.ScriptedDaemon, connec
     assert len(daemon.requests) == 3
 
 
+def test_a_rate_is_waited_for_and_a_quota_of_the_day_is_reported_in_the_daemons_words(
+    daemon: peer.ScriptedDaemon, connect: Connect
+) -> None:
+    failure = peer.quota_failure("caller:phone", "requests_per_minute = 30 of role guest")
+    text = "phone has made its 30 calls of a minute (requests_per_minute of role guest); try again in 2 seconds"
+    rate = peer.refuse(CODE.RESOURCE_EXHAUSTED, text, pushback="20", details=[peer.retry_info(0.02), failure])
+    daemon.script = peer.in_turn(rate, peer.say("at last"))
+    with connect(daemon.address) as client:
+        assert client.chat("?").text == "at last"
+
+    error = error_of(daemon, connect, rate, max_retries=0)
+    assert type(error) is hearth.QuotaExceededError
+    assert (str(error), error.retry_after) == (text, 0.02)
+
+    daemon.requests.clear()
+    text = "phone has used its 1000 tokens of today (tokens_per_day of role guest); try again in 5 hours"
+    day = peer.refuse(CODE.RESOURCE_EXHAUSTED, text, pushback="18000000", details=[peer.retry_info(18000), failure])
+    error = error_of(daemon, connect, day, timeout=float("inf"))
+    assert type(error) is hearth.QuotaExceededError
+    assert (str(error), error.retry_after) == (text, 18000)
+    assert len(daemon.requests) == 1
+
+
 @pytest.mark.parametrize("pushback", ["-1", "soon"])
 def test_a_daemon_that_wants_no_other_attempt_gets_none(
     daemon: peer.ScriptedDaemon, connect: Connect, pushback: str

@@ -26,6 +26,7 @@ from hearth._errors import (
     PermissionDeniedError,
     ProtocolError,
     QueueFullError,
+    QuotaExceededError,
     UnavailableError,
 )
 from hearth._values import (
@@ -81,6 +82,7 @@ __all__ = [
     "PermissionDeniedError",
     "ProtocolError",
     "QueueFullError",
+    "QuotaExceededError",
     "Role",
     "SamplingDefaults",
     "Timings",

@@ -7,7 +7,8 @@
     ├── AuthenticationError       no token, or one that the daemon does not know
     ├── PermissionDeniedError     the token is known and does not allow this
     ├── LimitExceededError        a limit of the daemon was reached
-    │   └── QueueFullError        too many chats wait; `retry_after` says how many seconds to leave it in peace
+    │   ├── QueueFullError        too many chats wait; `retry_after` says how many seconds to leave it in peace
+    │   └── QuotaExceededError    this caller has used up a rate or its quota of the day; `retry_after` as above
     ├── UnavailableError          the daemon is loading its model or shutting down; `retry_after` as above
     │   └── ConnectError          there is no connection to a daemon
     ├── DeadlineError             the call took longer than its `timeout`
@@ -33,6 +34,7 @@ __all__ = [
     "PermissionDeniedError",
     "ProtocolError",
     "QueueFullError",
+    "QuotaExceededError",
     "UnavailableError",
 ]
 
@@ -75,6 +77,15 @@ class QueueFullError(LimitExceededError):
 
     def __init__(self, message: str, *, retry_after: float | None = None) -> None:
         """`retry_after`: the daemon asks not to be called again for so many seconds; None: not to be called again."""
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class QuotaExceededError(LimitExceededError):
+    """This caller has used up what its role may have in a minute, in a day, or at once."""
+
+    def __init__(self, message: str, *, retry_after: float | None = None) -> None:
+        """`retry_after`: seconds until the daemon would take another call; None if it did not say."""
         super().__init__(message)
         self.retry_after = retry_after
 

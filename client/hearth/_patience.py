@@ -9,19 +9,22 @@ import random
 import time
 from collections.abc import Callable
 
-from hearth._errors import ConnectError, HearthError, QueueFullError, UnavailableError
+from hearth._errors import ConnectError, HearthError, QueueFullError, QuotaExceededError, UnavailableError
 
 _logger = logging.getLogger("hearth")
 
 _FIRST_DELAY = 0.05
 _LONGEST_DELAY = 1.0
+# Rates are of a minute. A quota of the day is for a person to know of, who may not want to wait until midnight.
+_LONGEST_QUOTA_DELAY = 60.0
 
 
 class Patience:
     """The deadline of one call and its further attempts.
 
-    A daemon that is not there or still loads is tried again for `ready_timeout` seconds from the start; a full queue
-    `max_retries` times, each after the delay that the daemon asks for. Never beyond `timeout`.
+    A daemon that is not there or still loads is tried again for `ready_timeout` seconds from the start; a full queue,
+    or a rate of which this minute is used up, `max_retries` times, each after the delay that the daemon asks for. Never
+    beyond `timeout`.
     """
 
     def __init__(
@@ -54,8 +57,8 @@ class Patience:
         """Seconds to wait before the next attempt; None if there is none and `error` stands."""
         self._on_failure(error)
         elapsed = self._clock() - self._start
-        if isinstance(error, QueueFullError):
-            delay, limit = self._delay_of_full_queue(error), math.inf
+        if isinstance(error, QueueFullError | QuotaExceededError):
+            delay, limit = self._delay_of_limit(error), math.inf
         elif isinstance(error, UnavailableError):
             delay, limit = self._delay_of_unavailable(error), self._ready_timeout
         else:
@@ -65,13 +68,15 @@ class Patience:
             return None
         return delay
 
-    def _delay_of_full_queue(self, error: QueueFullError) -> float | None:
+    def _delay_of_limit(self, error: QueueFullError | QuotaExceededError) -> float | None:
         if error.retry_after is None or not self._retries_left:
+            return None
+        if isinstance(error, QuotaExceededError) and error.retry_after > _LONGEST_QUOTA_DELAY:
             return None
         self._retries_left -= 1
         # Up to a tenth later than asked: all whom the daemon sent away at one moment do not come back at one moment.
         delay = error.retry_after * (1 + self._jitter() / 10)
-        _logger.info("the daemon's queue is full; trying again in %.1f s", delay)
+        _logger.info("%s (trying again in %.1f s)", error, delay)
         return delay
 
     def _delay_of_unavailable(self, error: UnavailableError) -> float | None:

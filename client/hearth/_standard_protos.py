@@ -33,6 +33,7 @@ _MESSAGES: dict[str, tuple[tuple[str, int, FieldDescriptorProto.Type.ValueType, 
     "FieldViolation": (("field", 1, _STRING, "", False), ("description", 2, _STRING, "", False)),
     "RetryInfo": (("retry_delay", 1, _MESSAGE, "Duration", False),),
     "Duration": (("seconds", 1, _INT64, "", False), ("nanos", 2, _INT32, "", False)),
+    "QuotaFailure": (),
     "RequestInfo": (("request_id", 1, _STRING, "", False),),
 }
 

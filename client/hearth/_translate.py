@@ -22,6 +22,7 @@ from hearth._errors import (
     PermissionDeniedError,
     ProtocolError,
     QueueFullError,
+    QuotaExceededError,
     UnavailableError,
 )
 
@@ -118,6 +119,8 @@ def _resource_exhausted(said: str, trailers: Trailers, address: str) -> HearthEr
     is_retryable, delay = _retry_delay(trailers)
     if delay is None and is_retryable:
         return LimitExceededError(text)
+    if delay is not None and _detail(trailers, "QuotaFailure") is not None:
+        return QuotaExceededError(text, retry_after=delay)
     return QueueFullError(text, retry_after=delay)
 
 
