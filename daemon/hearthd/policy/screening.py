@@ -130,9 +130,9 @@ class Screen:
     def _end(self, match: Match) -> str:
         rule = self._rules[match.owner]
         self.fired.add(rule.name)
+        passed = self._take(match.start, is_last=True)
         if rule.action is Action.REFUSE:
             raise rule.refusal()
-        passed = self._take(match.start, is_last=True)
         self._is_stopped = True
         self._waiting = ""
         return passed + rule.text
