@@ -29,11 +29,17 @@ class ChatServiceStub(object):
     """Generates answers.
 
     Statuses that any method of this service can return, besides those named at the method:
-    UNAUTHENTICATED     no token, or one that the daemon does not know. Send `authorization: Bearer TOKEN`.
+    UNAUTHENTICATED     no credential, or none that is valid (any more). Send `authorization: Bearer TOKEN`, or, where
+    the daemon asks for one, show a client certificate that it knows. The same of every method,
+    whether or not it exists.
+    PERMISSION_DENIED   the caller's role may not call the method, whether or not it exists.
     UNAVAILABLE         the daemon is still loading the model, or is shutting down. Try again later.
     DEADLINE_EXCEEDED   the caller's own deadline passed. Work on the answer has stopped.
     RESOURCE_EXHAUSTED  the request, serialised, has more than `limits.max_request_bytes`, or its metadata more than 8 KiB.
     The transport itself says so: there are no details, and to send the same again does not help.
+    Or: the caller has used up its role's calls of a minute. Details: google.rpc.RetryInfo and
+    google.rpc.QuotaFailure, with one violation: its subject is `caller:NAME`, its description
+    names the limit. The trailer `grpc-retry-pushback-ms` holds the delay once more.
     INTERNAL            a fault of the daemon. The message holds an id that stands in the daemon's journal too, and no
     other detail.
     """
@@ -55,11 +61,17 @@ class ChatServiceServicer(object):
     """Generates answers.
 
     Statuses that any method of this service can return, besides those named at the method:
-    UNAUTHENTICATED     no token, or one that the daemon does not know. Send `authorization: Bearer TOKEN`.
+    UNAUTHENTICATED     no credential, or none that is valid (any more). Send `authorization: Bearer TOKEN`, or, where
+    the daemon asks for one, show a client certificate that it knows. The same of every method,
+    whether or not it exists.
+    PERMISSION_DENIED   the caller's role may not call the method, whether or not it exists.
     UNAVAILABLE         the daemon is still loading the model, or is shutting down. Try again later.
     DEADLINE_EXCEEDED   the caller's own deadline passed. Work on the answer has stopped.
     RESOURCE_EXHAUSTED  the request, serialised, has more than `limits.max_request_bytes`, or its metadata more than 8 KiB.
     The transport itself says so: there are no details, and to send the same again does not help.
+    Or: the caller has used up its role's calls of a minute. Details: google.rpc.RetryInfo and
+    google.rpc.QuotaFailure, with one violation: its subject is `caller:NAME`, its description
+    names the limit. The trailer `grpc-retry-pushback-ms` holds the delay once more.
     INTERNAL            a fault of the daemon. The message holds an id that stands in the daemon's journal too, and no
     other detail.
     """
@@ -75,7 +87,8 @@ class ChatServiceServicer(object):
 
         The service keeps no conversation: the request holds all of it. Work whose beginning equals that of an earlier
         request of the same caller is taken from a cache; `final.usage.cached_prompt_tokens` says how much was. A caller is
-        whoever the token names; all who need none count as one.
+        whoever the token or the client certificate names. Callers who need neither are told apart by their connections,
+        and on a Unix socket not at all.
 
         Cancelling the call, or its deadline passing, stops the work within one token or one chunk of the prompt.
 
@@ -86,11 +99,15 @@ class ChatServiceServicer(object):
         context length. Details: google.rpc.BadRequest, a violation for each wrong field, at most 16.
         Nothing is ever cut short silently.
         NOT_FOUND           there is no model of that name.
-        PERMISSION_DENIED   a rule of the owner's policy forbids what was sent, or what the model was about to write; then
-        what came before stays said. Details: google.rpc.ErrorInfo, reason POLICY_RULE, with the rule's
+        PERMISSION_DENIED   the caller's role may not use the model, whether or not there is one of that name. Or: a rule
+        of the owner's policy forbids what was sent, or what the model was about to write; then what
+        came before stays said. Details: google.rpc.ErrorInfo, reason POLICY_RULE, with the rule's
         name. To send the same again does not help.
         RESOURCE_EXHAUSTED  the queue is full. Details: google.rpc.RetryInfo; trailer `grpc-retry-pushback-ms` holds the
-        same delay. Or: the caller reads its stream too slowly.
+        same delay. Or: the caller has used up its role's tokens of a minute or of the day, or has as
+        many chats as its role may have at once; details and trailer as for its calls of a minute.
+        Prompt and answer count, as in `final.usage`, what came from the cache too; a chat that has
+        begun is finished. Or: the caller reads its stream too slowly.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -116,11 +133,17 @@ class ChatService(object):
     """Generates answers.
 
     Statuses that any method of this service can return, besides those named at the method:
-    UNAUTHENTICATED     no token, or one that the daemon does not know. Send `authorization: Bearer TOKEN`.
+    UNAUTHENTICATED     no credential, or none that is valid (any more). Send `authorization: Bearer TOKEN`, or, where
+    the daemon asks for one, show a client certificate that it knows. The same of every method,
+    whether or not it exists.
+    PERMISSION_DENIED   the caller's role may not call the method, whether or not it exists.
     UNAVAILABLE         the daemon is still loading the model, or is shutting down. Try again later.
     DEADLINE_EXCEEDED   the caller's own deadline passed. Work on the answer has stopped.
     RESOURCE_EXHAUSTED  the request, serialised, has more than `limits.max_request_bytes`, or its metadata more than 8 KiB.
     The transport itself says so: there are no details, and to send the same again does not help.
+    Or: the caller has used up its role's calls of a minute. Details: google.rpc.RetryInfo and
+    google.rpc.QuotaFailure, with one violation: its subject is `caller:NAME`, its description
+    names the limit. The trailer `grpc-retry-pushback-ms` holds the delay once more.
     INTERNAL            a fault of the daemon. The message holds an id that stands in the daemon's journal too, and no
     other detail.
     """

@@ -26,8 +26,9 @@ if _version_not_supported:
 
 
 class ModelServiceStub(object):
-    """Describes models. The statuses UNAUTHENTICATED, UNAVAILABLE, DEADLINE_EXCEEDED and INTERNAL, and RESOURCE_EXHAUSTED
-    for a request that is too large, mean what they mean in ChatService.
+    """Describes models. The statuses UNAUTHENTICATED, PERMISSION_DENIED, UNAVAILABLE, DEADLINE_EXCEEDED and INTERNAL, and
+    RESOURCE_EXHAUSTED for a request that is too large or a caller that calls too often, mean what they mean in
+    ChatService.
     """
 
     def __init__(self, channel):
@@ -54,12 +55,14 @@ class ModelServiceStub(object):
 
 
 class ModelServiceServicer(object):
-    """Describes models. The statuses UNAUTHENTICATED, UNAVAILABLE, DEADLINE_EXCEEDED and INTERNAL, and RESOURCE_EXHAUSTED
-    for a request that is too large, mean what they mean in ChatService.
+    """Describes models. The statuses UNAUTHENTICATED, PERMISSION_DENIED, UNAVAILABLE, DEADLINE_EXCEEDED and INTERNAL, and
+    RESOURCE_EXHAUSTED for a request that is too large or a caller that calls too often, mean what they mean in
+    ChatService.
     """
 
     def ListModels(self, request, context):
-        """Lists the models that this daemon serves, the default one first. One response; no further status.
+        """Lists the models that this daemon serves and the caller's role may use, the default one first. One response; no
+        further status.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -70,6 +73,7 @@ class ModelServiceServicer(object):
 
         Statuses:
         NOT_FOUND         there is no model of that name.
+        PERMISSION_DENIED the caller's role may not use the model, whether or not there is one of that name.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -82,7 +86,8 @@ class ModelServiceServicer(object):
         Statuses:
         INVALID_ARGUMENT  neither is given, or the conversation is malformed. Details: google.rpc.BadRequest.
         NOT_FOUND         there is no model of that name.
-        PERMISSION_DENIED the owner's policy forbids the conversation, as in Chat.
+        PERMISSION_DENIED the caller's role may not use the model, or the owner's policy forbids the conversation, as in
+        Chat.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -115,8 +120,9 @@ def add_ModelServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class ModelService(object):
-    """Describes models. The statuses UNAUTHENTICATED, UNAVAILABLE, DEADLINE_EXCEEDED and INTERNAL, and RESOURCE_EXHAUSTED
-    for a request that is too large, mean what they mean in ChatService.
+    """Describes models. The statuses UNAUTHENTICATED, PERMISSION_DENIED, UNAVAILABLE, DEADLINE_EXCEEDED and INTERNAL, and
+    RESOURCE_EXHAUSTED for a request that is too large or a caller that calls too often, mean what they mean in
+    ChatService.
     """
 
     @staticmethod

@@ -26,7 +26,8 @@ if _version_not_supported:
 
 
 class StatusServiceStub(object):
-    """Describes the daemon. The statuses UNAUTHENTICATED, DEADLINE_EXCEEDED and INTERNAL mean what they mean in ChatService.
+    """Describes the daemon. The statuses UNAUTHENTICATED, PERMISSION_DENIED, DEADLINE_EXCEEDED and INTERNAL, and
+    RESOURCE_EXHAUSTED for a caller that calls too often, mean what they mean in ChatService.
     """
 
     def __init__(self, channel):
@@ -43,7 +44,8 @@ class StatusServiceStub(object):
 
 
 class StatusServiceServicer(object):
-    """Describes the daemon. The statuses UNAUTHENTICATED, DEADLINE_EXCEEDED and INTERNAL mean what they mean in ChatService.
+    """Describes the daemon. The statuses UNAUTHENTICATED, PERMISSION_DENIED, DEADLINE_EXCEEDED and INTERNAL, and
+    RESOURCE_EXHAUSTED for a caller that calls too often, mean what they mean in ChatService.
     """
 
     def GetStatus(self, request, context):
@@ -71,7 +73,8 @@ def add_StatusServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class StatusService(object):
-    """Describes the daemon. The statuses UNAUTHENTICATED, DEADLINE_EXCEEDED and INTERNAL mean what they mean in ChatService.
+    """Describes the daemon. The statuses UNAUTHENTICATED, PERMISSION_DENIED, DEADLINE_EXCEEDED and INTERNAL, and
+    RESOURCE_EXHAUSTED for a caller that calls too often, mean what they mean in ChatService.
     """
 
     @staticmethod
