@@ -3,7 +3,7 @@
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test lint arm64 bench bundle protos constraints clean setup-daemon setup-dev setup-protos setup-emulator setup-export
+.PHONY: help demo test lint arm64 bench bundle deb deb-lock protos constraints clean setup-daemon setup-dev setup-protos setup-emulator setup-packages setup-export
 
 MODEL := smollm2-135m
 STATE := $(CURDIR)/.cache/state
@@ -36,6 +36,12 @@ bundle: $(BUNDLE) ## build the default model into .cache/state
 $(BUNDLE): $(BUILDER) | setup-daemon
 	STATE_DIRECTORY="$(STATE)" .venv/bin/hearthd model add $(MODEL)
 
+deb: setup-dev setup-packages $(BUNDLE) ## Debian packages of daemon and model for arm64 and amd64 in dist/ (ARGS="--arch arm64")
+	.venv/bin/python deploy/debian/build.py --bundle "$(dir $(BUNDLE))" $(ARGS)
+
+deb-lock: setup-dev ## write deploy/debian/requirements.lock after a change of the daemon's requirements
+	.venv/bin/python deploy/debian/lock.py
+
 protos: setup-protos ## write client/hearth/v1 from protos/
 	deploy/dev/protos.sh client
 
@@ -60,3 +66,6 @@ setup-export:
 
 setup-emulator:
 	@deploy/dev/setup.sh emulator
+
+setup-packages:
+	@deploy/dev/setup.sh packages

@@ -7,6 +7,7 @@
 #     deploy/dev/setup.sh export      .venv-export: the daemon with the extra [export], whose transformers is older
 #     deploy/dev/setup.sh emulator    what tests/arm64 needs of the system; no environment
 #     deploy/dev/setup.sh board       what tests/board needs of the system; no environment
+#     deploy/dev/setup.sh packages    what `make deb` and the tests of its packages need of the system; no environment
 #
 # Installs only what is missing, and asks for root only if a system package is missing. PYTHON names an interpreter,
 # CC a compiler. A second run takes well under a second: a stamp in the environment names what it was made from. The
@@ -20,8 +21,8 @@ case $stage in
 daemon | dev) venv=.venv ;;
 protos) venv=.venv-protos ;;
 export) venv=.venv-export constraints=constraints-export.txt ;;
-emulator | board) ;;
-*) echo "setup: no stage \"$stage\": use daemon, dev, protos, export, emulator or board" >&2 && exit 2 ;;
+emulator | board | packages) ;;
+*) echo "setup: no stage \"$stage\": use daemon, dev, protos, export, emulator, board or packages" >&2 && exit 2 ;;
 esac
 cd -- "$(dirname -- "$0")/../.."
 exec </dev/null # nothing here reads an answer, and a closed stdin would be reused as somebody's file
@@ -113,6 +114,10 @@ ensure_emulator() {
         command -v qemu-system-aarch64 >/dev/null || set -- "$@" qemu-system-arm
         [ -x /usr/sbin/mkfs.ext4 ] || set -- "$@" e2fsprogs
     fi
+    if [ "$stage" = packages ]; then
+        command -v dpkg-deb >/dev/null || set -- "$@" dpkg
+        command -v lintian >/dev/null || set -- "$@" lintian
+    fi
     [ $# -eq 0 ] || install_packages "$@"
 }
 
@@ -139,7 +144,7 @@ exec 9>.cache/setup.lock
 # Two runs at once would each half make one environment.
 flock -n 9 || { say "waiting for another set-up of this clone to end" && flock 9; }
 
-case $stage in emulator | board)
+case $stage in emulator | board | packages)
     ensure_emulator
     exit 0
     ;;
