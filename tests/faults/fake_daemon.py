@@ -1,6 +1,7 @@
 """A daemon in a process of its own, with `FakeRunner` in place of the model, for faults that need a process to strike.
 
-    fake_daemon.py DIRECTORY JSON      sections of the configuration that differ, and "runner": options of FakeRunner
+    fake_daemon.py DIRECTORY JSON      sections of the configuration that differ; "runner": options of FakeRunner;
+                                       "fail": an exception for the first forward after the proof
 
 It says READY to systemd, here the test, like any other. If its runner is gated, each line of standard input says how
 many forwards may pass.
@@ -8,6 +9,7 @@ many forwards may pass.
 
 from __future__ import annotations
 
+import builtins
 import contextlib
 import json
 import os
@@ -25,9 +27,12 @@ from fakes import FakeRunner
 from hearth import Client
 from hearthd.__main__ import run_server
 from hearthd.logs import configure_logging
+from hearthd.model import Model
 from serving import make_config, make_model, make_runner
 
 READY_SECONDS = 30
+# Before READY; see serving.py.
+PROOF_FORWARDS = 2
 
 
 class FakeDaemon:
@@ -127,6 +132,11 @@ def obey(runner: FakeRunner) -> None:
     runner.open_gate()
 
 
+def fail_after_proof(runner: FakeRunner, failure: str) -> None:
+    runner.wait_for_forwards(PROOF_FORWARDS)
+    runner.fail_next = getattr(builtins, failure)()
+
+
 def main(directory: Path, options: dict[str, Any]) -> int:
     configure_logging("info")
     runner = make_runner(**options.pop("runner", {}))
@@ -134,8 +144,16 @@ def main(directory: Path, options: dict[str, Any]) -> int:
     for section, key in (("auth", "token_file"), ("tls", "certificate"), ("tls", "key")):
         if options.get(section, {}).get(key):
             options[section][key] = Path(options[section][key])
+    failure = options.pop("fail", None)
     config = make_config(directory, **options)
-    return run_server(config, lambda: make_model(runner))
+
+    def load() -> Model:
+        model = make_model(runner)
+        if failure:
+            threading.Thread(target=fail_after_proof, args=(runner, failure), daemon=True).start()
+        return model
+
+    return run_server(config, load)
 
 
 if __name__ == "__main__":
