@@ -1,6 +1,7 @@
 """A daemon in the test's own process: real sockets, real tokenizer, `FakeRunner` in place of the model.
 
-Run as a program it is a daemon of its own, for tests that send signals: `python tests/serving.py DIRECTORY [FLAG...]`.
+Run as a program it is a daemon of its own, for tests that send signals: `python tests/serving.py DIRECTORY [FLAG...]`,
+configured by DIRECTORY/hearthd.toml where there is one.
 """
 
 from __future__ import annotations
@@ -22,7 +23,16 @@ from tokenizers import Tokenizer
 from fakes import FakeRunner
 from hearth.v1 import chat_pb2, chat_pb2_grpc
 from hearthd.__main__ import run_server
-from hearthd.config import AuthConfig, Config, EngineConfig, LimitsConfig, ModelConfig, ServerConfig, TlsConfig
+from hearthd.config import (
+    AuthConfig,
+    Config,
+    EngineConfig,
+    LimitsConfig,
+    ModelConfig,
+    ServerConfig,
+    TlsConfig,
+    load_config,
+)
 from hearthd.engine import Engine
 from hearthd.logs import configure_logging
 from hearthd.model import Model
@@ -93,10 +103,13 @@ def make_config(directory: Path, **sections: dict[str, Any]) -> Config:
 
 @asynccontextmanager
 async def serving(
-    config: Config, load: Callable[[], Model] | None = None, notifier: Notifier | None = None
+    config: Config,
+    load: Callable[[], Model] | None = None,
+    notifier: Notifier | None = None,
+    load_again: Callable[[], Config] | None = None,
 ) -> AsyncIterator[Server]:
     """Run a daemon; in the block it is ready, and after it has ended as SIGTERM would end it."""
-    server = Server(config, load or (lambda: make_model(make_runner())), notifier)
+    server = Server(config, load or (lambda: make_model(make_runner())), notifier, load_again)
     running = asyncio.create_task(server.run())
     ready = asyncio.create_task(server.is_ready.wait())
     await asyncio.wait((running, ready), return_when=asyncio.FIRST_COMPLETED)
@@ -160,6 +173,10 @@ def main(directory: Path, *flags: str) -> int:
         Server.stop = lambda self: threading.Event().wait()  # type: ignore[method-assign,assignment,return-value]
     if "broken" in flags:
         runner.fail_next = OSError("canary")
+    file = directory / "hearthd.toml"
+    if file.exists():
+        read = functools.partial(load_config, file)
+        return run_server(read(), lambda: make_model(runner), read)
     config = make_config(directory, server={"drain_grace_seconds": 0.0} if "hurried" in flags else {})
     return run_server(config, lambda: make_model(runner))
 

@@ -162,7 +162,7 @@ def _serve(parsed: argparse.Namespace) -> int:
 
     config = load_config(parsed.config)
     configure_logging(config.log.level)
-    code = run_server(config, partial(_load_model, config))
+    code = run_server(config, partial(_load_model, config), partial(load_config, parsed.config))
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -170,18 +170,22 @@ def _serve(parsed: argparse.Namespace) -> int:
     os._exit(code)
 
 
-def run_server(config: Config, load: "Callable[[], Model]") -> int:
-    """Serve until a signal comes; return the exit code. Errors are logged in one line."""
+def run_server(config: Config, load: "Callable[[], Model]", load_again: Callable[[], Config] | None = None) -> int:
+    """Serve until a signal comes; return the exit code. Errors are logged in one line.
+
+    load_again: reads what stands in the configuration file when SIGHUP comes.
+    """
     from hearthd.logs import log_incident
     from hearthd.notify import Notifier
     from hearthd.server import CLOSE_SECONDS, Server
-    from hearthd.signals import listen_for_stop
+    from hearthd.signals import listen_for_signals
 
     async def run() -> None:
         loop = asyncio.get_running_loop()
-        server = Server(config, load, Notifier())
-        listen_for_stop(
+        server = Server(config, load, Notifier(), load_again)
+        listen_for_signals(
             partial(loop.call_soon_threadsafe, server.stop),
+            partial(loop.call_soon_threadsafe, server.reload),
             hard_exit_seconds=config.server.drain_grace_seconds + 2 * CLOSE_SECONDS,
         )
         await server.run()

@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Callable, Mapping
 from typing import TextIO
 
-__all__ = ["configure_logging", "describe_exception", "log_incident"]
+__all__ = ["configure_logging", "describe_exception", "log_incident", "set_log_level"]
 
 _logger = logging.getLogger(__name__)
 
@@ -95,13 +95,19 @@ def configure_logging(
     handler = _choose_handler(environment, sys.stderr if stream is None else stream)
     root = logging.getLogger()
     root.handlers[:] = [handler]
+    set_log_level(level)
+    # `logging` prints a failing handler's traceback with the record's arguments.
+    logging.raiseExceptions = False
+    return handler
+
+
+def set_log_level(level: str) -> None:
+    """Send records of `level` and above, from now on."""
+    root = logging.getLogger()
     root.setLevel(level.upper())
     # At debug, asyncio and gRPC would tell about themselves only.
     for name in ("asyncio", "grpc"):
         logging.getLogger(name).setLevel(max(root.level, logging.WARNING))
-    # `logging` prints a failing handler's traceback with the record's arguments.
-    logging.raiseExceptions = False
-    return handler
 
 
 def _choose_handler(environment: Mapping[str, str], stream: TextIO) -> logging.Handler:

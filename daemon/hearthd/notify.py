@@ -10,6 +10,7 @@ Knows no gRPC and no engine. Called by `server`.
 import asyncio
 import logging
 import os
+import time
 from collections.abc import Awaitable, Callable, Mapping
 from typing import NoReturn
 
@@ -40,6 +41,12 @@ class Notifier:
     def stopping(self, status: str) -> None:
         """Tell that the daemon shuts down."""
         self._send(f"STOPPING=1\nSTATUS={status}")
+
+    def reloading(self, status: str) -> None:
+        """Tell that the configuration is being read again; `ready` tells that it was."""
+        # systemd 253 and later want the time, so as not to take an earlier READY for the answer.
+        now = time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
+        self._send(f"RELOADING=1\nMONOTONIC_USEC={now}\nSTATUS={status}")
 
     def extend_timeout(self, seconds: float) -> None:
         """Ask for this much more time, from now, to start or to stop."""

@@ -1,4 +1,4 @@
-"""The daemon's life: lock, bind, load, prove, serve, drain, end.
+"""The daemon's life: lock, bind, load, prove, serve, read its configuration again, drain, end.
 
 Callers can connect from the moment that the addresses are bound; until the model has generated one real token they
 hear that it is loading. Called by `__main__`.
@@ -16,9 +16,9 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from hearth.v1 import chat_pb2, chat_pb2_grpc, model_pb2, model_pb2_grpc, pairing_pb2, status_pb2, status_pb2_grpc
+from hearthd.announcing import announce
 from hearthd.audit import AuditInterceptor
 from hearthd.audit_log import AuditLog
-from hearthd.announcing import announce
 from hearthd.auth import AccessInterceptor, Authenticator
 from hearthd.config import AuditConfig, Config
 from hearthd.daily_usage import DailyUsage
@@ -26,6 +26,7 @@ from hearthd.errors import AddressInUseError, NotServingError
 from hearthd.health import HealthService
 from hearthd.instance_lock import hold_socket
 from hearthd.listeners import Listener, find_listeners
+from hearthd.live_parts import Access, Certificates, Limits, LogLevel, Rules
 from hearthd.logs import describe_exception
 from hearthd.metering import Meters
 from hearthd.model import Model
@@ -33,9 +34,11 @@ from hearthd.notify import Notifier, feed_watchdog
 from hearthd.pairing.gate import PairingGate
 from hearthd.policy.policy_file import PolicyFile
 from hearthd.policy.rules import Policy
-from hearthd.service import ChatService, ModelService, StatusService, Tokenising
+from hearthd.reload import Outcome, Reload, Reloadable
+from hearthd.service import ChatService, ModelService, StatusService
 from hearthd.statuses import ErrorBoundary
 from hearthd.tls import CertificateSource, find_exposure, find_files
+from hearthd.tokenising import Tokenising
 from hearthd.transport import transport_options
 from hearthd.worker import Worker
 
@@ -60,8 +63,17 @@ _HEALTH: Final = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
 class Server:
     """One daemon. `run` is its whole life; `stop` ends it."""
 
-    def __init__(self, config: Config, load: Callable[[], Model], notifier: Notifier | None = None) -> None:
-        """load: called in the inference thread. Raises ConfigError if the configuration cannot be used."""
+    def __init__(
+        self,
+        config: Config,
+        load: Callable[[], Model],
+        notifier: Notifier | None = None,
+        load_again: Callable[[], Config] | None = None,
+    ) -> None:
+        """load: called in the inference thread. load_again: reads what stands in the configuration file by then.
+
+        Raises ConfigError if the configuration cannot be used.
+        """
         self._config = config
         self._notifier = notifier or Notifier({})
         self._listeners = find_listeners(config.server, config.tls, config.auth)
@@ -79,6 +91,8 @@ class Server:
         self._health = HealthService((*_SERVICES, _HEALTH))
         self._tokenising = Tokenising()
         self._services = self._make_services()
+        self._reload = Reload(config, load_again or (lambda: config), self._make_parts(), _check_exposure)
+        self._must_reload = asyncio.Event()
         self._servers: list[grpc.aio.Server] = []
         self._must_stop = asyncio.Event()
         self._must_hurry = asyncio.Event()
@@ -91,6 +105,10 @@ class Server:
         if self._must_stop.is_set():
             self._must_hurry.set()
         self._must_stop.set()
+
+    def reload(self) -> None:
+        """Read the configuration again, as soon as the model is there. Of the event loop."""
+        self._must_reload.set()
 
     async def run(self) -> None:
         """Serve until `stop` is called.
@@ -158,6 +176,12 @@ class Server:
             (status_pb2_grpc.add_StatusServiceServicer_to_server, status),
             (health_pb2_grpc.add_HealthServicer_to_server, self._health),
         ]
+
+    def _make_parts(self) -> list[Reloadable]:
+        services = [service for _, service in self._services if isinstance(service, ChatService | ModelService)]
+        parts: list[Reloadable] = [Limits(self._worker, services), Access(self._authenticator)]
+        parts += [Rules(self._policy), LogLevel()]
+        return [*parts, Certificates(self._certificates)] if self._certificates else parts
 
     def _add_address(self, server: grpc.aio.Server, listener: Listener) -> None:
         try:
@@ -230,10 +254,11 @@ class Server:
     async def _serve(self) -> None:
         """Serve until told to stop, or until the inference thread ends by itself; then drain."""
         await self._health.set_serving(True)
-        self._notifier.ready(f"serving {self._config.model.name} on {', '.join(self.addresses)}")
+        self._notifier.ready(self._status())
         self.is_ready.set()
         stopping = asyncio.create_task(self._must_stop.wait())
         crashing = asyncio.create_task(self._worker.wait_until_ended())
+        reloading = asyncio.create_task(self._reload_when_asked())
         saving = asyncio.create_task(self._daily_usage.keep_saving())
         announcing = asyncio.create_task(self._announce())
         feeding = (
@@ -241,6 +266,8 @@ class Server:
         )
         try:
             await asyncio.wait((stopping, crashing), return_when=asyncio.FIRST_COMPLETED)
+            # It must not say READY after STOPPING.
+            await _cancel(reloading)
             await self._health.set_serving(False)
             if crashing.done():
                 crashing.result()
@@ -249,6 +276,25 @@ class Server:
                 crashing.result()
         finally:
             await _cancel(stopping, crashing, saving, announcing, *feeding)
+
+    def _status(self, outcome: Outcome | None = None) -> str:
+        """Say in one line what the daemon does, and what its operator has to do."""
+        serving = f"serving {self._config.model.name} on {', '.join(self.addresses)}"
+        if outcome is None or not (outcome.error or outcome.need_restart):
+            return serving
+        if outcome.error:
+            return f"{serving}; the new configuration cannot be used, the old one stays: {outcome.error}"
+        return f"{serving}; needs a restart: {', '.join(outcome.need_restart)}"
+
+    async def _reload_when_asked(self) -> None:
+        while True:
+            await self._must_reload.wait()
+            self._must_reload.clear()
+            self._notifier.reloading("reading the configuration again")
+            outcome = await self._reload.run()
+            self._config = self._reload.config
+            self._warn()
+            self._notifier.ready(self._status(outcome))
 
     async def _announce(self) -> None:
         if self._config.discovery.announce:
@@ -304,6 +350,11 @@ def _open_audit_log(audit: AuditConfig) -> AuditLog | None:
     if audit.file is None:
         return None
     return AuditLog(audit.file, max_bytes=audit.max_bytes, num_old_files=audit.old_files)
+
+
+def _check_exposure(config: Config) -> None:
+    """Raise ConfigError where new keys would open what the old addresses listen on."""
+    find_listeners(config.server, config.tls, config.auth)
 
 
 @contextmanager

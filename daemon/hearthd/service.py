@@ -9,7 +9,6 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final, TypeVar
 
@@ -37,10 +36,11 @@ from hearthd.policy.screening import Screen
 from hearthd.sampling import MAX_STOP_STRING_CHARS, MAX_STOP_STRINGS, MAX_TOP_LOGPROBS
 from hearthd.sequence import Sequence
 from hearthd.stream import ChatStream
+from hearthd.tokenising import Tokenising
 from hearthd.version import daemon_version
 from hearthd.worker import State, Worker
 
-__all__ = ["ChatService", "ModelService", "StatusService", "Tokenising"]
+__all__ = ["ChatService", "ModelService", "StatusService"]
 
 _logger = logging.getLogger(__name__)
 
@@ -52,24 +52,6 @@ _STATES: Final = {
     State.DRAINING: status_pb2.DAEMON_STATE_DRAINING,
     State.ENDED: status_pb2.DAEMON_STATE_DRAINING,
 }
-
-
-class Tokenising:
-    """Turns texts into token ids beside the event loop, which a quarter of a megabyte would hold up for long.
-
-    Two threads: one long text does not keep a short one waiting, and the inference thread still gets its share.
-    """
-
-    def __init__(self) -> None:
-        self._executor = ThreadPoolExecutor(max_workers=2, thread_name_prefix="tokenise")
-
-    async def run(self, function: Callable[[], _Result]) -> _Result:
-        """Call a function in one of the threads."""
-        return await asyncio.get_running_loop().run_in_executor(self._executor, function)
-
-    def close(self) -> None:
-        """Begin nothing more."""
-        self._executor.shutdown(wait=False, cancel_futures=True)
 
 
 def _find_model(worker: Worker, name: str) -> Model:
@@ -96,7 +78,8 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
     ) -> None:
         self._worker = worker
         self._meters = meters
-        self._limits = limits
+        self.limits = limits
+        """In force; `live_parts` exchanges them."""
         self._tokenising = tokenising
         self._policy = policy
         self._write_timeout_seconds = write_timeout_seconds
@@ -107,7 +90,7 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
         """Answer a conversation, message by message."""
         arrived = time.monotonic()
         model = _find_model(self._worker, request.model)
-        call = read_chat(request, model, self._limits.max_messages)
+        call = read_chat(request, model, self.limits.max_messages)
         caller = current_caller()
         rules = self._policy.current.for_role(caller.role)
         if rules.has_output_rules and call.params.top_logprobs is not None:
@@ -118,7 +101,9 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
         screen = rules.screen_answer()
         with self._meters.admit_chat(caller) as meter, self._worker.admit() as chat:
             try:
-                prompt_ids = await self._tokenising.run(_encoding(model, rules, call.messages))
+                prompt_ids = await self._tokenising.run(
+                    current_caller().account, _encoding(model, rules, call.messages)
+                )
                 seconds_left = context.time_remaining()
                 chat.submit(
                     Sequence(
@@ -206,7 +191,8 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
 
     def __init__(self, worker: Worker, limits: LimitsConfig, tokenising: Tokenising, policy: PolicyFile) -> None:
         self._worker = worker
-        self._limits = limits
+        self.limits = limits
+        """In force; `live_parts` exchanges them."""
         self._tokenising = tokenising
         self._policy = policy
 
@@ -238,13 +224,15 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
         model = _find_model(self._worker, request.model)
         match request.WhichOneof("input"):
             case "text":
-                ids = await self._tokenising.run(lambda: model.tokenizer.encode_text(request.text))
+                ids = await self._tokenising.run(
+                    current_caller().account, lambda: model.tokenizer.encode_text(request.text)
+                )
             case "conversation":
                 messages = read_conversation(
-                    request.conversation.messages, self._limits.max_messages, must_end_with_user=False
+                    request.conversation.messages, self.limits.max_messages, must_end_with_user=False
                 )
                 rules = self._policy.current.for_role(current_caller().role)
-                ids = await self._tokenising.run(_encoding(model, rules, messages))
+                ids = await self._tokenising.run(current_caller().account, _encoding(model, rules, messages))
             case _:
                 raise InvalidRequestError("input", "is not set; give text or conversation")
         return model_pb2.CountTokensResponse(token_count=len(ids))
@@ -260,9 +248,9 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
             license=model.license,
             limits=model_pb2.Limits(
                 max_total_tokens=model.engine.context_length,
-                default_max_tokens=self._limits.default_max_tokens,
-                max_messages=self._limits.max_messages,
-                max_request_bytes=self._limits.max_request_bytes,
+                default_max_tokens=self.limits.default_max_tokens,
+                max_messages=self.limits.max_messages,
+                max_request_bytes=self.limits.max_request_bytes,
                 max_stop_strings=MAX_STOP_STRINGS,
                 max_stop_string_chars=MAX_STOP_STRING_CHARS,
                 max_top_logprobs=MAX_TOP_LOGPROBS,

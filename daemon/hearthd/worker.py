@@ -14,7 +14,9 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Final
 
 from hearthd.errors import EngineCrashedError, HearthdError, NotServingError, QueueFullError
@@ -150,6 +152,13 @@ class Worker:
         self._commands.put(answer)
         await crossed
 
+    def change_limits(self, *, max_queued: int, default_max_tokens: int) -> None:
+        """Admit by other limits from the next chat on; those that are admitted stay. Once the model is there."""
+        model = self.model
+        self._max_queued = max_queued
+        sampling = replace(model.default_sampling, max_tokens=default_max_tokens)
+        self._model = replace(model, default_sampling=sampling)
+
     def begin_drain(self) -> None:
         """Admit no more chats."""
         if self.state is not State.ENDED:
@@ -265,6 +274,7 @@ class Worker:
             self._call_loop(lambda error=error: self._fail_to_load(error))  # type: ignore[misc]
             return
         self._engine = model.engine
+        _name_this_thread(self._thread.name)
         self._call_loop(lambda: self._loaded.set_result(model))
         try:
             while not self._must_stop:
@@ -321,3 +331,12 @@ class Worker:
         self.state = State.ENDED
         self._loaded.set_exception(error)
         self._ended.set_result(None)
+
+
+def _name_this_thread(name: str) -> None:
+    """Name the thread for the kernel: `top -H` and `ps -T` show which one works.
+
+    After loading: ONNX Runtime's own threads would have inherited the name.
+    """
+    with suppress(OSError):
+        Path("/proc/thread-self/comm").write_text(name)
