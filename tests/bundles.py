@@ -60,7 +60,7 @@ def write_bundle(path: Path, *, seed: int = 0, external: str = "model.data", **c
     (path / "model.onnx").write_bytes(tiny_model(external))
     weights = np.random.default_rng(seed).standard_normal(16).astype(np.float32)
     (path / "model.data").write_bytes(weights.tobytes())
-    np.save(path / "preset.npy", np.zeros((2, 2, 2, 1, 16), np.float32))
+    np.save(path / "preset.npy", np.zeros((2, 2, 2, 1, 16), np.int8))
     (path / "tokenizer.json").write_text('{"version": "1.0"}')
     (path / "chat_template.jinja").write_text("{{ messages }}")
     (path / "generation.json").write_text(json.dumps({"temperature": 0.2, "top_p": 0.9}))

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 from numpy.typing import NDArray
 
@@ -11,12 +12,14 @@ from checkpoints import tiny_models, write_huggingface
 from decoders import CONTEXT, tiny_checkpoint, tiny_runner
 from hearthd.build.checkpoints.checkpoint import open_checkpoint
 from hearthd.build.decoder.architecture import DecoderSpec
+from hearthd.build.decoder.external_data import ExternalData
 from hearthd.build.decoder.graph import GraphOptions, write_graph
-from hearthd.build.decoder.linear import SECOND_TERM, switch_names
+from hearthd.build.decoder.linear import SECOND_TERM, add_linear, switch_names
 from hearthd.build.decoder.matmuls import matmul_names
+from hearthd.build.decoder.nodes import Nodes
 from hearthd.build.decoder.recipe import MatMulForm, MatMulName, MatMulRecipe, Recipe
 from hearthd.build.decoder.rounding import Nearest
-from hearthd.build.decoder.weights import DecoderWeights
+from hearthd.build.decoder.weights import DecoderWeights, Linear
 from hearthd.build.quantization.documents import TokenDocument
 from hearthd.build.quantization.search import find_recipe
 from hearthd.build.quantization.sensitivity import measure_sensitivity
@@ -160,3 +163,31 @@ def test_no_matmul_is_left_in_float(tmp_path: Path) -> None:
     kinds = [node.op_type for node in model.graph.node]
     assert kinds.count("MatMulIntegerToFloat") == 4 * spec.num_layers + 1
     assert not {"MatMul", "Gemm", "DynamicQuantizeMatMul", "Concat"} & set(kinds)
+
+
+@pytest.mark.parametrize("form", [MatMulForm.PER_ROW, MatMulForm.PER_ROW_TWO_TERMS])
+def test_a_row_of_zeros_gives_zeros_and_leaves_its_neighbours_alone(tmp_path: Path, form: MatMulForm) -> None:
+    """A row's own scale is then 0, and what it is divided by too."""
+    data = ExternalData(tmp_path / "data")
+    nodes = Nodes(data)
+    random = np.random.default_rng(5)
+    values = random.standard_normal((1, 3, 64)).astype(np.float32)
+    values[0, 1] = 0
+    with data:
+        linear = Linear(random.standard_normal((64, 32)).astype(np.float32), None)
+        add_linear(nodes, "matmul", "x", linear, MatMulRecipe(form), Nearest(), "y")
+    value = onnx.helper.make_tensor_value_info
+    graph = onnx.helper.make_graph(
+        nodes.protos,
+        "matmul",
+        [value("x", onnx.TensorProto.FLOAT, [1, "S", 64])],
+        [value("y", onnx.TensorProto.FLOAT, None)],
+        data.initializers,
+    )
+    opsets = [onnx.helper.make_opsetid("", 21), onnx.helper.make_opsetid("com.microsoft", 1)]
+    path = tmp_path / "model.onnx"
+    onnx.save(onnx.helper.make_model(graph, opset_imports=opsets, ir_version=10), str(path))
+    (found,) = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"]).run(None, {"x": values})
+    assert not found[0, 1].any()
+    expected = values[0, ::2] @ linear.weight
+    assert np.abs(found[0, ::2] - expected).mean() < 0.02 * expected.std()

@@ -7,16 +7,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from decoders import CONTEXT, tiny_checkpoint, tiny_runner
+from checkpoints import tiny_models
+from decoders import CONTEXT, scales_of, tiny_checkpoint, tiny_runner
 from hearthd.build.decoder.architecture import DecoderSpec
 from hearthd.build.decoder.matmuls import matmul_names
 from hearthd.build.decoder.recipe import MatMulForm, MatMulRecipe, Recipe
 from hearthd.errors import BundleError
+from hearthd.kv_buffers import KVSlots, PromptBuffers
 from hearthd.kv_cache import RunTerminated
-from hearthd.runner import DecoderShape, OnnxRunner, _zeros
+from hearthd.runner import DecoderShape, OnnxRunner
 
 PROMPTS = ([5, 9, 200, 31, 77, 12, 40], [8, 3], [60, 61, 62, 63, 64, 65, 66, 67, 68, 69, 70, 71, 72])
 
+
+LONG = [(17 * place * place + 5 * place + 3) % 250 for place in range(60)]
 
 # No bundle has the form that a build tries the others with.
 SERVED = [form for form in MatMulForm if form is not MatMulForm.SWITCHED]
@@ -27,12 +31,30 @@ def recipe_of(form: MatMulForm, spec: DecoderSpec) -> Recipe:
     return Recipe({name: MatMulRecipe(form, 0.05) for name in matmul_names(spec)}, rotated=True)
 
 
-@pytest.fixture(scope="module", params=SERVED, ids=lambda form: form.value)
+@pytest.fixture(
+    scope="module",
+    params=[(form, False) for form in SERVED] + [(MatMulForm.STATIC, True), (MatMulForm.FLOAT, True)],
+    ids=lambda kind: f"{kind[0].value}, {'int8' if kind[1] else 'float32'} cache",
+)
 def runner(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> OnnxRunner:
+    form, has_int8_cache = request.param
     directory = tmp_path_factory.mktemp("runner")
     checkpoint = tiny_checkpoint(directory)
-    recipe = recipe_of(request.param, DecoderSpec.from_config(checkpoint.config))
-    return tiny_runner(directory / "graph", checkpoint, recipe)
+    recipe = recipe_of(form, DecoderSpec.from_config(checkpoint.config))
+    runner = tiny_runner(directory / "graph", checkpoint, recipe)
+    if not has_int8_cache:
+        return runner
+    return tiny_runner(directory / "int8", checkpoint, recipe, kv_scales=scales_of(runner, PROMPTS[2]))
+
+
+@pytest.fixture(scope="module", params=sorted(tiny_models()))
+def cached_in_int8(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> OnnxRunner:
+    """A runner of each architecture, with weights in float32, so that only the cache is rounded."""
+    directory = tmp_path_factory.mktemp("int8_cache")
+    checkpoint = tiny_checkpoint(directory, request.param)
+    plain = tiny_runner(directory / "float32", checkpoint, Recipe.reference())
+    scales = scales_of(plain, LONG)
+    return tiny_runner(directory / "int8", checkpoint, Recipe.reference(), kv_scales=scales)
 
 
 def prefill(runner: OnnxRunner, slot: int, ids: list[int], chunk: int = 64) -> np.ndarray:
@@ -73,6 +95,69 @@ def test_chunks_give_the_logits_of_the_whole_prompt(runner: OnnxRunner, chunk: i
     prompt = list(PROMPTS[2])
     # Attention adds up in another order: the last bits differ, and may take an int8 activation over its next step.
     np.testing.assert_allclose(prefill(runner, 1, prompt, chunk), prefill(runner, 0, prompt), rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize("chunk", [2, 3, 7, 16])
+def test_where_a_prompt_is_cut_changes_no_bit_of_an_int8_cache(cached_in_int8: OnnxRunner, chunk: int) -> None:
+    runner = cached_in_int8
+    expected = prefill(runner, 0, LONG)
+    # No chunk of one token: runs of one are those that write.
+    assert runner.min_run == 2
+    assert len(LONG) % chunk != 1
+    np.testing.assert_array_equal(prefill(runner, 1, LONG, chunk), expected)
+    np.testing.assert_array_equal(runner.read_slot(1, len(LONG)), runner.read_slot(0, len(LONG)))
+
+
+def test_what_was_cached_in_int8_is_gone_on_with_as_if_it_had_just_been_read(cached_in_int8: OnnxRunner) -> None:
+    """The prompt buffers are filled from a slot after others used them, and after their memory was given back."""
+    runner = cached_in_int8
+    expected = prefill(runner, 0, LONG)
+    cut = len(LONG) - 9
+    prefill(runner, 1, LONG[:cut])
+    continue_alone(runner, 2, PROMPTS[0], 1)
+    runner.copy_slot(1, 3, cut)
+    for slot in (1, 3):
+        found = runner.forward(np.asarray([LONG[cut:]]), slot, np.asarray([cut], np.int32))
+        np.testing.assert_array_equal(found[0], expected)
+
+
+def test_decoding_over_an_int8_cache_means_what_reading_means(cached_in_int8: OnnxRunner) -> None:
+    """Both kernels see the same numbers: they differ by rounding of float32 alone."""
+    runner = cached_in_int8
+    expected = prefill(runner, 0, LONG)
+    prefill(runner, 1, LONG[:-1])
+    found = runner.forward(np.asarray([LONG[-1:]]), 1, np.asarray([len(LONG) - 1], np.int32))
+    np.testing.assert_allclose(found[0], expected, rtol=0, atol=1e-3 * expected.std())
+    last = len(LONG) - 1
+    steps = runner.read_slot(1, len(LONG))[..., last, :].astype(int) - runner.read_slot(0, len(LONG))[..., last, :]
+    assert np.abs(steps).max() <= 1
+
+
+def test_an_int8_cache_is_close_to_a_float32_one(tmp_path: Path) -> None:
+    checkpoint = tiny_checkpoint(tmp_path)
+    plain = tiny_runner(tmp_path / "float32", checkpoint, Recipe.reference())
+    runner = tiny_runner(tmp_path / "int8", checkpoint, Recipe.reference(), kv_scales=scales_of(plain, LONG))
+    expected = prefill(plain, 0, LONG)
+    assert np.abs(prefill(runner, 0, LONG) - expected).mean() < 0.05 * expected.std()
+
+
+def test_memory_of_a_read_prompt_is_given_back(tmp_path: Path) -> None:
+    # 16 MB of float32 for this prompt, and 4 MB of int8 that stay.
+    shape = DecoderShape(num_layers=4, num_kv_heads=4, head_dim=64, vocab_size=8)
+    slots = KVSlots(shape, num_slots=1, context_length=4096, dtype=np.int8)
+    prompt = PromptBuffers(slots)
+    prompt.hold(0, 0)
+    for array in prompt.arrays:
+        array[:, :, :2048] = 1
+    prompt.extend(2048)
+    slots.write(0, 0, [np.ones((4, 2048, 64), np.int8)] * 8)
+    held = resident_bytes()
+    prompt.release_if(1, 3)
+    assert resident_bytes() > held - 2**20
+    prompt.release_if(0, 1)
+    assert resident_bytes() < held - 15 * 2**20
+    prompt.hold(0, 2048)
+    assert all(np.all(array[:, :, :2048] == 1) for array in prompt.arrays)
 
 
 def test_swapped_slots_continue_as_if_they_had_stayed(runner: OnnxRunner) -> None:
@@ -153,15 +238,16 @@ def test_a_graph_that_onnx_runtime_refuses_is_one_clear_line(tmp_path: Path) -> 
     assert "\n" not in str(caught.value)
 
 
-def test_kv_buffers_cost_memory_only_as_far_as_they_are_filled() -> None:
-    def resident_bytes() -> int:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
+
+def test_kv_slots_cost_memory_only_as_far_as_they_are_filled() -> None:
     # Each as large as NumPy would ask huge pages for.
-    buffers = [_zeros((4, 3, 2048, 64)) for _ in range(32)]
+    shape = DecoderShape(num_layers=16, num_kv_heads=3, head_dim=64, vocab_size=8)
+    slots = KVSlots(shape, num_slots=4, context_length=2048, dtype=np.float32)
     before = resident_bytes()
-    for buffer in buffers:
-        buffer[0, :, 0] = 1
+    slots.write(0, 0, [np.ones((3, 1, 64), np.float32)] * 32)
     assert resident_bytes() - before < 8 * 2**20
-    assert buffers[0][0, 0, 0, 0] == 1
-    assert not buffers[0][1].any()
+    assert slots.arrays[31][0, 2, 0, 63] == 1
+    assert not slots.arrays[0][1].any()

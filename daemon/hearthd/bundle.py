@@ -86,8 +86,8 @@ class Bundle:
         """Bytes of all files, the manifest left out."""
         return self.manifest.size_bytes
 
-    def preset(self) -> NDArray[np.float32] | None:
-        """Return the KV of the manifest's preset_tokens, float32 (layers, 2, kv_heads, tokens, head_dim); None without.
+    def preset(self) -> NDArray[np.int8] | None:
+        """Return the KV of the manifest's preset_tokens, int8 (layers, 2, kv_heads, tokens, head_dim); None without.
 
         Raises BundleError when its shape is not what the manifest says.
         """
@@ -100,8 +100,8 @@ class Bundle:
             preset = np.array(np.load(self.path / PRESET_NAME, mmap_mode="r", allow_pickle=False))
         except (OSError, ValueError) as error:
             raise BundleError(f"{self.path / PRESET_NAME} cannot be read: {error}; build the model again") from error
-        if preset.shape != shape or preset.dtype != np.float32:
-            raise BundleError(f"{self.path / PRESET_NAME} is {preset.dtype} {preset.shape}; float32 {shape} is needed")
+        if preset.shape != shape or preset.dtype != np.int8:
+            raise BundleError(f"{self.path / PRESET_NAME} is {preset.dtype} {preset.shape}; int8 {shape} is needed")
         return preset
 
     def tokenizer_json(self) -> str:

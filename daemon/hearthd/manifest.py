@@ -14,7 +14,7 @@ from typing import Any, Final, Self
 
 from hearthd.errors import BundleError
 
-SCHEMA_VERSION: Final = 1
+SCHEMA_VERSION: Final = 2
 MANIFEST_NAME: Final = "manifest.json"
 MODEL_NAME: Final = "model.onnx"
 TOKENIZER_NAME: Final = "tokenizer.json"

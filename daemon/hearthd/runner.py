@@ -6,13 +6,12 @@ Knows the graph contract (`build/decoder/graph.py`), no sequences, no text. Owne
 
 from __future__ import annotations
 
-import mmap
 import os
 import platform
 import threading
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
@@ -20,6 +19,7 @@ from numpy.typing import NDArray
 
 from hearthd.bundle import Bundle
 from hearthd.errors import BundleError
+from hearthd.kv_buffers import DecoderShape, KVSlots, PromptBuffers
 from hearthd.kv_cache import RunTerminated
 
 __all__ = ["DecoderShape", "OnnxRunner"]
@@ -30,75 +30,51 @@ __all__ = ["DecoderShape", "OnnxRunner"]
 _PLAIN_ATTENTION = "ORT_GQA_DISABLE_FLASH_ATTENTION"
 
 
-@dataclass(frozen=True, slots=True)
-class DecoderShape:
-    """What the runner must know of a graph to allocate its buffers."""
-
-    num_layers: int
-    num_kv_heads: int
-    head_dim: int
-    vocab_size: int
-
-
 class _Binding:
-    """Buffers of one batch shape, bound once: a step only writes token ids and lengths into them.
+    """Buffers of one batch shape, bound once: a run only writes token ids and lengths into them.
 
-    Binding the some 120 KV tensors anew would cost a twentieth of a decode step. Everything bound is kept here, because
-    an OrtValue of the CPU refers to the array's memory and does not copy.
+    Binding the some 240 KV tensors anew would cost a tenth of a decode step. Everything bound is kept here, because an
+    OrtValue of the CPU refers to the array's memory and does not copy.
     """
 
-    def __init__(
-        self,
-        session: ort.InferenceSession,
-        kv: Sequence[NDArray[np.float32]],
-        rows: slice,
-        length: int,
-        vocab_size: int,
-    ) -> None:
-        num_rows = rows.stop - rows.start
+    def __init__(self, session: ort.InferenceSession, num_rows: int, length: int, vocab_size: int) -> None:
         self.token_ids = np.zeros((num_rows, length), np.int64)
         self.last_positions = np.zeros(num_rows, np.int32)
         self.longest = np.zeros(1, np.int32)
         self.logits = np.zeros((num_rows, vocab_size), np.float32)
+        self.new: tuple[NDArray[np.int8], ...] = ()
+        """What the run gives of an int8 cache that it does not write to, each (1, kv_heads, length, head_dim)."""
         self.io = session.io_binding()
         self._bound: list[ort.OrtValue] = []
-        for name, array in (
-            ("input_ids", self.token_ids),
-            ("seqlens_k", self.last_positions),
-            ("total_sequence_length", self.longest),
-        ):
-            self.io.bind_ortvalue_input(name, self._value(array))
+        self.bind_input("input_ids", self.token_ids)
+        self.bind_input("seqlens_k", self.last_positions)
+        self.bind_input("total_sequence_length", self.longest)
         self.io.bind_ortvalue_output("logits", self._value(self.logits))
-        for index, array in enumerate(kv):
+
+    def bind_input(self, name: str, array: NDArray[np.generic]) -> None:
+        self.io.bind_ortvalue_input(name, self._value(array))
+
+    def bind_kv(self, past: Iterable[NDArray[Any]], present: Iterable[NDArray[Any]], suffix: str = "") -> None:
+        """Bind keys and values, layer by layer, as they are before and after the run."""
+        for index, (before, after) in enumerate(zip(past, present, strict=True)):
             layer, part = divmod(index, 2)
-            name = f"{('key', 'value')[part]}.{layer}"
-            # A view of a contiguous run of slots: no copy, and any such run can be a batch.
-            value = self._value(array[rows])
+            name = f"{('key', 'value')[part]}{suffix}.{layer}"
+            value = self._value(before)
             self.io.bind_ortvalue_input(f"past_{name}", value)
-            self.io.bind_ortvalue_output(f"present_{name}", value)
+            self.io.bind_ortvalue_output(f"present_{name}", value if after is before else self._value(after))
 
     def _value(self, array: NDArray[np.generic]) -> ort.OrtValue:
         value = ort.OrtValue.ortvalue_from_numpy(array, "cpu", 0)
-        assert value.data_ptr() == array.ctypes.data, "ONNX Runtime copied a buffer that must be shared"
+        assert not array.size or value.data_ptr() == array.ctypes.data, "ONNX Runtime copied a buffer that must be shared"
         self._bound.append(value)
         return value
 
 
-def _zeros(shape: tuple[int, ...]) -> NDArray[np.float32]:
-    """Return zeros that cost memory only as far as they are written to.
-
-    NumPy's own large arrays ask the kernel for huge pages: the first token of a chat would then take up to 2 MB in each
-    of the 60 buffers of a 30-layer model.
-    """
-    num_items = int(np.prod(shape))
-    memory = mmap.mmap(-1, num_items * np.dtype(np.float32).itemsize)
-    if hasattr(mmap, "MADV_NOHUGEPAGE"):
-        memory.madvise(mmap.MADV_NOHUGEPAGE)
-    return np.frombuffer(memory, np.float32).reshape(shape)
-
-
 class OnnxRunner:
-    """A decoder graph with `num_slots` static KV buffers of `context_length` positions."""
+    """A decoder graph with `num_slots` static KV buffers of `context_length` positions.
+
+    The graph says whether they are int8, as those of a bundle, or float32.
+    """
 
     def __init__(
         self,
@@ -109,11 +85,11 @@ class OnnxRunner:
         context_length: int,
         num_threads: int,
         preset_tokens: tuple[int, ...] = (),
-        preset: NDArray[np.float32] | None = None,
+        preset: NDArray[Any] | None = None,
     ) -> None:
         """Load the graph. num_threads: at least 1, set explicitly, since ONNX Runtime ignores a CPU mask.
 
-        preset: KV of `preset_tokens`, float32 (layers, 2, kv_heads, tokens, head_dim).
+        preset: KV of `preset_tokens` as the slots hold it, (layers, 2, kv_heads, tokens, head_dim).
         Raises BundleError if ONNX Runtime refuses the graph.
         """
         options = ort.SessionOptions()
@@ -133,20 +109,27 @@ class OnnxRunner:
         self.vocab_size = shape.vocab_size
         self.preset_tokens = preset_tokens
         self._preset = preset
-        cache = (num_slots, shape.num_kv_heads, context_length, shape.head_dim)
-        self._kv = [_zeros(cache) for _ in range(2 * shape.num_layers)]
+        has_int8_cache = any(value.name == "is_prompt" for value in self._session.get_inputs())
+        self._slots = KVSlots(
+            shape,
+            num_slots=num_slots,
+            context_length=context_length,
+            dtype=np.int8 if has_int8_cache else np.float32,
+        )
+        self._prompt = PromptBuffers(self._slots) if has_int8_cache else None
         self._bindings: dict[tuple[int, int, int], _Binding] = {}
         self._lock = threading.Lock()
         self._running: ort.RunOptions | None = None
 
     @property
     def min_run(self) -> int:
-        """One on Arm; two on x86-64, where a product with one row takes a kernel that adds up in another order.
+        """Two with an int8 cache: a single token of a sequence takes the kernel that adds up in another order.
 
-        All longer runs agree bit for bit (onnxruntime 1.31.1; tests/test_real_exactness.py, `make arm64`). It matters:
-        int8 can make half a logit of a last bit.
+        With a float32 cache one on Arm, two on x86-64, for the same reason. All longer runs agree bit for bit
+        (onnxruntime 1.31.1; tests/test_real_exactness.py, `make arm64`). It matters: int8 can make half a logit of a
+        last bit.
         """
-        return 1 if platform.machine() in ("aarch64", "arm64") else 2
+        return 1 if self._prompt is None and platform.machine() in ("aarch64", "arm64") else 2
 
     @classmethod
     def from_bundle(cls, bundle: Bundle, *, num_slots: int, context_length: int, num_threads: int) -> OnnxRunner:
@@ -168,23 +151,59 @@ class OnnxRunner:
     ) -> NDArray[np.float32]:
         """Run tokens through the decoder and append their KV.
 
-        token_ids: (B, S); row b goes to slot first_slot + b, at positions past_lengths[b] and on. Returns the logits of
-        each row's last token, (B, vocab_size); they are valid until the next run of the same shape. Raises
-        RunTerminated if `terminate` stopped it.
+        token_ids: (B, S), of which B or S is 1; row b goes to slot first_slot + b, at positions past_lengths[b] and on.
+        Returns the logits of each row's last token, (B, vocab_size); they are valid until the next run of the same
+        shape. Raises RunTerminated if `terminate` stopped it.
         """
         num_rows, length = token_ids.shape
-        assert int(past_lengths.max()) + length <= self.context_length, "a run beyond the KV buffer"
-        key = (first_slot, num_rows, length)
-        binding = self._bindings.get(key)
-        if binding is None:
-            rows = slice(first_slot, first_slot + num_rows)
-            binding = _Binding(self._session, self._kv, rows, length, self.vocab_size)
-            # The last chunk of a prompt may have any length; only decode steps and full chunks come again and again.
-            if length == 1 or length % 16 == 0:
-                self._bindings[key] = binding
+        past = int(past_lengths.max())
+        assert past + length <= self.context_length, "a run beyond the KV buffer"
+        binding = self._binding(first_slot, num_rows, length)
         binding.token_ids[:] = token_ids
         np.add(past_lengths, length - 1, out=binding.last_positions)
-        binding.longest[0] = past_lengths.max() + length
+        binding.longest[0] = past + length
+        if self._prompt is not None:
+            if length > 1:
+                self._prompt.hold(first_slot, past)
+            else:
+                self._prompt.release_if(first_slot, num_rows)
+        self._run(binding)
+        if self._prompt is not None and length > 1:
+            self._slots.write(first_slot, past, [array[0] for array in binding.new])
+            self._prompt.extend(past + length)
+        return binding.logits
+
+    def _binding(self, first_slot: int, num_rows: int, length: int) -> _Binding:
+        """Return the buffers for runs of this shape."""
+        key = (first_slot, num_rows, length)
+        binding = self._bindings.get(key)
+        if binding is not None:
+            return binding
+        binding = _Binding(self._session, num_rows, length, self.vocab_size)
+        # A view of a contiguous run of slots: no copy, and any such run can be a batch.
+        rows = [array[first_slot : first_slot + num_rows] for array in self._slots.arrays]
+        if self._prompt is None:
+            binding.bind_kv(rows, rows)
+        else:
+            assert num_rows == 1 or length == 1, "a batch of prompts"
+            _, kv_heads, _, head_dim = rows[0].shape
+            is_prompt = length > 1
+            binding.bind_input("is_prompt", np.asarray(is_prompt))
+            if is_prompt:
+                unused = [np.zeros((1, kv_heads, 0, head_dim), np.int8)] * len(rows)
+                binding.new = tuple(np.zeros((1, kv_heads, length, head_dim), np.int8) for _ in rows)
+                binding.bind_kv(self._prompt.arrays, self._prompt.arrays)
+                binding.bind_kv(unused, binding.new, "_int8")
+            else:
+                empty = [np.zeros((1, kv_heads, 0, head_dim), np.float32)] * len(rows)
+                binding.bind_kv(empty, empty)
+                binding.bind_kv(rows, rows, "_int8")
+        # The last chunk of a prompt may have any length; only decode steps and full chunks come again and again.
+        if length == 1 or length % 16 == 0:
+            self._bindings[key] = binding
+        return binding
+
+    def _run(self, binding: _Binding) -> None:
         run_options = ort.RunOptions()
         with self._lock:
             self._running = run_options
@@ -197,7 +216,6 @@ class OnnxRunner:
         finally:
             with self._lock:
                 self._running = None
-        return binding.logits
 
     def terminate(self) -> None:
         """Stop the run in progress, if there is one. Any thread."""
@@ -207,26 +225,24 @@ class OnnxRunner:
 
     def load_preset(self, slot: int) -> None:
         """Write the KV of `preset_tokens` to the slot's first positions."""
-        if self._preset is None:
-            return
-        length = len(self.preset_tokens)
-        for index, array in enumerate(self._kv):
-            layer, part = divmod(index, 2)
-            array[slot, :, :length] = self._preset[layer, part]
+        if self._preset is not None:
+            self._slots_change()
+            self._slots.write(slot, 0, list(self._preset.reshape(-1, *self._preset.shape[2:])))
 
     def swap_slots(self, a: int, b: int, num_tokens: int) -> None:
         """Exchange the first num_tokens positions of two slots."""
-        for array in self._kv:
-            kept = array[a, :, :num_tokens].copy()
-            array[a, :, :num_tokens] = array[b, :, :num_tokens]
-            array[b, :, :num_tokens] = kept
+        self._slots_change()
+        self._slots.swap(a, b, num_tokens)
 
     def copy_slot(self, source: int, target: int, num_tokens: int) -> None:
         """Copy the first num_tokens positions of a slot to another."""
-        for array in self._kv:
-            array[target, :, :num_tokens] = array[source, :, :num_tokens]
+        self._slots_change()
+        self._slots.copy(source, target, num_tokens)
 
-    def read_slot(self, slot: int, num_tokens: int) -> NDArray[np.float32]:
-        """Return a copy of a slot's first positions, float32 (layers, 2, kv_heads, num_tokens, head_dim)."""
-        stacked = np.stack([array[slot, :, :num_tokens] for array in self._kv])
-        return stacked.reshape(-1, 2, *stacked.shape[1:])
+    def read_slot(self, slot: int, num_tokens: int) -> NDArray[Any]:
+        """Return a copy of a slot's first positions, (layers, 2, kv_heads, num_tokens, head_dim)."""
+        return self._slots.read(slot, num_tokens)
+
+    def _slots_change(self) -> None:
+        if self._prompt is not None:
+            self._prompt.forget()

@@ -54,7 +54,8 @@ def follow(runner: OnnxRunner, prompt_ids: Several[int], answer_ids: Several[int
 
 def count_other_bits(runner: OnnxRunner, token_ids: Several[int]) -> int:
     """Count the KV values that differ between one run of all tokens and runs as short as the runner allows."""
-    first, step = len(token_ids) // 2, runner.min_run
+    step = runner.min_run
+    first = len(token_ids) - len(token_ids) // 2 // step * step
 
     def keys_and_values(runs: list[Several[int]]) -> NDArray[np.float32]:
         past = 0

@@ -81,7 +81,7 @@ class Built:
     tokenizer: ChatTokenizer
     reference: Reference
     directory: Path
-    preset: NDArray[np.float32] | None
+    preset: NDArray[np.int8] | None
     found: Found
     figures: QualityFigures
     manifest: Manifest
@@ -119,20 +119,21 @@ def build_bundle(
         parts = _Parts(checkpoint, spec, tokenizer, Path(scratch), len(os.sched_getaffinity(0)))
         report("float32 reference", 0.0)
         reference = _reference(parts)
-        preset = reference.keys_and_values(begin) if begin else None
+        first = reference.keys_and_values(begin) if begin else None
         found = find_recipe(
             checkpoint,
             spec,
             parts.tokenized(corpus.load("calibration"), _CALIBRATION_TOKENS),
             scratch=parts.scratch,
-            preset=preset,
+            preset=first,
             num_threads=parts.num_threads,
             report=report,
         )
+        preset = None if first is None else found.kv_scales.quantized(first)
         report("int8 graph", 0.0)
         weights = DecoderWeights(checkpoint, spec, rotated=found.recipe.rotated)
         options = GraphOptions(context_length=spec.max_context_length, int8_embedding=True)
-        write_graph(directory, spec, weights, found.recipe, options, found.rounding)
+        write_graph(directory, spec, weights, found.recipe, options, found.rounding, found.kv_scales)
         evaluation = parts.tokenized(corpus.load("evaluation"), EVALUATION_TOKENS)
         figures = _judged(parts, reference, directory, evaluation, preset, report)
         _write_texts(checkpoint, directory)
@@ -218,7 +219,7 @@ def _judged(
     reference: ReferenceGraph,
     directory: Path,
     documents: tuple[TokenDocument, ...],
-    preset: NDArray[np.float32] | None,
+    preset: NDArray[np.int8] | None,
     report: Report,
 ) -> QualityFigures:
     return compare(

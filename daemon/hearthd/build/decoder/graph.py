@@ -5,6 +5,12 @@ Inputs: `input_ids` int64 (B, S); `seqlens_k` int32 (B,), each row's last positi
 max_len, padded_head_dim). Outputs: `logits` float32 (B, vocab_size) of the last position; `present_key.n` and
 `present_value.n`, bound by the caller to the same buffers as the past, so that nothing is copied or joined.
 
+With an int8 cache, which every bundle has, there are also `is_prompt` bool (), and for each layer n `past_key_int8.n`,
+`past_value_int8.n` int8 of the same shape, and `present_*_int8.n`. If `is_prompt` is true, B is 1, the float32 buffers
+hold the row's int8 numbers as float32 and get those of this run's tokens, which `present_*_int8.n` gives by itself,
+(1, kv_heads, S, padded_head_dim). If it is false, S is 1, and the int8 buffers are past and present. Whatever is not
+used may be bound to arrays without positions. `attention` says why.
+
 Knows ONNX and the contrib operators of ONNX Runtime; no files but those it writes, no calibration. Called by
 `builder`, `calibrate` and `quality`, which ask for further outputs.
 """
@@ -20,7 +26,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 from hearthd.build.decoder.architecture import DecoderSpec
-from hearthd.build.decoder.attention import add_attention
+from hearthd.build.decoder.attention import KVScales, add_attention, add_first_position
 from hearthd.build.decoder.external_data import ExternalData
 from hearthd.build.decoder.linear import add_linear, switch_names
 from hearthd.build.decoder.nodes import MICROSOFT, Nodes
@@ -60,13 +66,15 @@ def write_graph(
     recipe: Recipe,
     options: GraphOptions,
     rounding: Rounding | None = None,
+    kv_scales: KVScales | None = None,
 ) -> Path:
     """Write `model.onnx` and `model.data` into the directory; returns the model's path.
 
-    rounding: how weights of the int8 forms are rounded, to the nearest if nothing is said.
+    rounding: how weights of the int8 forms are rounded, to the nearest if nothing is said. kv_scales: of an int8 cache;
+    None for a float32 one.
     """
     with ExternalData(directory / DATA_FILE) as data:
-        graph = _GraphWriter(data, spec, recipe, options, rounding or Nearest())
+        graph = _GraphWriter(data, spec, recipe, options, rounding or Nearest(), kv_scales)
         graph.write(weights)
     model = helper.make_model(
         graph.finish(),
@@ -84,7 +92,13 @@ class _GraphWriter:
     """Adds nodes in the order of the data's way; each method returns the name of its result."""
 
     def __init__(
-        self, data: ExternalData, spec: DecoderSpec, recipe: Recipe, options: GraphOptions, rounding: Rounding
+        self,
+        data: ExternalData,
+        spec: DecoderSpec,
+        recipe: Recipe,
+        options: GraphOptions,
+        rounding: Rounding,
+        kv_scales: KVScales | None,
     ) -> None:
         self._data = data
         self._nodes = Nodes(data)
@@ -92,6 +106,7 @@ class _GraphWriter:
         self._recipe = recipe
         self._options = options
         self._rounding = rounding
+        self._kv_scales = kv_scales
         self._captured: list[str] = []
         self._switches: list[str] = []
 
@@ -101,6 +116,8 @@ class _GraphWriter:
             cos, sin = rope_tables(rope, self._options.context_length, spec.padded_head_dim // 2)
             self._nodes.tensor(f"{rope.name}.cos", cos)
             self._nodes.tensor(f"{rope.name}.sin", sin)
+        if self._kv_scales is not None:
+            add_first_position(self._nodes)
         hidden = self._embed(weights.embedding())
         branch = ""
         for index in range(spec.num_layers):
@@ -111,7 +128,6 @@ class _GraphWriter:
 
     def finish(self) -> onnx.GraphProto:
         spec, options = self._spec, self._options
-        cache: list[str | int | None] = ["B", spec.num_kv_heads, "max_len", spec.padded_head_dim]
         inputs = [
             helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["B", "S"]),
             helper.make_tensor_value_info("seqlens_k", TensorProto.INT32, ["B"]),
@@ -120,10 +136,18 @@ class _GraphWriter:
         inputs += [helper.make_tensor_value_info(name, TensorProto.FLOAT, []) for name in self._switches]
         shape: list[str | int | None] = ["B", "S", spec.vocab_size] if options.all_logits else ["B", spec.vocab_size]
         outputs = [helper.make_tensor_value_info("logits", TensorProto.FLOAT, shape)]
-        for index in range(spec.num_layers):
-            for part in ("key", "value"):
-                inputs.append(helper.make_tensor_value_info(f"past_{part}.{index}", TensorProto.FLOAT, cache))
-                outputs.append(helper.make_tensor_value_info(f"present_{part}.{index}", TensorProto.FLOAT, cache))
+        caches = [("", TensorProto.FLOAT)]
+        if self._kv_scales is not None:
+            inputs.append(helper.make_tensor_value_info("is_prompt", TensorProto.BOOL, []))
+            caches.append(("_int8", TensorProto.INT8))
+        for suffix, kind in caches:
+            for index in range(spec.num_layers):
+                for part in ("key", "value"):
+                    for values, time in ((inputs, "past"), (outputs, "present")):
+                        name = f"{time}_{part}{suffix}"
+                        # Names of their own, since no two of these sizes need be equal.
+                        shape = [f"rows_of_{name}", spec.num_kv_heads, f"positions_of_{name}", spec.padded_head_dim]
+                        values.append(helper.make_tensor_value_info(f"{name}.{index}", kind, shape))
         outputs += [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in self._captured]
         return helper.make_graph(self._nodes.protos, "decoder", inputs, outputs, initializer=self._data.initializers)
 
@@ -144,7 +168,7 @@ class _GraphWriter:
         path = f"layers.{index}"
         normed, hidden = self._residual_norm(f"{path}.input_norm", hidden, branch, weights.input_norm)
         qkv = self._linear(MatMulName("qkv", index), normed, weights.qkv)
-        attended = add_attention(self._nodes, self._spec, index, qkv, weights)
+        attended = add_attention(self._nodes, self._spec, index, qkv, weights, self._kv_scales)
         if index == self._spec.num_layers - 1 and not self._options.all_logits:
             # Nothing after the last attention mixes positions, and only the last one's logits are wanted.
             attended = self._last_position(attended, f"{path}.attention{LAST_POSITION}")

@@ -28,6 +28,12 @@ class Nodes:
         self._shared: dict[str, str] = {}
         self.protos: list[onnx.NodeProto] = []
 
+    def branch(self) -> Nodes:
+        """Return an empty place for the nodes of a graph within this one, whose tensors they share."""
+        branch = Nodes(self._data)
+        branch._shared = self._shared
+        return branch
+
     def tensor(self, name: str, array: NDArray[np.generic]) -> str:
         """Add a constant."""
         return self._data.add(name, array)

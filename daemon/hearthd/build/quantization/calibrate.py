@@ -1,4 +1,4 @@
-"""What goes into each matmul on calibration text: how large it gets, and how its features move together.
+"""What goes into each matmul, and into the KV cache, on calibration text: how large, and how features move together.
 
 Runs the decoder in float32 over the text, its residual stream rotated where that is possible (`weights` says why).
 Knows graphs and sessions, no files but those of its own graph and the moments. Called by `search`.
@@ -21,7 +21,7 @@ from hearthd.build.decoder.weights import DecoderWeights, TensorSource
 from hearthd.build.quantization.documents import TokenDocument
 from hearthd.build.quantization.session import GraphSession
 
-__all__ = ["InputStatistics", "calibrate"]
+__all__ = ["Calibration", "InputStatistics", "calibrate"]
 
 # What the moments of the matmuls that one pass over the text gathers may take: a board of 2 GB has room for it. More
 # matmuls mean more passes.
@@ -40,6 +40,18 @@ class InputStatistics:
 
     peak: float
     row_peak_rms: float
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """What a decoder's numbers look like on calibration text.
+
+    kv_peaks: the largest magnitude of each channel of keys and values, the preset's included, float32 (layers, 2,
+    kv_heads, padded_head_dim).
+    """
+
+    inputs: Mapping[MatMulName, InputStatistics]
+    kv_peaks: NDArray[np.float32]
 
 
 @dataclass(slots=True)
@@ -89,7 +101,7 @@ def calibrate(
     preset: NDArray[np.float32] | None,
     num_threads: int,
     report: Callable[[float], None],
-) -> Mapping[MatMulName, InputStatistics]:
+) -> Calibration:
     """Gather each input's statistics, and write its moments as `rounding.ErrorFeedback` reads them.
 
     directory: an empty one with room for 4 bytes a weight. preset: see `session.GraphSession`; its tokens are not
@@ -110,6 +122,7 @@ def calibrate(
         preset=preset,
     )
     statistics: dict[MatMulName, InputStatistics] = {}
+    kv_peaks = np.zeros((spec.num_layers, 2, spec.num_kv_heads, spec.padded_head_dim), np.float32)
     passes = list(_passes(spec))
     for at, names in enumerate(passes):
         gathered = {str(name): _Gathered() for name in names}
@@ -117,12 +130,13 @@ def calibrate(
             for _, captured in session.run(document.token_ids, start=start, captures=tuple(gathered)):
                 for matmul, values in captured.items():
                     gathered[matmul].include(values)
+            np.maximum(kv_peaks, session.kv_peaks(len(document.token_ids)), out=kv_peaks)
             report((at + (index + 1) / len(documents)) / len(passes))
         for name in names:
             one = gathered.pop(str(name))
             np.save(moments_directory / f"{name}.npy", one.moments())
             statistics[name] = one.statistics()
-    return statistics
+    return Calibration(statistics, kv_peaks)
 
 
 def _passes(spec: DecoderSpec) -> Iterator[tuple[MatMulName, ...]]:

@@ -139,7 +139,7 @@ def compare(
     spec: DecoderSpec,
     documents: Sequence[TokenDocument],
     *,
-    preset: NDArray[np.float32] | None,
+    preset: NDArray[np.int8] | None,
     num_threads: int,
     report: Callable[[float], None],
 ) -> QualityFigures:

@@ -33,12 +33,14 @@ class GraphSession:
         data_directory: Path,
         context_length: int,
         num_threads: int,
-        preset: NDArray[np.float32] | None = None,
+        preset: NDArray[Any] | None = None,
         prepacked: bool = False,
     ) -> None:
         """Load a graph whose weights stand in `data_directory`.
 
-        preset: KV of a document's first tokens, float32 (layers, 2, kv_heads, tokens, head_dim), instead of a run."""
+        preset: KV of a document's first tokens, (layers, 2, kv_heads, tokens, head_dim), instead of a run: int8 for a
+        graph with an int8 cache, of which the attention for prompts is run.
+        """
         options = ort.SessionOptions()
         options.intra_op_num_threads = num_threads
         options.inter_op_num_threads = 1
@@ -52,6 +54,7 @@ class GraphSession:
         self._session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         cache = (1, spec.num_kv_heads, context_length, spec.padded_head_dim)
         self._kv = [np.zeros(cache, np.float32) for _ in range(2 * spec.num_layers)]
+        self._has_int8_cache = any(value.name == "is_prompt" for value in self._session.get_inputs())
         self._preset = preset
 
     def run(
@@ -94,6 +97,14 @@ class GraphSession:
             logits, *captured = (array[0] for array in self._run(ids, begin, captures, {}))
             yield logits, dict(zip(captures, captured, strict=True))
 
+    def kv_peaks(self, num_tokens: int) -> NDArray[np.float32]:
+        """Return the largest magnitudes of each channel in the KV of the last document's first tokens.
+
+        (layers, 2, kv_heads, head_dim).
+        """
+        peaks = np.stack([np.abs(array[0, :, :num_tokens]).max(axis=1) for array in self._kv])
+        return peaks.reshape(-1, 2, *peaks.shape[1:])
+
     def keys_and_values(self, num_tokens: int) -> NDArray[np.float32]:
         """Return a copy of the KV of the last document's first tokens, (layers, 2, kv_heads, num_tokens, head_dim)."""
         stacked = np.stack([array[0, :, :num_tokens] for array in self._kv])
@@ -118,11 +129,16 @@ class GraphSession:
         names = ["logits", *(f"capture.{name}" for name in captures)]
         for name in names:
             binding.bind_output(name, "cpu")
+        unused = np.zeros((1, *self._kv[0].shape[1:2], 0, self._kv[0].shape[3]), np.int8)
+        if self._has_int8_cache:
+            binding.bind_cpu_input("is_prompt", np.asarray(True))
         values = [ort.OrtValue.ortvalue_from_numpy(array, "cpu", 0) for array in self._kv]
         for index, value in enumerate(values):
             layer, part = divmod(index, 2)
             name = f"{('key', 'value')[part]}.{layer}"
             binding.bind_ortvalue_input(f"past_{name}", value)
             binding.bind_ortvalue_output(f"present_{name}", value)
+            if self._has_int8_cache:
+                binding.bind_cpu_input(f"past_{('key', 'value')[part]}_int8.{layer}", unused)
         self._session.run_with_iobinding(binding)
         return [output.numpy() for output in binding.get_outputs()[: len(names)]]

@@ -89,7 +89,7 @@ def compare_answers(
     spec: DecoderSpec,
     tokenizer: ChatTokenizer,
     *,
-    preset: NDArray[np.float32] | None,
+    preset: NDArray[np.int8] | None,
     context_length: int,
     num_threads: int,
     prompts: Sequence[tuple[str, str]] = PROMPTS,
