@@ -10,7 +10,7 @@ import os
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import Final
 
 import grpc
 
@@ -43,8 +43,6 @@ from hearthd.worker import State, Worker
 __all__ = ["ChatService", "ModelService", "StatusService"]
 
 _logger = logging.getLogger(__name__)
-
-_Result = TypeVar("_Result")
 
 _STATES: Final = {
     State.LOADING: status_pb2.DAEMON_STATE_LOADING,
@@ -222,6 +220,7 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
     ) -> model_pb2.CountTokensResponse:
         """Count the tokens of a text or a conversation."""
         model = _find_model(self._worker, request.model)
+        account = current_caller().account
         match request.WhichOneof("input"):
             case "text":
                 ids = await self._tokenising.run(
@@ -232,7 +231,7 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
                     request.conversation.messages, self.limits.max_messages, must_end_with_user=False
                 )
                 rules = self._policy.current.for_role(current_caller().role)
-                ids = await self._tokenising.run(current_caller().account, _encoding(model, rules, messages))
+                ids = await self._tokenising.run(account, _encoding(model, rules, messages))
             case _:
                 raise InvalidRequestError("input", "is not set; give text or conversation")
         return model_pb2.CountTokensResponse(token_count=len(ids))
