@@ -3,7 +3,7 @@
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test lint arm64 bench bundle deb deb-lock protos constraints clean setup-daemon setup-dev setup-protos setup-emulator setup-packages setup-export
+.PHONY: help demo test lint arm64 board bench bundle deb deb-lock protos constraints clean setup-daemon setup-dev setup-protos setup-emulator setup-packages setup-export
 
 MODEL := smollm2-135m
 STATE := $(CURDIR)/.cache/state
@@ -27,6 +27,9 @@ lint: setup-dev ## ruff and mypy --strict
 
 arm64: setup-dev setup-emulator $(BUNDLE) ## the same greedy answer on an emulated Pi 4 and Pi 5 as here
 	.venv/bin/python tests/arm64/compare.py
+
+board: setup-dev setup-packages setup-board $(BUNDLE) ## install the packages on an emulated board, pair, chat, freeze it, pull its plug (ARGS="--cpu cortex-a72")
+	.venv/bin/python tests/board/scenario.py $(ARGS)
 
 bench: setup-daemon $(BUNDLE) ## the engine beside its peers, which it installs (ARGS="--rounds 1 --only hearth")
 	.venv/bin/python benchmarks/compare.py --bundle "$(dir $(BUNDLE))" $(ARGS)
@@ -60,6 +63,9 @@ setup-dev:
 
 setup-protos:
 	@deploy/dev/setup.sh protos
+
+setup-board:
+	@deploy/dev/setup.sh board
 
 setup-export:
 	@deploy/dev/setup.sh export

@@ -121,11 +121,13 @@ class Board:
             *("-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-serial", "stdio"),
             *("-kernel", str(self._image.kernel), "-initrd", str(self._image.initrd)),
             *("-append", "root=LABEL=board rw console=ttyAMA0 panic=-1"),
+            # unsafe: what the board has flushed is in this machine's page cache, which outlives qemu, and no plug is
+            # pulled here. What the board itself has not written yet is lost either way.
             *(
                 word
                 for number, (path, readonly) in enumerate(drives)
                 for word in (
-                    *("-drive", f"file={path},format=raw,if=none,id=d{number},readonly={readonly}"),
+                    *("-drive", f"file={path},format=raw,if=none,id=d{number},readonly={readonly},cache=unsafe"),
                     *("-device", f"virtio-blk-pci,drive=d{number}"),
                 )
             ),

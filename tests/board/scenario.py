@@ -1,6 +1,6 @@
 """Boards' lives in minutes: install, pair, chat, freeze, stop, pull the plug; on a Pi 5's processor and a Pi 4's.
 
-    python scenario.py [--cpu cortex-a76] [--packages DIRECTORY]
+    python scenario.py [--cpu cortex-a76 ...] [--packages DIRECTORY]
 
 Each step is a check of the real thing: real packages on a real systemd, a client outside that comes in over the
 network. Prints a table, and exits with 1 if a step failed; the rest of that board's steps are left out then. Everything
@@ -9,7 +9,9 @@ they say what a step costs the tests and nothing of a board. Started by `make bo
 """
 
 import argparse
+import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -17,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from device import Device
-from image import Image, cache_directory, prepare
+from image import ROOT, Image, cache_directory, prepare
 from life import LIFE, Life, StepError
 from machine import Board, BoardError
 from transcript import Transcript
@@ -25,6 +27,8 @@ from transcript import Transcript
 # Raspberry Pi 5 and 4.
 CPUS = ("cortex-a76", "cortex-a72")
 DAEMON_PORT = 50051
+# Some 10 minutes where nothing else runs.
+MAX_SECONDS_PER_BOARD = 3000
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,20 +68,33 @@ def live(cpu: str, image: Image, packages: Path, transcript: Transcript) -> bool
     return True
 
 
+def build_packages(output: Path) -> Path:
+    """Build the packages of this clone for the boards."""
+    shutil.rmtree(output, ignore_errors=True)
+    command = [sys.executable, str(ROOT / "deploy/debian/build.py"), "--arch", "arm64", "--output", str(output)]
+    subprocess.run(command, check=True)
+    return output
+
+
 def main() -> int:
     """Run, print, and return the exit code."""
     parser = argparse.ArgumentParser(description="Live through a year on emulated boards.")
     parser.add_argument("--cpu", action="append", metavar="NAME", help=f"qemu's name; by default {' and '.join(CPUS)}")
-    parser.add_argument("--packages", type=Path, required=True, metavar="DIRECTORY", help="the .deb files to install")
+    parser.add_argument(
+        "--packages", type=Path, metavar="DIRECTORY", help="with .deb files; those of this clone if not given"
+    )
     arguments = parser.parse_args()
     # So that the board's context ends, and qemu with it.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    signal.signal(signal.SIGALRM, lambda *_: sys.exit(f"board: not done after {MAX_SECONDS_PER_BOARD} s"))
     cache = cache_directory()
     image = prepare(cache)
+    packages = arguments.packages.resolve() if arguments.packages else build_packages(cache / "packages")
     results = []
     for cpu in arguments.cpu or CPUS:
+        signal.alarm(MAX_SECONDS_PER_BOARD)
         transcript = Transcript(cache, cpu)
-        results.append(live(cpu, image, arguments.packages.resolve(), transcript))
+        results.append(live(cpu, image, packages, transcript))
         print(f"transcript: {transcript.path}")
     return 0 if all(results) else 1
 
