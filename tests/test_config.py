@@ -259,6 +259,29 @@ def test_values_that_do_not_go_together_are_refused(tmp_path: Path, text: str, r
     assert reason in refusal(tmp_path, text)
 
 
+def test_a_path_may_begin_with_the_directory_of_systemds_credentials(tmp_path: Path) -> None:
+    text = '[tls]\ndirectory = "$CREDENTIALS_DIRECTORY"\n[auth]\ntoken_file = "$CREDENTIALS_DIRECTORY/tokens"\n'
+    config = load(tmp_path, text, CREDENTIALS_DIRECTORY="/run/credentials/hearthd.service")
+    assert str(config.tls.directory) == "/run/credentials/hearthd.service"
+    assert str(config.auth.token_file) == "/run/credentials/hearthd.service/tokens"
+    assert "tls.directory is '$CREDENTIALS_DIRECTORY', and systemd has passed no credentials" in refusal(tmp_path, text)
+    # Nothing else is taken for a variable.
+    other = '[auth]\ntoken_file = "$CREDENTIALS_DIRECTORY_/tokens"\n'
+    assert "give an absolute path" in refusal(tmp_path, other, CREDENTIALS_DIRECTORY="/run/credentials/x")
+
+
+def test_who_may_read_a_credential_is_systemds_affair() -> None:
+    environment = {"CREDENTIALS_DIRECTORY": "/run/credentials/hearthd.service"}
+    assert paths.is_credential(Path("/run/credentials/hearthd.service/tokens"), environment)
+    assert not paths.is_credential(Path("/var/lib/hearth/tokens"), environment)
+    assert not paths.is_credential(Path("/run/credentials/hearthd.service/tokens"), {})
+
+
+def test_two_sockets_on_one_path_are_refused(tmp_path: Path) -> None:
+    text = '[server]\nunix_socket = "/run/x"\ntls_socket = "/run/x"\n'
+    assert "one speaks TLS and the other does not" in refusal(tmp_path, text)
+
+
 def test_a_named_file_must_be_there(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be read: No such file"):
         load_config(tmp_path / "missing.toml", ENVIRONMENT)

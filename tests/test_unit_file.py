@@ -2,15 +2,21 @@
 
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
+import grpc
 import pytest
 
 from hearthd import __main__ as cli
 from hearthd.config import ServerConfig
-from hearthd.server import CLOSE_SECONDS
+from hearthd.errors import ConfigError
+from hearthd.server import CLOSE_SECONDS, Server
+from hearthd.tokens import create_token
+from serving import answer, asynchronous, chat_request, make_config, make_model, make_runner, serving
+from tls_files import TlsFiles, make_tls_files
 
 UNITS = Path(__file__).parent.parent / "deploy/systemd"
 LAN, LOCAL, INSTANCE = "hearthd.service", "hearthd-local.service", "hearthd@.service"
@@ -167,3 +173,66 @@ def test_the_proxy_passes_on_to_the_daemon_without_a_network() -> None:
     assert target == named[1]
     # The same user, or the socket would not let it in.
     assert service("hearthd-proxy.service")["User"] == service(LOCAL)["User"]
+
+
+# The proxy, on real sockets: systemd's own program between a network address and the daemon's TLS socket.
+
+
+def find_proxy() -> str:
+    return next((path for path in ("/lib/systemd/systemd-socket-proxyd",) if Path(path).exists()), "")
+
+
+@pytest.mark.skipif(not find_proxy(), reason="needs systemd-socket-proxyd")
+@asynchronous
+async def test_by_way_of_the_proxy_callers_need_tls_and_a_token(tmp_path: Path) -> None:
+    files = make_tls_files(tmp_path)
+    secret = create_token(tmp_path / "tokens", "phone")
+    config = make_config(
+        tmp_path,
+        server={"tcp": (), "tls_socket": tmp_path / "tls.sock"},
+        tls={"certificate": files.certificate, "key": files.key},
+        auth={"token_file": tmp_path / "tokens"},
+    )
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        port = listening.getsockname()[1]
+        async with serving(config) as server:
+            assert server.addresses == [f"unix://{tmp_path}/hearthd.sock", f"unix://{tmp_path}/tls.sock"]
+            proxy = start_proxy(listening, tmp_path / "tls.sock")
+            try:
+                await ask_by_proxy(port, files, secret)
+            finally:
+                proxy.terminate()
+                proxy.wait()
+
+
+def start_proxy(listening: socket.socket, target: Path) -> "subprocess.Popen[bytes]":
+    """Start it as systemd does: the socket is descriptor 3, and LISTEN_PID names the process."""
+    program = (
+        "import os, sys; os.dup2(int(sys.argv[1]), 3); os.environ['LISTEN_FDS'] = '1';"
+        "os.environ['LISTEN_PID'] = str(os.getpid()); os.execv(sys.argv[2], sys.argv[2:])"
+    )
+    return subprocess.Popen(
+        [sys.executable, "-c", program, str(listening.fileno()), find_proxy(), str(target)],
+        pass_fds=[listening.fileno()],
+    )
+
+
+async def ask_by_proxy(port: int, files: TlsFiles, secret: str) -> None:
+    tls = grpc.ssl_channel_credentials(files.certificate.read_bytes())
+    target, token = f"localhost:{port}", [("authorization", f"Bearer {secret}")]
+    async with grpc.aio.secure_channel(target, tls) as channel:
+        text, _ = await answer(channel, chat_request(), metadata=token, wait_for_ready=True)
+        assert text
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await answer(channel, chat_request())
+        assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
+    async with grpc.aio.insecure_channel(target) as channel:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await answer(channel, chat_request(), metadata=token)
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+
+
+def test_without_tls_or_tokens_a_daemon_behind_a_proxy_refuses_to_start(tmp_path: Path) -> None:
+    config = make_config(tmp_path, server={"tcp": (), "tls_socket": tmp_path / "tls.sock"})
+    with pytest.raises(ConfigError, match=r"server.tls_socket has unix://.*, which other machines can reach, without"):
+        Server(config, lambda: make_model(make_runner()))

@@ -45,6 +45,8 @@ _FILE_VARIABLE: Final = "HEARTHD_CONFIG"
 _MAX_FILE_BYTES: Final = 2**20
 # sun_path holds 108 bytes, the last of them zero (unix(7)).
 _MAX_SOCKET_PATH_BYTES: Final = 107
+# What a path may begin with: secrets that systemd hands over (systemd.exec(5), LoadCredential).
+_CREDENTIALS: Final = "$CREDENTIALS_DIRECTORY"
 # Fields whose default in a file is not the default of the dataclass, because it depends on the environment.
 _AUTO: Final = frozenset({("server", "unix_socket"), ("auth", "usage_file"), ("model", "directory")})
 # The one section of sections: `[roles.NAME]`. Not from the environment, whose names could not be told apart.
@@ -61,6 +63,7 @@ class ServerConfig:
     unix_socket: Annotated[Path | None, Place(auto=paths.unix_socket, max_bytes=_MAX_SOCKET_PATH_BYTES)] = None
     unix_socket_mode: Annotated[int, FileMode()] = 0o660
     tcp: Annotated[tuple[str, ...], Strings(16)] = ("127.0.0.1:50051",)
+    tls_socket: Annotated[Path | None, Place(max_bytes=_MAX_SOCKET_PATH_BYTES)] = None
     allow_insecure_lan: Annotated[bool, Flag()] = False
     max_connections: Annotated[int, Whole(1, 4096)] = 64
     write_timeout_seconds: Annotated[float, Number(0.1, 600.0)] = 10.0
@@ -255,6 +258,14 @@ def role_settings(config: Config) -> dict[str, object]:
 def _read(kind: Kind, value: object, environment: Mapping[str, str], where: str, written: object) -> object:
     if value == "auto" and isinstance(kind, Place) and kind.auto:
         value = os.fspath(kind.auto(environment))
+    elif isinstance(value, str) and isinstance(kind, Place) and value.partition("/")[0] == _CREDENTIALS:
+        directory = paths.credentials_directory(environment)
+        if directory is None:
+            raise ConfigError(
+                f"{where} is {_shown(written)}, and systemd has passed no credentials; start the daemon as a service "
+                "with LoadCredential, or give another path"
+            )
+        value = os.fspath(directory / value.partition("/")[2])
     try:
         return kind.read(value)
     except ValueError as error:
@@ -315,8 +326,13 @@ def _shown(value: object) -> str:
 
 def _check_together(config: Config) -> None:
     """Raise ConfigError for values that are right alone and wrong together."""
-    if config.server.unix_socket is None and not config.server.tcp:
+    if config.server.unix_socket is None and config.server.tls_socket is None and not config.server.tcp:
         raise ConfigError("server.unix_socket and server.tcp are both empty; give at least one address to listen on")
+    if config.server.tls_socket and config.server.tls_socket == config.server.unix_socket:
+        raise ConfigError(
+            f"server.tls_socket and server.unix_socket are both {config.server.tls_socket}; one speaks TLS and the "
+            "other does not: give two paths"
+        )
     if config.tls.directory and (config.tls.certificate or config.tls.key or config.tls.clients):
         raise ConfigError(
             "tls.directory is given beside tls.certificate, tls.key or tls.clients; give the directory alone, which "

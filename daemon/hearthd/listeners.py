@@ -11,7 +11,7 @@ import os
 import re
 import socket
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 from urllib.parse import quote
@@ -36,7 +36,12 @@ class Listener:
     socket_path: Path | None = None
     """Of a Unix socket; None for TCP."""
     is_exposed: bool = False
-    """Whether other machines can reach it."""
+    """Whether other machines can reach it; a Unix socket, by way of a proxy."""
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it is for callers on this machine, whom the file system lets in: no TLS, and its own queue."""
+        return self.socket_path is not None and not self.is_exposed
 
 
 def find_listeners(server: ServerConfig, tls: TlsConfig, auth: AuthConfig) -> tuple[Listener, ...]:
@@ -49,6 +54,8 @@ def find_listeners(server: ServerConfig, tls: TlsConfig, auth: AuthConfig) -> tu
     listeners = []
     if server.unix_socket:
         listeners.append(_unix_listener(server.unix_socket))
+    if server.tls_socket:
+        listeners.append(replace(_unix_listener(server.tls_socket), is_exposed=True))
     # A name and its address may both be given; the second bind would fail.
     tcp = {listener.target: listener for address in server.tcp for listener in _tcp_listeners(address)}
     listeners.extend(tcp.values())
@@ -63,8 +70,9 @@ def _refuse_exposure(listeners: Sequence[Listener], server: ServerConfig, tls: T
         return
     for listener in listeners:
         if listener.is_exposed:
+            key = "tls_socket" if listener.socket_path else "tcp"
             raise ConfigError(
-                f"server.tcp has {listener.text}, which other machines can reach, without {', '.join(missing)}: set "
+                f"server.{key} has {listener.text}, which other machines can reach, without {', '.join(missing)}: set "
                 "what is missing, or listen on 127.0.0.1 alone, or set server.allow_insecure_lan = true to let "
                 "everybody on the network use the model and read what is said"
             )

@@ -12,6 +12,8 @@ from pathlib import Path
 __all__ = [
     "cache_directory",
     "configuration_file",
+    "credentials_directory",
+    "is_credential",
     "model_directory",
     "runtime_directory",
     "state_directory",
@@ -106,3 +108,17 @@ def configuration_file(environment: Mapping[str, str] = os.environ, *, is_root: 
     if os.geteuid() == 0 if is_root is None else is_root:
         return Path("/etc/hearth/hearthd.toml")
     return (_absolute(environment, "XDG_CONFIG_HOME") or _home(environment) / ".config") / "hearth/hearthd.toml"
+
+
+def credentials_directory(environment: Mapping[str, str] = os.environ) -> Path | None:
+    """Return the directory of the secrets that systemd hands to the service; None outside of one, or without any."""
+    return _absolute(environment, "CREDENTIALS_DIRECTORY")
+
+
+def is_credential(path: Path, environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether systemd has put the file there.
+
+    It alone decides who may read it: an access list for the service's user shows as permission bits of a group.
+    """
+    directory = credentials_directory(environment)
+    return directory is not None and directory in path.parents

@@ -131,10 +131,13 @@ class Server:
     # Binding.
 
     def _bind(self, held: ExitStack) -> None:
-        """Bind all addresses. Unix and TCP get a gRPC server each: a flood of connections to one leaves the other."""
-        unix = [listener for listener in self._listeners if listener.socket_path]
-        tcp = [listener for listener in self._listeners if not listener.socket_path]
-        for listeners in (unix, tcp):
+        """Bind all addresses.
+
+        Local ones and those of the network get a gRPC server each: a flood of connections to one leaves the other.
+        """
+        unix = [listener for listener in self._listeners if listener.is_local]
+        network = [listener for listener in self._listeners if not listener.is_local]
+        for listeners in (unix, network):
             if not listeners:
                 continue
             server = self._make_server(is_unix=listeners is unix)
@@ -185,17 +188,14 @@ class Server:
 
     def _add_address(self, server: grpc.aio.Server, listener: Listener) -> None:
         try:
-            if listener.socket_path:
-                with _umask(0o777 & ~self._config.server.unix_socket_mode):
-                    server.add_insecure_port(listener.target)
-                self.addresses.append(listener.text)
-                return
-            if self._certificates:
-                port = server.add_secure_port(listener.target, self._certificates.credentials())
-            else:
-                port = server.add_insecure_port(listener.target)
+            with _umask(0o777 & ~self._config.server.unix_socket_mode):
+                if self._certificates and not listener.is_local:
+                    port = server.add_secure_port(listener.target, self._certificates.credentials())
+                else:
+                    port = server.add_insecure_port(listener.target)
             # The kernel chooses a port for 0.
-            self.addresses.append(f"{listener.target.rpartition(':')[0]}:{port}")
+            address = listener.text if listener.socket_path else f"{listener.target.rpartition(':')[0]}:{port}"
+            self.addresses.append(address)
         except RuntimeError:  # gRPC's only word for all that can go wrong with a bind
             raise AddressInUseError(
                 f"{listener.text} cannot be bound: another program listens there, or it is no address of this machine; "

@@ -26,6 +26,7 @@ import grpc
 
 from hearthd.config import TlsConfig
 from hearthd.errors import ConfigError
+from hearthd.paths import is_credential
 
 __all__ = ["Certificate", "CertificateSource", "TlsFiles", "find_exposure", "find_files", "read_certificate"]
 
@@ -116,7 +117,7 @@ def find_exposure(key_path: Path) -> str | None:
         mode = key_path.stat().st_mode & 0o777
     except OSError:  # `read_certificate` says so, where the key is needed
         return None
-    if not mode & 0o077:
+    if not mode & 0o077 or is_credential(key_path):
         return None
     return f"tls.key: key file {key_path} has mode {mode:04o}; others may read it; run: chmod 600 {key_path}"
 

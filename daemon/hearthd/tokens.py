@@ -30,6 +30,7 @@ from typing import Final
 from hearthd.durable_file import replace_file
 from hearthd.errors import ConfigError
 from hearthd.forward_clock import ForwardClock
+from hearthd.paths import is_credential
 
 __all__ = [
     "DEFAULT_ROLE",
@@ -133,7 +134,7 @@ def list_tokens(path: Path) -> list[Token]:
         raise ConfigError(f"there is no token file {path}; `hearthd token create NAME` makes it") from None
     except (OSError, ValueError) as error:
         raise ConfigError(f"token file {path} cannot be read: {_reason(error)}") from None
-    if mode & 0o077:
+    if mode & 0o077 and not is_credential(path):
         raise ConfigError(f"token file {path} has mode {mode:04o}, so that others may use it; run: chmod 600 {path}")
     tokens, bad_lines = _parse(text)
     if bad_lines:
