@@ -6,6 +6,7 @@ Called by `__main__`.
 import argparse
 import json
 import os
+from contextlib import suppress
 
 from hearth._errors import ConfigurationError
 from hearth._paired import PairedDaemon, PairedDaemons
@@ -19,11 +20,7 @@ def run(arguments: argparse.Namespace) -> int:
                                  "prints a CODE")  # fmt: skip
     screen, daemons = Screen(), PairedDaemons(os.environ)
     if arguments.forget is not None:
-        forgotten = daemons.read(arguments.forget)
-        daemons.forget(arguments.forget)
-        screen.note(f"forgot {forgotten.name}; on its machine, this ends the token: hearthd token revoke "
-                    f"{neutralise_line(forgotten.device)}")  # fmt: skip
-        return 0
+        return _forget(screen, daemons, arguments.forget)
     if arguments.list:
         _list(screen, daemons.all(), as_json=arguments.json)
         return 0
@@ -39,6 +36,16 @@ def run(arguments: argparse.Namespace) -> int:
             f"(role {neutralise_line(daemon.role)})\n"
         )
         screen.note('now ask it something: hearth ask "Why is the sky blue?"')
+    return 0
+
+
+def _forget(screen: Screen, daemons: PairedDaemons, name: str) -> int:
+    remedy = "hearthd token revoke NAME"
+    # A file that cannot be used can be forgotten all the same.
+    with suppress(ConfigurationError):
+        remedy = f"hearthd token revoke {neutralise_line(daemons.read(name).device)}"
+    daemons.forget(name)
+    screen.write(f"forgot {name}; this ends its token, on its machine: {remedy}\n")
     return 0
 
 

@@ -1,0 +1,540 @@
+"""Pairing end to end: a daemon of its own process, `hearthd pair`, `hearth pair` and `hearth ask`, in fresh homes."""
+
+import json
+import os
+import pty
+import re
+import socket
+import ssl
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+import hearth
+import hearth_program as program
+from hearth.__main__ import main as hearth_program
+from hearth._certificate import fingerprint
+from hearth._paired import PairedDaemon, PairedDaemons
+from hearthd.__main__ import main as hearthd_program
+from hearthd.pairing.certificate import make_certificate
+from hearthd.tls import Certificate
+from hearthd.tokens import list_tokens, make_token_file
+from serving import asynchronous
+
+DAEMON = Path(__file__).with_name("configured_daemon.py")
+
+
+def free_port() -> int:
+    with socket.socket() as chosen:
+        chosen.bind(("127.0.0.1", 0))
+        return int(chosen.getsockname()[1])
+
+
+@dataclass
+class Board:
+    """A machine with a daemon: its configuration, its state and its commands."""
+
+    directory: Path
+    port: int
+
+    @property
+    def environment(self) -> dict[str, str]:
+        kept = {name: value for name, value in os.environ.items() if not name.startswith("HEARTH")}
+        places = {
+            f"{name.upper()}_DIRECTORY": str(self.directory / name) for name in ("state", "runtime", "configuration")
+        }
+        return kept | places
+
+    @property
+    def state(self) -> Path:
+        return self.directory / "state"
+
+    @property
+    def file(self) -> Path:
+        return self.directory / "configuration/hearthd.toml"
+
+    def write(self, text: str) -> None:
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        (self.directory / "runtime").mkdir(exist_ok=True)
+        self.file.write_text(text)
+
+    def write_usual(self) -> None:
+        self.write(
+            f'[server]\ntcp = ["127.0.0.1:{self.port}"]\n[tls]\ndirectory = "auto"\n[auth]\ntoken_file = "auto"\n'
+        )
+
+    def hearthd(self, *words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "hearthd", *words],
+            capture_output=True, text=True, check=False, timeout=60, env=self.environment,
+        )  # fmt: skip
+
+    def prepare(self) -> None:
+        """Make what the first `hearthd pair` makes, without which no daemon starts."""
+        self.state.mkdir(exist_ok=True)
+        make_certificate(self.state / "tls")
+        make_token_file(self.state / "tokens")
+
+    def code(self, name: str, *words: str) -> str:
+        done = self.hearthd("pair", name, "--address", "127.0.0.1", *words)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("\n") == 1
+        return done.stdout.strip()
+
+
+class Running:
+    """A board's daemon; `log` is what it has said."""
+
+    def __init__(self, board: Board) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, str(DAEMON), str(board.file)], stderr=subprocess.PIPE, text=True, env=board.environment
+        )
+        self.log = ""
+        self._serves, self._said_all = threading.Event(), threading.Event()
+        self._reader = threading.Thread(target=self._read)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stderr
+        for line in self.process.stderr:
+            self.log += line
+            if "serving test-model" in line:
+                self._serves.set()
+        # The end of the log, and of the daemon.
+        self._said_all.set()
+        self._serves.set()
+
+    def wait(self) -> "Running":
+        assert self._serves.wait(60)
+        assert not self._said_all.is_set(), self.log
+        return self
+
+    def stop(self) -> None:
+        self.process.terminate()
+        self.process.wait(30)
+        self._reader.join(30)
+        if self.process.stderr:
+            self.process.stderr.close()
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[[Board], Running]]:
+    running: list[Running] = []
+
+    def start_daemon(board: Board) -> Running:
+        board.prepare()
+        running.append(Running(board))
+        return running[-1].wait()
+
+    yield start_daemon
+    for each in running:
+        each.stop()
+
+
+@pytest.fixture
+def board(tmp_path: Path) -> Board:
+    made = Board(tmp_path / "board", free_port())
+    made.directory.mkdir()
+    made.write_usual()
+    return made
+
+
+@dataclass
+class Device:
+    """A home of its own."""
+
+    home: Path
+
+    def hearth(self, *words: str, **changes: str) -> subprocess.CompletedProcess[str]:
+        done = program.run(*words, HOME=str(self.home), XDG_CONFIG_HOME="", **changes)
+        return subprocess.CompletedProcess(done.args, done.returncode, done.stdout.decode(), done.stderr.decode())
+
+    @property
+    def daemons(self) -> PairedDaemons:
+        return PairedDaemons({"HOME": str(self.home)})
+
+
+@pytest.fixture
+def device(tmp_path: Path) -> Device:
+    (tmp_path / "home").mkdir()
+    return Device(tmp_path / "home")
+
+
+HOST = socket.gethostname().partition(".")[0]
+
+
+def test_two_commands_and_a_question(board: Board, device: Device, start: Callable[[Board], Running]) -> None:
+    # The first code makes the certificate, without which the daemon does not start.
+    code = board.code("phone")
+    running = start(board)
+    paired = device.hearth("pair", code)
+    assert (paired.returncode, paired.stdout) == (
+        0, f"paired with {HOST} at 127.0.0.1:{board.port}, as phone (role user)\n",
+    ), paired.stderr  # fmt: skip
+    asked = device.hearth("ask", "hello")
+    assert asked.returncode == 0, asked.stderr
+    assert asked.stdout
+    assert f"at 127.0.0.1:{board.port}" in device.hearth("status").stdout
+    assert "test-model" in device.hearth("models").stdout
+    listed = json.loads(device.hearth("pair", "--list", "--json").stdout)
+    assert [each["name"] for each in listed["daemons"]] == [HOST]
+
+    (stored,) = device.daemons.directory.iterdir()
+    assert [each.stat().st_mode & 0o777 for each in (stored.parent, stored)] == [0o700, 0o600]
+    token = device.daemons.read(HOST).token
+    for shown in (paired, asked, device.hearth("pair", "--list")):
+        assert token not in shown.stdout + shown.stderr
+    assert token not in running.log
+    assert token not in json.dumps(listed)
+
+    again = device.hearth("pair", code)
+    assert (again.returncode, again.stdout) == (1, "")
+    assert "it was used, or has expired" in again.stderr
+    # What was stored before still works; revoked, it does not.
+    assert device.hearth("status").returncode == 0
+    assert board.hearthd("token", "revoke", "phone").returncode == 0
+    refused = device.hearth("ask", "hello")
+    assert refused.returncode == 1
+    assert refused.stderr.count("\n") == 1
+
+
+def test_the_python_client_finds_the_paired_daemon(
+    board: Board, device: Device, start: Callable[[Board], Running], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start(board)
+    assert device.hearth("pair", board.code("laptop"), "--name", "kitchen").returncode == 0
+    monkeypatch.setenv("HOME", str(device.home))
+    for name in ("XDG_CONFIG_HOME", "HEARTH_ADDRESS", "HEARTH_DAEMON", "HEARTH_TOKEN", "HEARTH_CA"):
+        monkeypatch.delenv(name, raising=False)
+    with hearth.Client() as client:
+        assert client.chat("hello").text
+        assert client.address == f"127.0.0.1:{board.port}"
+    with hearth.Client(daemon="kitchen") as client:
+        assert client.status().state == "serving"
+
+    @asynchronous
+    async def ask() -> None:
+        async with hearth.AsyncClient() as client:
+            assert (await client.chat("hello")).text
+            assert (await client.status()).state == "serving"
+
+    ask()
+    with pytest.raises(hearth.ConfigurationError, match="paired are: kitchen"):
+        hearth.Client(daemon="cellar")
+    with pytest.raises(hearth.ConfigurationError, match="beside token"):
+        hearth.Client(daemon="kitchen", token="x")
+    # What is said explicitly wins.
+    monkeypatch.setenv("HEARTH_ADDRESS", "127.0.0.1:1")
+    assert hearth.Client().address == "127.0.0.1:1"
+    assert hearth.Client("127.0.0.1:2").address == "127.0.0.1:2"
+    assert hearth.Client(daemon="kitchen").address == f"127.0.0.1:{board.port}"
+    monkeypatch.delenv("HEARTH_ADDRESS")
+    # So do credentials of one's own, which are some other daemon's.
+    assert hearth.Client(token="x").address != f"127.0.0.1:{board.port}"
+
+
+def test_of_several_daemons_one_must_be_named(
+    tmp_path: Path, device: Device, start: Callable[[Board], Running]
+) -> None:
+    for name in ("cellar", "kitchen"):
+        board = Board(tmp_path / name, free_port())
+        board.directory.mkdir()
+        board.write_usual()
+        start(board)
+        assert device.hearth("pair", board.code("phone"), "--name", name).returncode == 0
+    undecided = device.hearth("ask", "hello")
+    assert undecided.returncode == 2
+    assert "several daemons: cellar, kitchen; name one (--daemon, HEARTH_DAEMON" in undecided.stderr
+    assert device.hearth("status", "--daemon", "kitchen").returncode == 0
+    assert device.hearth("status", HEARTH_DAEMON="cellar").returncode == 0
+    both = device.hearth("status", "--daemon", "kitchen", "--address", "127.0.0.1:1")
+    assert both.returncode == 2
+    forgotten = device.hearth("pair", "--forget", "cellar")
+    assert (forgotten.returncode, "hearthd token revoke phone" in forgotten.stdout) == (0, True)
+    assert device.hearth("status").returncode == 0
+    assert device.daemons.names() == ["kitchen"]
+
+
+def test_pairing_again_takes_the_old_ones_place(
+    board: Board, device: Device, start: Callable[[Board], Running]
+) -> None:
+    start(board)
+    assert device.hearth("pair", board.code("phone"), "--name", "kitchen").returncode == 0
+    first = device.daemons.read("kitchen")
+    taken = board.hearthd("pair", "phone", "--address", "127.0.0.1")
+    assert (taken.returncode, taken.stdout) == (78, "")
+    assert "'phone' is taken" in taken.stderr
+    assert device.hearth("pair", board.code("phone2")).returncode == 0
+    assert device.daemons.names() == ["kitchen"]
+    second = device.daemons.read("kitchen")
+    assert first.token != second.token
+    assert first.fingerprint == second.fingerprint
+
+
+def test_the_secret_goes_to_nobody_with_another_certificate(
+    tmp_path: Path, board: Board, device: Device, start: Callable[[Board], Running]
+) -> None:
+    """Somebody else answers at the address of the code, and hears a handshake and nothing more."""
+    code = board.code("phone")
+    imposter = Board(tmp_path / "imposter", board.port)
+    imposter.directory.mkdir()
+    imposter.write_usual()
+    running = start(imposter)
+    refused = device.hearth("pair", code)
+    assert (refused.returncode, refused.stdout) == (1, "")
+    assert "shows another certificate than the code says" in refused.stderr
+    assert "nothing was sent" in refused.stderr
+    assert device.daemons.names() == []
+    assert "pairing code" not in running.log
+    # The code is as good as before.
+    running.stop()
+    start(board)
+    assert device.hearth("pair", code).returncode == 0
+
+
+def test_a_token_goes_to_nobody_with_another_certificate(
+    tmp_path: Path, board: Board, device: Device, start: Callable[[Board], Running]
+) -> None:
+    running = start(board)
+    assert device.hearth("pair", board.code("tablet")).returncode == 0
+    running.stop()
+    imposter = Board(tmp_path / "imposter", board.port)
+    imposter.directory.mkdir()
+    imposter.write_usual()
+    other = start(imposter)
+    for words in (("ask", "hello"), ("status",), ("ask", "--wait", "0", "hello")):
+        refused = device.hearth(*words)
+        assert refused.returncode == 1
+        assert "another certificate than the one that" in refused.stderr
+    assert "without a" not in other.log
+
+
+def test_the_certificate_is_accepted_wherever_the_board_is(
+    board: Board, device: Device, start: Callable[[Board], Running]
+) -> None:
+    """The address stands in no certificate: 127.0.0.5 is as good as what the router gives tomorrow."""
+    board.write(f'[server]\ntcp = ["127.0.0.5:{board.port}"]\n[tls]\ndirectory = "auto"\n[auth]\ntoken_file = "auto"\n')
+    code = board.hearthd("pair", "phone", "--address", "127.0.0.5").stdout.strip()
+    start(board)
+    paired = device.hearth("pair", code)
+    assert paired.returncode == 0, paired.stderr
+    assert device.hearth("ask", "hello").returncode == 0
+
+
+def test_a_second_address_serves_when_the_first_does_not(
+    board: Board, device: Device, start: Callable[[Board], Running]
+) -> None:
+    start(board)
+    made = board.hearthd("pair", "phone", "--address", "127.0.0.9", "--address", "127.0.0.1")
+    assert device.hearth("pair", made.stdout.strip()).returncode == 0
+    assert device.daemons.read(HOST).addresses == (f"127.0.0.1:{board.port}", f"127.0.0.9:{board.port}")
+    stored = device.daemons.read(HOST)
+    # As if the board had moved to the second of the stored addresses.
+    moved = PairedDaemon(
+        stored.name, tuple(reversed(stored.addresses)), stored.certificate, stored.server_name, stored.fingerprint,
+        stored.token, stored.device, stored.role,
+    )  # fmt: skip
+    device.daemons.write(moved)
+    assert f"at 127.0.0.1:{board.port}" in device.hearth("status").stdout
+
+
+def test_a_certificate_of_the_houses_own_authority_is_pinned_as_well(
+    board: Board, device: Device, start: Callable[[Board], Running]
+) -> None:
+    from tls_files import make_tls_files
+
+    files = make_tls_files(board.directory, names="DNS:hearth.example,IP:127.0.0.1")
+    board.write(
+        f'[server]\ntcp = ["127.0.0.1:{board.port}"]\n[auth]\ntoken_file = "auto"\n'
+        f'[tls]\ncertificate = "{files.certificate}"\nkey = "{files.key}"\n'
+    )
+    code = board.code("phone")
+    start(board)
+    assert device.hearth("pair", code).returncode == 0
+    assert device.hearth("ask", "hello").returncode == 0
+    stored = device.daemons.read(HOST)
+    assert stored.server_name == "hearth.example"
+    served = Certificate(files.certificate.read_bytes(), b"").fingerprint.hex()
+    assert stored.fingerprint == served == fingerprint(ssl.PEM_cert_to_DER_cert(files.certificate.read_text()))
+
+
+def test_a_board_that_is_closed_says_how_to_open_it(board: Board) -> None:
+    board.write("")
+    refused = board.hearthd("pair", "phone")
+    assert (refused.returncode, refused.stdout) == (78, "")
+    assert refused.stderr.count("\n") == 1
+    for line in ('[server] tcp = ["0.0.0.0:50051"]', '[tls] directory = "auto"', '[auth] token_file = "auto"'):
+        assert line in refused.stderr
+    assert "hearthd pair phone --open-lan" in refused.stderr
+    assert board.file.read_text() == ""
+
+
+def test_open_lan_opens_it_and_the_daemon_starts_on_what_it_made(
+    board: Board, device: Device, start: Callable[[Board], Running], tmp_path: Path
+) -> None:
+    board.write(f'[server]\ntcp = ["127.0.0.1:{board.port}"]\n')
+    opened = board.hearthd("pair", "phone", "--open-lan", "--address", "127.0.0.1")
+    assert opened.returncode == 0, opened.stderr
+    assert "lets other machines call now" in opened.stderr
+    assert "made a certificate" in opened.stderr
+    start(board)
+    assert device.hearth("pair", opened.stdout.strip()).returncode == 0
+    assert device.hearth("ask", "hello").returncode == 0
+
+
+def test_a_daemon_that_is_not_there_is_told_while_the_code_is_made(
+    board: Board, start: Callable[[Board], Running], tmp_path: Path
+) -> None:
+    absent = board.hearthd("pair", "phone", "--address", "127.0.0.1")
+    assert absent.returncode == 0
+    assert f"no daemon with TLS answers at 127.0.0.1:{board.port}" in absent.stderr
+    running = start(board)
+    present = board.hearthd("pair", "phone", "--address", "127.0.0.1")
+    assert "warning" not in present.stderr
+    running.stop()
+    other = Board(tmp_path / "other", board.port)
+    other.directory.mkdir()
+    other.write_usual()
+    start(other)
+    assert "shows another certificate" in board.hearthd("pair", "phone", "--address", "127.0.0.1").stderr
+
+
+def test_devices_that_are_being_paired_are_listed_and_taken_back(board: Board) -> None:
+    board.code("phone")
+    board.code("tablet", "--role", "monitor", "--minutes", "60")
+    listed = board.hearthd("pair", "--list")
+    assert re.fullmatch(r"phone\tuser\t10 minutes left\ntablet\tmonitor\t60 minutes left\n", listed.stdout)
+    assert board.hearthd("pair", "--cancel", "phone").returncode == 0
+    assert "phone" not in board.hearthd("pair", "--list").stdout
+    # A code that nobody used made no token.
+    assert list_tokens(board.state / "tokens") == []
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        ((), 2, "give one of NAME, --list and --cancel NAME"),
+        (("phone", "--list"), 2, "give one of NAME"),
+        (("a b",), 78, "token name 'a b'"),
+        (("phone", "--role", "king"), 78, "there is no role 'king'; there are: admin, user, monitor"),
+        (("phone", "--minutes", "0"), 78, "--minutes is 0; give 1 to 60"),
+        (("phone", "--address", "x y"), 78, "--address 'x y'"),
+        (("phone", "--address", "a:1", "--address", "b:2"), 78, "all with the same port"),
+        (("phone", "--address", "a:99999"), 78, "no number from 1 to 65535"),
+    ],
+)
+def test_what_cannot_be_is_refused(
+    board: Board,
+    words: tuple[str, ...],
+    code: int,
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for name, value in board.environment.items():
+        monkeypatch.setenv(name, value)
+    if words and "--address" not in words and "--list" not in words:
+        words = (*words, "--address", "127.0.0.1")
+    try:
+        ended = hearthd_program(["pair", *words])
+    except SystemExit as error:  # argparse
+        ended = int(error.code or 0)
+    shown = capsys.readouterr()
+    assert (ended, shown.out) == (code, "")
+    assert said in shown.err
+
+
+def test_a_terminal_shows_a_qr_code_that_says_the_same(board: Board) -> None:
+    """Read it as a camera would: its modules from the half blocks, compared with those of the code beside it."""
+    import segno
+
+    main, inner = pty.openpty()
+    subprocess.run(["stty", "rows", "60", "cols", "120"], stdin=inner, check=True)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "hearthd", "pair", "phone", "--address", "127.0.0.1"],
+        stdout=inner, stderr=subprocess.DEVNULL, stdin=subprocess.DEVNULL, env=board.environment,
+    )  # fmt: skip
+    os.close(inner)
+    shown = b""
+    while True:
+        try:
+            shown += os.read(main, 65536)
+        except OSError:
+            break
+    os.close(main)
+    assert process.wait(30) == 0
+    text = re.sub(r"\x1b\[[0-9;]*m", "", shown.decode())
+    code = text.split()[-1]
+    assert code.startswith("hearth://127.0.0.1:")
+    border = 2
+    expected = [list(row) for row in segno.make_qr(code.upper(), error="l").matrix_iter(border=border)]
+    rows: list[list[int]] = []
+    for line in text.replace("\r", "").split("\n"):
+        if len(line) == len(expected[0]) and set(line) <= set(" ▀▄█"):
+            # A block is light: dark terminals are the rule.
+            rows.append([0 if character in "█▀" else 1 for character in line])
+            rows.append([0 if character in "█▄" else 1 for character in line])
+    assert rows[: len(expected)] == [[int(bool(module)) for module in row] for row in expected]
+
+
+# What the device says by itself.
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ((), "give one of CODE, --list and --forget NAME"),
+        (("hearth://x", "--list"), "give one of CODE"),
+        (("nonsense",), "this is no pairing code, which begins with hearth://"),
+        (("--forget", "nobody"), "this user is not paired with it; paired are: none"),
+        (("--forget", "../x"), "not paired with it"),
+    ],
+)
+def test_wrong_words_are_told(
+    device: Device,
+    words: tuple[str, ...],
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("HOME", str(device.home))
+    monkeypatch.delenv("XDG_CONFIG_HOME", raising=False)
+    assert hearth_program(["pair", *words]) == 2
+    shown = capsys.readouterr()
+    assert (shown.out, said in shown.err) == ("", True)
+
+
+def test_a_code_is_not_used_up_where_nothing_can_be_stored(
+    board: Board, device: Device, start: Callable[[Board], Running]
+) -> None:
+    start(board)
+    code = board.code("phone")
+    (device.home / ".config").write_text("a file where the directory belongs")
+    refused = device.hearth("pair", code)
+    assert refused.returncode == 2
+    assert "cannot be written" in refused.stderr
+    (device.home / ".config").unlink()
+    assert device.hearth("pair", code).returncode == 0
+
+
+def test_a_stored_daemon_that_others_may_read_or_nobody_can_is_refused(device: Device) -> None:
+    stored = PairedDaemon("kitchen", ("127.0.0.1:1",), "PEM", "hearthd", "ab", "t0ken", "phone", "user")
+    device.daemons.write(stored)
+    assert device.daemons.read("kitchen") == stored
+    file = device.daemons.directory / "kitchen"
+    file.chmod(0o644)
+    refused = device.hearth("status")
+    assert refused.returncode == 2
+    assert f"run: chmod 600 {file}" in refused.stderr
+    file.chmod(0o600)
+    for content in ("", "{}", "[]", '{"version": 2}', file.read_text()[:-20], '{"version": 1, "addresses": [1]}'):
+        file.write_text(content)
+        refused = device.hearth("status")
+        assert (refused.returncode, refused.stdout) == (2, "")
+        assert "hearth pair --forget kitchen" in refused.stderr
+    assert device.hearth("pair", "--forget", "kitchen").returncode == 0
