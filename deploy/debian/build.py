@@ -30,7 +30,7 @@ DEFAULT_PYTHON = "3.11"
 # Two threads always: xz writes other bytes with one than with several.
 COMPRESSION = ("-Zxz", "-z6", "--threads-max=2")
 # The weights are noise to xz: it takes 40 times as long as gzip for 1 % less.
-MODEL_COMPRESSION = ("-Zgzip", "-z1")
+QUICK = ("-Zgzip", "-z1")
 
 
 def project_version() -> str:
@@ -77,7 +77,7 @@ def model_package(name: str, version: str) -> Package:
     )
 
 
-def build_hearth(target: Target, version: str, output: Path, cache: Path) -> Path:
+def build_hearth(target: Target, version: str, output: Path, cache: Path, compression: tuple[str, ...]) -> Path:
     """Write the package of daemon and client; return its path."""
     package = hearth_package(target, version)
     epoch = source_date_epoch()
@@ -100,12 +100,10 @@ def build_hearth(target: Target, version: str, output: Path, cache: Path) -> Pat
         documentation.mkdir(parents=True)
         shutil.copy(HERE / "hearth/copyright", documentation / "copyright")
         shutil.copy(ROOT / "README.md", documentation)
-        overrides = root / "usr/share/lintian/overrides"
-        overrides.mkdir(parents=True)
-        shutil.copy(HERE / "hearth/lintian-overrides", overrides / "hearth")
+        copy_overrides(HERE / "hearth", root, package)
         write_documents(root, version, epoch)
         add_changelog(package, root, epoch)
-        return write_deb(package, root, HERE / "hearth", output, epoch, COMPRESSION)
+        return write_deb(package, root, HERE / "hearth", output, epoch, compression)
 
 
 def _is_no_system_unit(directory: str, names: list[str]) -> list[str]:
@@ -123,8 +121,16 @@ def build_model(bundle: Path, version: str, output: Path) -> Path:
         documentation = root / "usr/share/doc" / package.name
         documentation.mkdir(parents=True)
         shutil.copy(HERE / "hearth-model/copyright", documentation / "copyright")
+        copy_overrides(HERE / "hearth-model", root, package)
         add_changelog(package, root, epoch)
-        return write_deb(package, root, HERE / "hearth-model", output, epoch, MODEL_COMPRESSION)
+        return write_deb(package, root, HERE / "hearth-model", output, epoch, QUICK)
+
+
+def copy_overrides(control: Path, root: Path, package: Package) -> None:
+    """Put what lintian is told beside its reasons where lintian looks."""
+    overrides = root / "usr/share/lintian/overrides"
+    overrides.mkdir(parents=True)
+    shutil.copy(control / "lintian-overrides", overrides / package.name)
 
 
 def find_interpreter(python: str) -> str:
@@ -156,12 +162,14 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=ROOT / ".cache/deb", help="what is fetched once")
     parser.add_argument("--without-model", action="store_true")
     parser.add_argument("--only-model", action="store_true")
+    parser.add_argument("--quick", action="store_true", help="compress little: for tests")
     arguments = parser.parse_args()
+    compression = QUICK if arguments.quick else COMPRESSION
     built: list[Path] = []
     if not arguments.only_model:
         for architecture in ARCHITECTURES if arguments.arch == "all" else [arguments.arch]:
             target = Target(architecture, arguments.python)
-            built.append(build_hearth(target, arguments.version, arguments.output, arguments.cache))
+            built.append(build_hearth(target, arguments.version, arguments.output, arguments.cache, compression))
     if not arguments.without_model:
         built.append(build_model(arguments.bundle, arguments.version, arguments.output))
     for path in built:

@@ -38,6 +38,8 @@ UNNEEDED = (
     "numpy/f2py",
     "onnx/backend/test",
     "onnx/test",
+    # 25 MB for programs in C; the Python module has all of it itself.
+    "onnxruntime/capi/libonnxruntime.so*",
     "onnxruntime/tools",
     "onnxruntime/transformers",
     "*.dist-info/RECORD",

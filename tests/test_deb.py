@@ -1,0 +1,246 @@
+"""The Debian packages, without building one: what they are locked to, their control data, pages and completions.
+
+tests/test_deb_install.py builds and installs them.
+"""
+
+import argparse
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from hearthd.config import load_config, settings
+
+ROOT = Path(__file__).resolve().parent.parent
+DEBIAN = ROOT / "deploy/debian"
+sys.path.insert(0, str(DEBIAN))  # scripts of a directory, not a package
+
+import build  # noqa: E402
+import documents  # noqa: E402
+import lock  # noqa: E402
+from configuration_page import configuration_page  # noqa: E402
+from deb import SCRIPTS, Package, write_deb  # noqa: E402
+from targets import ROOT as TARGETS_ROOT  # noqa: E402
+from targets import SUITES, TARGETS, Target  # noqa: E402
+
+ANY_TIME = 1_700_000_000
+ARM64 = Target("arm64", "3.11")
+
+
+def normalise(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+# --- the lock file ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def locked() -> dict[str, tuple[str, list[str]]]:
+    """Version and hashes of each distribution."""
+    text = lock.LOCK.read_text(encoding="utf-8").replace("\\\n", " ")
+    found = {}
+    for line in text.splitlines():
+        if line and not line.startswith("#"):
+            requirement, *options = line.split()
+            name, version = requirement.split("==")
+            found[name] = (version, [option.removeprefix("--hash=sha256:") for option in options])
+    return found
+
+
+def test_every_wheel_is_locked_by_a_hash_and_no_address_stands_there(locked: dict[str, tuple[str, list[str]]]) -> None:
+    assert all(hashes for _, hashes in locked.values())
+    assert [each for _, hashes in locked.values() for each in hashes if not re.fullmatch(r"[0-9a-f]{64}", each)] == []
+    assert re.search(r"https?:|index-url|find-links", lock.LOCK.read_text(encoding="utf-8")) is None
+
+
+def test_all_that_the_daemon_needs_is_locked_at_the_pinned_version(locked: dict[str, tuple[str, list[str]]]) -> None:
+    remedy = "run `make deb-lock` and commit what it changes"
+    required = {normalise(re.split(r"[\s<>=!~;\[]", line)[0]) for line in lock.requirements()}
+    assert required - locked.keys() == set(), remedy
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pins = dict(line.split("==") for line in lines if "==" in line)
+    assert {name: version for name, (version, _) in locked.items()} == {name: pins.get(name) for name in locked}, remedy
+
+
+def test_extension_modules_are_locked_for_every_target(locked: dict[str, tuple[str, list[str]]]) -> None:
+    # One wheel for each processor and Python; those with the stable interface have one for each processor.
+    assert {name: len(locked[name][1]) for name in ("onnxruntime", "numpy", "grpcio")} == dict.fromkeys(
+        ("onnxruntime", "numpy", "grpcio"), len(TARGETS)
+    )
+    assert len(locked["tokenizers"][1]) == 2
+
+
+def test_one_version_for_all_targets_or_none() -> None:
+    same = lock.merge([{"a": ("1", "00"), "b": ("2", "11")}, {"a": ("1", "22")}])
+    assert same == "a==1 \\\n    --hash=sha256:00 \\\n    --hash=sha256:22\nb==2 \\\n    --hash=sha256:11\n"
+    with pytest.raises(ValueError, match="a has versions 1, 2"):
+        lock.merge([{"a": ("1", "00")}, {"a": ("2", "22")}])
+
+
+# --- control data ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=lambda target: f"{target.architecture}-{target.python}")
+def test_a_package_takes_no_other_python_than_the_one_it_was_built_for(target: Target) -> None:
+    depends = build.hearth_package(target, "1.2").relations["Depends"]
+    major, minor = map(int, target.python.split("."))
+    assert f"python3 (>= {major}.{minor}), python3 (<< {major}.{minor + 1})" in depends
+    assert build.hearth_package(target, "1.2").version == f"1.2+{SUITES[target.python].version}"
+
+
+def test_packages_for_two_releases_have_two_names_of_which_the_later_is_newer() -> None:
+    first, second = (build.hearth_package(Target("arm64", python), "1.2") for python in SUITES)
+    assert first.file_name == "hearth_1.2+deb12_arm64.deb"
+    done = subprocess.run(["dpkg", "--compare-versions", first.version, "lt", second.version], check=False)
+    assert done.returncode == 0
+
+
+def test_the_wheels_fit_the_c_library_of_the_release() -> None:
+    options = ARM64.pip_options()
+    platforms = [options[index + 1] for index, option in enumerate(options) if option == "--platform"]
+    assert platforms[0] == "manylinux_2_36_aarch64"  # bookworm's glibc
+    assert platforms[-2:] == ["manylinux_2_17_aarch64", "manylinux2014_aarch64"]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_maintainer_scripts_are_plain_shell_and_stop_at_the_first_error(script: str) -> None:
+    path = DEBIAN / "hearth" / script
+    assert path.read_text(encoding="utf-8").startswith("#!/bin/sh\n")
+    assert re.search(r"^set -e$", path.read_text(encoding="utf-8"), re.MULTILINE)
+    subprocess.run(["sh", "-n", str(path)], check=True)
+
+
+def test_removing_keeps_what_is_the_users_and_purging_leaves_nothing() -> None:
+    script = (DEBIAN / "hearth/postrm").read_text(encoding="utf-8")
+    removed, purged = script.split('if [ "$1" = purge ]; then')
+    for kept in ("/var/lib", "/etc/hearth", "/var/cache"):
+        assert kept not in removed
+        assert kept in purged
+
+
+def test_every_override_of_lintian_has_a_reason() -> None:
+    for name in ("hearth", "hearth-model"):
+        lines = (DEBIAN / name / "lintian-overrides").read_text(encoding="utf-8").splitlines()
+        assert lines[0].startswith("# ")
+        assert all(re.fullmatch(r"# .+\.|[a-z-]+ \*", line) for line in lines)
+
+
+@pytest.mark.skipif(shutil.which("dpkg-deb") is None, reason="needs dpkg")
+def test_the_same_files_make_the_same_package(tmp_path: Path) -> None:
+    package = Package("small", "1", "all", "net", "a small one", "One line.\n\nAnother.", {"Depends": "nothing"})
+    made = []
+    for number in range(2):
+        root, control = tmp_path / f"root{number}", tmp_path / f"control{number}"
+        (root / "etc").mkdir(parents=True)
+        (root / "usr/bin").mkdir(parents=True)
+        control.mkdir()
+        for name in ("b", "a") if number else ("a", "b"):
+            (root / "etc" / name).write_text(name, encoding="utf-8")
+        (root / "usr/bin/run").symlink_to("/etc/a")
+        (control / "postinst").write_text("#!/bin/sh\n", encoding="utf-8")
+        made.append(write_deb(package, root, control, tmp_path / f"out{number}", ANY_TIME, ("-Zgzip",)))
+    assert made[0].read_bytes() == made[1].read_bytes()
+    said = subprocess.run(["dpkg-deb", "--info", made[0]], capture_output=True, text=True, check=True).stdout
+    assert " One line.\n  .\n  Another." in said
+    conffiles = subprocess.run(["dpkg-deb", "--info", made[0], "conffiles"], capture_output=True, check=True).stdout
+    assert conffiles == b"/etc/a\n/etc/b\n"
+
+
+# --- pages and completions -------------------------------------------------------------------------------------------
+
+
+def long_options(program: str) -> set[str]:
+    found = documents.actions(documents.parser(program))
+    return {option for action in found for option in action.option_strings if option.startswith("--")} - {"--help"}
+
+
+def commands(start: argparse.ArgumentParser) -> set[str]:
+    """The names of all subcommands, as typed."""
+    found = set()
+    for action in start._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for command in action.choices.values():
+                found |= {command.prog, *commands(command)}
+    return found
+
+
+@pytest.fixture(scope="module", params=documents.PARSERS)
+def program(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    return name
+
+
+def test_a_page_has_every_command_and_option(program: str) -> None:
+    page = documents.manual_page(program, "1", ANY_TIME).replace("\\-", "-")
+    assert {option for option in long_options(program) if option not in page} == set()
+    assert {command for command in commands(documents.parser(program)) if command not in page} == set()
+
+
+@pytest.mark.parametrize("shell", documents.COMPLETIONS)
+def test_completions_have_every_command_and_option(program: str, shell: str) -> None:
+    text = documents.completion(program, shell)
+    # fish names options without their dashes.
+    shown = {option.removeprefix("--") if shell == "fish" else option for option in long_options(program)}
+    assert {option for option in shown if option not in text} == set()
+    words = {command.split()[-1] for command in commands(documents.parser(program))}
+    assert {word for word in words if word not in text} == set()
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_shells_can_read_their_completions(program: str, shell: str, tmp_path: Path) -> None:
+    if shutil.which(shell) is None:
+        pytest.skip(f"{shell} is not installed")
+    path = tmp_path / "completion"
+    path.write_text(documents.completion(program, shell), encoding="utf-8")
+    done = subprocess.run([shell, "-n", str(path)], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_bash_completes_a_command(tmp_path: Path) -> None:
+    """Not only read: asked as an interactive bash asks."""
+    path = tmp_path / "completion"
+    path.write_text(documents.completion("hearth", "bash"), encoding="utf-8")
+    program = (
+        f". {path}; COMP_WORDS=(hearth st); COMP_CWORD=1; "
+        'function=$(complete -p hearth | sed -E "s/.*-F ([^ ]+).*/\\1/"); $function hearth st hearth; '
+        'echo "${COMPREPLY[@]}"'
+    )
+    done = subprocess.run(["bash", "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["status"]
+
+
+def test_the_configuration_page_has_every_key(tmp_path: Path) -> None:
+    empty = tmp_path / "hearthd.toml"
+    empty.touch()
+    text = (ROOT / "deploy/hearthd.toml").read_text(encoding="utf-8")
+    page = configuration_page(text, "1", ANY_TIME).replace("\\-", "-")
+    for key in settings(load_config(empty, {"HOME": "/nonexistent"})):
+        section, _, name = key.rpartition(".")
+        assert re.search(rf"^\.B {name} = ", page, re.MULTILINE), key
+        assert f".SH [{section}]" in page
+    # What is said of a key, and of the file.
+    assert "Connections at once" in page
+    assert "Unknown keys and variables are refused." in page
+
+
+@pytest.mark.skipif(shutil.which("groff") is None, reason="needs groff")
+@pytest.mark.parametrize("name", ["hearth", "hearthd", "hearthd.toml"])
+def test_groff_has_nothing_to_say_of_a_page(name: str) -> None:
+    if name == "hearthd.toml":
+        page = configuration_page((ROOT / "deploy/hearthd.toml").read_text(encoding="utf-8"), "1", ANY_TIME)
+    else:
+        page = documents.manual_page(name, "1", ANY_TIME)
+    command = ["groff", "-man", "-Tutf8", "-ww", "-rCHECKSTYLE=3"]
+    done = subprocess.run(command, input=page, capture_output=True, text=True, check=True)
+    assert [line for line in done.stderr.splitlines() if "adjust line" not in line] == []
+    assert "NAME" in done.stdout
+
+
+def test_the_version_is_the_projects() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert build.project_version() == project["version"]
+    assert TARGETS_ROOT == ROOT
