@@ -1,6 +1,7 @@
 """hearth.v1 on a real socket: what is answered, what is refused before any compute, and with which details."""
 
 import asyncio
+import itertools
 import math
 import re
 import threading
@@ -24,6 +25,7 @@ from hearthd.model import Model
 from hearthd.sampling import validate
 from hearthd.server import Server
 from hearthd.service import ChatService, ModelService, StatusService
+from hearthd.tokens import create_token
 from serving import (
     NAME,
     answer,
@@ -623,6 +625,50 @@ async def test_a_long_text_does_not_hold_up_the_others(tmp_path: Path, monkeypat
         await stub.ListModels(model_pb2.ListModelsRequest())
         may_end.set()
         assert (await counting).token_count > 0
+
+
+@asynchronous
+async def test_a_callers_texts_keep_another_waiting_for_one_of_them_at_most(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, may_end = threading.Semaphore(0), threading.Semaphore(0)
+    model = make_model(make_runner())
+    encode = type(model.tokenizer).encode_text
+
+    def slow(self: Any, text: str) -> list[int]:
+        if text == "long":
+            begun.release()
+            assert may_end.acquire(timeout=20), "the other caller waited for all of them"
+        return encode(self, text)
+
+    monkeypatch.setattr(type(model.tokenizer), "encode_text", slow)
+    kitchen, cellar = (
+        (("authorization", f"Bearer {create_token(tmp_path / 'tokens', name)}"),) for name in ("kitchen", "cellar")
+    )
+    auth = {"token_file": tmp_path / "tokens"}
+    async with daemon(tmp_path, load=lambda: model, auth=auth) as (channel, server):
+        stub = model_pb2_grpc.ModelServiceStub(channel)
+        executor, is_in_line, num_submitted = server._tokenising._executor, asyncio.Event(), itertools.count(1)
+        submit = executor.submit
+
+        def submit_and_tell(*arguments: Any) -> Any:
+            future = submit(*arguments)
+            if next(num_submitted) == 3:
+                is_in_line.set()
+            return future
+
+        monkeypatch.setattr(executor, "submit", submit_and_tell)
+        flood = [stub.CountTokens(model_pb2.CountTokensRequest(text="long"), metadata=kitchen) for _ in range(8)]
+        for _ in range(2):
+            assert await asyncio.to_thread(begun.acquire, timeout=20)
+        other = stub.CountTokens(model_pb2.CountTokensRequest(text="short"), metadata=cellar)
+        await is_in_line.wait()
+        may_end.release()
+        assert (await other).token_count > 0
+        assert sum(call.done() for call in flood) <= 1
+        may_end.release(8)
+        for call in flood:
+            assert (await call).token_count > 0
 
 
 def test_every_method_of_the_protos_is_served() -> None:
