@@ -2,6 +2,7 @@
 
 import asyncio
 import datetime
+import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -159,6 +160,21 @@ async def test_nothing_that_somebody_without_a_right_sends_is_read(tmp_path: Pat
             assert (await refusal(call)).code() is grpc.StatusCode.UNAUTHENTICATED
         waiting = channel.stream_stream("/hearth.v1.ChatService/Chat")()
         assert await waiting.code() is grpc.StatusCode.UNAUTHENTICATED
+
+
+@asynchronous
+async def test_a_scan_does_not_fill_the_journal(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    async with daemon(tmp_path) as (channel, server):
+        for _ in range(10):
+            await asyncio.gather(*(outcome(channel, "x/y", None) for _ in range(20)))
+        server._authenticator._tell_from = 0.0
+        await outcome(channel, "x/y", None)
+    lines = [record.getMessage() for record in caplog.records if "without a valid credential" in record.getMessage()]
+    assert lines[0].endswith(" was refused")
+    assert len(lines) < 20
+    told = [re.search(r"\((\d+) others before it\)$", line) for line in lines[1:]]
+    assert sum(int(match[1]) for match in told if match) + len(lines) == 201
 
 
 @asynchronous

@@ -11,6 +11,8 @@ connections that stay open too. Whoever has no right to call gets the same answe
 
 import inspect
 import logging
+import math
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any, Final
 
@@ -31,6 +33,7 @@ _logger = logging.getLogger(__name__)
 
 _NOBODY: Final = "-"
 _OPEN: Final = "open"
+_SECONDS_BETWEEN_LINES: Final = 1.0
 
 
 class Authenticator:
@@ -39,6 +42,8 @@ class Authenticator:
     def __init__(self, auth: AuthConfig, roles: Mapping[str, Role]) -> None:
         """Raises ConfigError if the token file cannot be used."""
         self._clock = ForwardClock()
+        self._num_untold = 0
+        self._tell_from = -math.inf
         self.update(auth, roles)
 
     def update(self, auth: AuthConfig, roles: Mapping[str, Role]) -> None:
@@ -79,8 +84,7 @@ class Authenticator:
             # By no limit of the role: whoever is at the door must not use up what those inside share.
             caller = Caller(_NOBODY, self._auth.open_role, _OPEN, _connection(context), Role())
         if caller is None:
-            # The method's name is the caller's text, so it is not told.
-            _logger.info("a call without a valid credential from %s was refused", context.peer())
+            self._tell_refusal(context.peer())
             raise UnauthenticatedError(
                 "no valid credential: send the metadata `authorization: Bearer TOKEN`; `hearthd token create NAME` "
                 "makes a token"
@@ -93,6 +97,16 @@ class Authenticator:
             return
         _logger.info("a call of %s was refused: not for role %s", caller.name, caller.role)
         raise NotPermittedError(f"role {caller.role} may not call this method; hearthd.toml says what each role may")
+
+    def _tell_refusal(self, peer: str) -> None:
+        """Log it, now and then: a scan must not fill the journal. The method's name is the caller's text: not told."""
+        now = time.monotonic()
+        self._num_untold += 1
+        if now < self._tell_from:
+            return
+        more = f" ({self._num_untold - 1} others before it)" if self._num_untold > 1 else ""
+        _logger.info("a call without a valid credential from %s was refused%s", peer, more)
+        self._num_untold, self._tell_from = 0, now + _SECONDS_BETWEEN_LINES
 
     def _is_open(self, *, is_unix: bool) -> bool:
         if is_unix:
