@@ -20,6 +20,7 @@ import grpc
 
 from hearthd.audit_log import AuditLog
 from hearthd.caller import current_caller
+from hearthd.logs import log_incident
 from hearthd.pairing.gate import PAIR_METHOD
 from hearthd.roles import HEALTH, METHODS
 
@@ -87,7 +88,10 @@ class AuditInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
                 outcome = _CODES.get(context.code(), "INTERNAL")
                 raise
             finally:
-                self._write(method, outcome, self._clock() - started, record)
+                try:
+                    self._write(method, outcome, self._clock() - started, record)
+                except Exception as error:  # noqa: BLE001 - here is nobody else between an exception and the caller
+                    log_incident("a call could not be written down", error)
 
         return make(
             recorded,

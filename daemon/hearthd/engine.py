@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hearthd.answer import Answer
-from hearthd.errors import InvalidRequestError, PolicyRefusedError
+from hearthd.errors import InvalidRequestError
 from hearthd.events import (
     Delta,
     Event,
@@ -305,7 +305,7 @@ class Engine:
         if sequence.admitted is not None:
             try:
                 rest = sequence.answer.end()
-            except PolicyRefusedError as error:
+            except Exception as error:  # noqa: BLE001 - of this sequence alone; the others go on
                 self._fail(sequence, error)
                 return
             if rest is not None:
