@@ -70,7 +70,9 @@ missing_packages() {
     pkg-config --exists libsystemd 2>/dev/null || echo libsystemd-dev
     [ "$stage" = dev ] || return 0
     # The tests of the units ask systemd itself; those of the clock move it for one process.
+    # What the daemon says to the network is asked of the kernel.
     command -v systemd-analyze >/dev/null || echo systemd
+    command -v strace >/dev/null || echo strace
     [ -n "$(find /usr/lib /lib -name libfaketime.so.1 2>/dev/null | head -n 1)" ] || echo libfaketime
 }
 
