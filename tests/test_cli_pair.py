@@ -8,118 +8,20 @@ import socket
 import ssl
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 import hearth
-import hearth_program as program
 from hearth.__main__ import main as hearth_program
 from hearth._certificate import fingerprint
-from hearth._paired import PairedDaemon, PairedDaemons
+from hearth._paired import PairedDaemon
 from hearthd.__main__ import main as hearthd_program
-from hearthd.pairing.certificate import make_certificate
 from hearthd.tls import Certificate
-from hearthd.tokens import list_tokens, make_token_file
+from hearthd.tokens import list_tokens
+from paired_board import Board, Device, Running, free_port
 from serving import asynchronous
-
-DAEMON = Path(__file__).with_name("configured_daemon.py")
-
-
-def free_port() -> int:
-    with socket.socket() as chosen:
-        chosen.bind(("127.0.0.1", 0))
-        return int(chosen.getsockname()[1])
-
-
-@dataclass
-class Board:
-    """A machine with a daemon: its configuration, its state and its commands."""
-
-    directory: Path
-    port: int
-
-    @property
-    def environment(self) -> dict[str, str]:
-        kept = {name: value for name, value in os.environ.items() if not name.startswith("HEARTH")}
-        places = {
-            f"{name.upper()}_DIRECTORY": str(self.directory / name) for name in ("state", "runtime", "configuration")
-        }
-        return kept | places
-
-    @property
-    def state(self) -> Path:
-        return self.directory / "state"
-
-    @property
-    def file(self) -> Path:
-        return self.directory / "configuration/hearthd.toml"
-
-    def write(self, text: str) -> None:
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        (self.directory / "runtime").mkdir(exist_ok=True)
-        self.file.write_text(text)
-
-    def write_usual(self) -> None:
-        self.write(
-            f'[server]\ntcp = ["127.0.0.1:{self.port}"]\n[tls]\ndirectory = "auto"\n[auth]\ntoken_file = "auto"\n'
-        )
-
-    def hearthd(self, *words: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "hearthd", *words],
-            capture_output=True, text=True, check=False, timeout=60, env=self.environment,
-        )  # fmt: skip
-
-    def prepare(self) -> None:
-        """Make what the first `hearthd pair` makes, without which no daemon starts."""
-        self.state.mkdir(exist_ok=True)
-        make_certificate(self.state / "tls")
-        make_token_file(self.state / "tokens")
-
-    def code(self, name: str, *words: str) -> str:
-        done = self.hearthd("pair", name, "--address", "127.0.0.1", *words)
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.count("\n") == 1
-        return done.stdout.strip()
-
-
-class Running:
-    """A board's daemon; `log` is what it has said."""
-
-    def __init__(self, board: Board) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, str(DAEMON), str(board.file)], stderr=subprocess.PIPE, text=True, env=board.environment
-        )
-        self.log = ""
-        self._serves, self._said_all = threading.Event(), threading.Event()
-        self._reader = threading.Thread(target=self._read)
-        self._reader.start()
-
-    def _read(self) -> None:
-        assert self.process.stderr
-        for line in self.process.stderr:
-            self.log += line
-            if "serving test-model" in line:
-                self._serves.set()
-        # The end of the log, and of the daemon.
-        self._said_all.set()
-        self._serves.set()
-
-    def wait(self) -> "Running":
-        assert self._serves.wait(60)
-        assert not self._said_all.is_set(), self.log
-        return self
-
-    def stop(self) -> None:
-        self.process.terminate()
-        self.process.wait(30)
-        self._reader.join(30)
-        if self.process.stderr:
-            self.process.stderr.close()
 
 
 @pytest.fixture
@@ -142,21 +44,6 @@ def board(tmp_path: Path) -> Board:
     made.directory.mkdir()
     made.write_usual()
     return made
-
-
-@dataclass
-class Device:
-    """A home of its own."""
-
-    home: Path
-
-    def hearth(self, *words: str, **changes: str) -> subprocess.CompletedProcess[str]:
-        done = program.run(*words, HOME=str(self.home), XDG_CONFIG_HOME="", **changes)
-        return subprocess.CompletedProcess(done.args, done.returncode, done.stdout.decode(), done.stderr.decode())
-
-    @property
-    def daemons(self) -> PairedDaemons:
-        return PairedDaemons({"HOME": str(self.home)})
 
 
 @pytest.fixture

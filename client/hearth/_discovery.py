@@ -32,7 +32,10 @@ class FoundDaemon:
 
 def can_discover() -> bool:
     """Whether the extra is installed."""
-    return find_spec("zeroconf") is not None
+    try:
+        return find_spec("zeroconf") is not None
+    except ValueError:  # what find_spec says of a module that the program itself has shut out
+        return False
 
 
 def discover(

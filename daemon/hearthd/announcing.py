@@ -34,7 +34,7 @@ async def announce(exposed: Sequence[str], fingerprint: Callable[[], bytes | Non
     exposed: the addresses that they can reach, `host:port` or `[host]:port`.
     """
     if not exposed:
-        _logger.warning("discovery.announce is true, but no other machine can reach any address of server.tcp")
+        _logger.warning("not announced: no other machine can reach any address of server.tcp")
         return
     hosts = {address.rpartition(":")[0] for address in exposed}
 
