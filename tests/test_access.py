@@ -385,6 +385,8 @@ async def test_a_chat_that_waits_costs_nothing_and_one_that_is_left_what_it_took
         running = start_chat(channel, chat_request(max_tokens=100), metadata=phone)
         await asyncio.to_thread(runner.wait_for_forwards, PROOF_FORWARDS + 1)
         waiting = start_chat(channel, chat_request(max_tokens=100), metadata=phone)
+        while not (await get_status(channel, phone)).queued_count:
+            pass
         assert (await let_pass_until(runner, waiting.read())).HasField("queued")
         text, limit, seconds = quota_refusal(await refusal(answer(channel, chat_request(), metadata=phone)))
         assert text.startswith("phone has 2 chats at once, the most that it may")
