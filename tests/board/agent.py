@@ -9,6 +9,7 @@ Runs on the board's own Python, with nothing else installed; `image` puts it the
 
 import json
 import os
+import pwd
 import signal
 import subprocess
 
@@ -16,10 +17,19 @@ PORT = "/dev/virtio-ports/hearth.board"
 
 
 def run(command: str, user: str, seconds: float) -> dict[str, object]:
-    """Run a command in a login shell of `user`'s."""
-    words = ["runuser", "--login", user, "--shell", "/bin/bash", "--command", command]
+    """Run a command in a login shell of `user`'s, though in no session: systemd would make one for each command."""
+    entry = pwd.getpwnam(user)
     with subprocess.Popen(
-        words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+        ["/bin/bash", "--login", "-c", command],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        cwd=entry.pw_dir,
+        env={"HOME": entry.pw_dir, "USER": user, "LOGNAME": user, "LANG": "C.UTF-8", "TERM": "dumb"},
+        user=entry.pw_uid,
+        group=entry.pw_gid,
+        extra_groups=os.getgrouplist(user, entry.pw_gid),
+        start_new_session=True,
     ) as process:
         try:
             output, _ = process.communicate(timeout=seconds)

@@ -1,7 +1,7 @@
 """The steps of a board's life, in their order: each does what a person or the world does, and checks what comes of it.
 
 A step returns what it found, for the table, and raises StepError if something is not as promised. Later steps build on
-earlier ones. Run by `scenario`.
+earlier ones. What a person types comes from the manual. Run by `scenario`.
 """
 
 import re
@@ -12,10 +12,13 @@ from typing import Final
 
 from device import Answering, Device
 from machine import Board, BoardError, Outcome
+from manual import boxes
 from transcript import Transcript
 
 HERE: Final = Path(__file__).resolve().parent
 STICK: Final = "/media/stick"
+# The manual's chapters.
+INSTALL, PAIR, UPDATE, BACKUP, REMOVE = 3, 4, 7, 8, 9
 QUESTION: Final = "What is the capital of France?"
 EXPECTED: Final = "Paris"
 # A word that must be in nobody's journal.
@@ -63,18 +66,22 @@ class Life:
         return f"systemd is {state}, {self._memory_used()} MB in use"
 
     def install(self) -> str:
-        """Install from the stick; the board has no way out to a network."""
+        """Install as the manual says; the board has no way out to a network."""
         self._type(f"sudo mkdir -p {STICK} && sudo mount -o ro LABEL=stick {STICK}")
-        done = self._type(f"sudo apt-get install -y --no-install-recommends {STICK}/*.deb", seconds=600)
-        require("Setting up hearth" in done.output, "apt did not set up hearth")
+        self._type(f"cp {STICK}/*.deb .", seconds=120)  # in place of scp
+        install, *_ = boxes(INSTALL)
+        self._type(install, seconds=600)
         free = self._type("df --output=avail -m / | tail -1").output.strip()
         return f"offline; {free} MB free on the card"
 
-    def start(self) -> str:
-        """Wait until systemd has started the unit."""
-        self._type("sudo systemctl start hearthd", seconds=START_SECONDS)
-        state = self._type("systemctl is-active hearthd").output.strip()
-        return f"{state}: {self._status()}"
+    def look(self) -> str:
+        """Do what the manual says after that: the daemon runs, and answers on the board."""
+        _, status, ask = boxes(INSTALL)
+        began = time.monotonic()
+        require("active (running)" in self._type(status).output, "the unit does not run")
+        answer = self._type(ask, seconds=2 * ANSWER_SECONDS).output.strip()
+        require(len(answer.split()) > 5, f"the answer is {answer!r}")
+        return f"{len(answer.split())} words in {time.monotonic() - began:.0f} s; {self._status()}"
 
     def examine_sandbox(self) -> str:
         """See in the running process that systemd did what the unit asks."""
@@ -93,9 +100,9 @@ class Life:
         return f"exposure {found[1]}, seccomp filter on, no capability, uid {uids.pop()}"
 
     def open_to_the_house(self) -> str:
-        """Let other machines in, as `hearthd pair` does it for somebody who has changed no configuration."""
-        self._type("sudo hearthd pair phone --open-lan", seconds=START_SECONDS)
-        # Its code names the board's own addresses, which nobody can reach through a forwarded port.
+        """Let other machines in, as the manual says."""
+        self._type(boxes(PAIR)[0], seconds=START_SECONDS)
+        # That code names the board's own addresses, which nobody can reach through a forwarded port.
         self._type("sudo hearthd pair --cancel phone")
         where = self._type("ss -Hltn 'sport = :50051'").output.split()[3]
         require("127.0.0.1" not in where, f"the daemon listens on {where} alone")
@@ -103,11 +110,13 @@ class Life:
 
     def pair(self) -> str:
         """Pair the device: one command on the board, one on the device."""
-        stranger = self._device.run("ask", "--address", f"127.0.0.1:{self._board.port}", "--wait", "1", "Hello?")
+        where = f"127.0.0.1:{self._board.port}"
+        stranger = self._device.run("ask", "--address", where, "--wait", "1", "Hello?")
         require(stranger.exit_code != 0, f"a stranger was answered: {stranger.output}")
-        shown = self._type(f"sudo hearthd pair phone --address 127.0.0.1:{self._board.port}")
+        shown = self._type(f"sudo hearthd pair phone --address {where}")
         (code,) = (line for line in shown.output.splitlines() if line.startswith("hearth://"))
-        paired = self._device.run("pair", code)
+        _, pair, _ = boxes(PAIR, "device")
+        paired = self._device.run(*pair.replace("CODE", code).split()[1:])
         require(paired.exit_code == 0, f"exit code {paired.exit_code}: {paired.output}")
         again = self._device.run("pair", code)
         require(again.exit_code == 1, f"the same code again: exit code {again.exit_code}: {again.output}")
@@ -200,6 +209,44 @@ class Life:
         require(spoken == "0", f"{spoken} lines of the journal hold what was said")
         return f"no errors, nothing of what was said; the kernel says {denied!r}" if denied else "no errors, no words"
 
+    def restore(self) -> str:
+        """Back up, shut the device out, and restore: each as the manual says."""
+        pack, own, stop, unpack, start = boxes(BACKUP)
+        for command in (pack, own, boxes(PAIR)[-1]):
+            self._type(command)
+        refused = self._device.run("ask", "--max-tokens", "4", QUESTION)
+        require(refused.exit_code == 1, f"a revoked token: exit code {refused.exit_code}: {refused.output}")
+        for command in (stop, unpack, start):
+            self._type(command, seconds=START_SECONDS)
+        self._ask_briefly()
+        return f"revoked: {refused.output.strip().splitlines()[-1]}; restored: answers"
+
+    def upgrade(self) -> str:
+        """Install a newer package over the running daemon, as the manual says."""
+        files, pid = self._checksums(), self._main_pid()
+        self._type("rm hearth_*.deb")
+        self._type(f"sudo mount -o ro LABEL=stick {STICK} && cp {STICK}/newer/hearth_*.deb .", seconds=120)
+        self._type(boxes(UPDATE)[0], seconds=600)
+        require(self._type("systemctl is-active hearthd").output.strip() == "active", "the daemon does not run")
+        require(self._main_pid() != pid, "the old daemon still runs")
+        require(self._checksums() == files, "files of model, tokens and configuration differ")
+        self._ask_briefly()
+        version = self._type("dpkg-query -W -f '${Version}' hearth").output
+        return f"{version} runs and answers the same device"
+
+    def purge(self) -> str:
+        """Remove, then remove everything, as the manual says, and find nothing of it."""
+        for command in boxes(REMOVE):
+            self._type(command, seconds=300)
+        # What an owner has, and what apt and the journal remember.
+        others = "/proc /sys /run /media /home /var/log /var/lib/apt /var/cache/apt"
+        pruned = " -o ".join(f"-path {path}" for path in others.split())
+        left = self._type(f"find / \\( {pruned} \\) -prune -o -iname '*hearth*' -print", user="root").output
+        require(not left, f"left behind: {left}")
+        units = self._type("systemctl list-units --all --no-legend 'hearthd*'").output.strip()
+        require(not units, f"systemd still knows {units}")
+        return "nothing of it is left"
+
     # What they share.
 
     def explain(self) -> None:
@@ -211,9 +258,15 @@ class Life:
             self._transcript.note(f"nothing more can be learnt: {error}")
 
     def _type(self, command: str, *, user: str = "pi", seconds: float = 60.0) -> Outcome:
+        if command.startswith("sudo apt"):
+            command = f"yes '' | {command}"  # a person presses Enter
         outcome = self._board.run(command, user=user, seconds=seconds)
         require(outcome.exit_code == 0, f"{command!r} ends with {outcome.exit_code}: {outcome.output.strip()[-400:]}")
         return outcome
+
+    def _ask_briefly(self) -> None:
+        found = self._device.run("ask", *GREEDY, "--max-tokens", "12", QUESTION, seconds=ANSWER_SECONDS)
+        require(EXPECTED in found.output, f"the answer is {found.output!r}")
 
     def _freeze(self, command: str) -> str:
         limit = int(self._property("WatchdogUSec", raw=True)) / 1e6 + 5
@@ -232,8 +285,7 @@ class Life:
         require(
             "watchdog" in self._type("sudo journalctl -o cat -b -u hearthd | tail -40").output.lower(), "no watchdog"
         )
-        again = self._device.run("ask", *GREEDY, "--max-tokens", "12", QUESTION, seconds=ANSWER_SECONDS)
-        require(EXPECTED in again.output, f"after the restart: {again.output!r}")
+        self._ask_briefly()
         return f"ended after {seconds:.1f} s, restarted, answers; the client heard: {outcome.output.splitlines()[-1]}"
 
     def _property(self, name: str, *, raw: bool = False) -> str:
@@ -268,8 +320,8 @@ class Life:
 LIFE: Final[tuple[tuple[str, Callable[[Life], str]], ...]] = (
     ("boots", Life.boot),
     ("installs the packages, offline", Life.install),
-    ("systemd starts the unit", Life.start),
-    ("the sandbox is what the unit asks for", Life.examine_sandbox),
+    ("runs, and answers on the board", Life.look),
+    ("has the sandbox that the unit asks for", Life.examine_sandbox),
     ("is opened to the house", Life.open_to_the_house),
     ("pairs a device", Life.pair),
     ("streams a chat over TLS", Life.chat),
@@ -280,5 +332,8 @@ LIFE: Final[tuple[tuple[str, Callable[[Life], str]], ...]] = (
     ("loses power in mid-answer", Life.pull_plug),
     ("boots again with everything in place", Life.boot_again),
     ("gives the same answer", Life.chat_again),
+    ("shuts a device out, and restores a backup", Life.restore),
+    ("takes a newer package over the running daemon", Life.upgrade),
     ("has a clean journal", Life.read_journal),
+    ("purges to nothing", Life.purge),
 )

@@ -9,9 +9,7 @@ they say what a step costs the tests and nothing of a board. Started by `make bo
 """
 
 import argparse
-import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -19,9 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from device import Device
-from image import ROOT, Image, cache_directory, prepare
+from image import Image, cache_directory, prepare
 from life import LIFE, Life, StepError
 from machine import Board, BoardError
+from packages import add_newer, build_packages
 from transcript import Transcript
 
 # Raspberry Pi 5 and 4.
@@ -68,14 +67,6 @@ def live(cpu: str, image: Image, packages: Path, transcript: Transcript) -> bool
     return True
 
 
-def build_packages(output: Path) -> Path:
-    """Build the packages of this clone for the boards."""
-    shutil.rmtree(output, ignore_errors=True)
-    command = [sys.executable, str(ROOT / "deploy/debian/build.py"), "--arch", "arm64", "--output", str(output)]
-    subprocess.run(command, check=True)
-    return output
-
-
 def main() -> int:
     """Run, print, and return the exit code."""
     parser = argparse.ArgumentParser(description="Live through a year on emulated boards.")
@@ -90,6 +81,7 @@ def main() -> int:
     cache = cache_directory()
     image = prepare(cache)
     packages = arguments.packages.resolve() if arguments.packages else build_packages(cache / "packages")
+    add_newer(packages)
     results = []
     for cpu in arguments.cpu or CPUS:
         signal.alarm(MAX_SECONDS_PER_BOARD)
