@@ -26,7 +26,7 @@ from hearthd.errors import (
     MissingPackageError,
     ModelNotFoundError,
 )
-from hearthd.tokens import TokenFile, list_tokens
+from hearthd.tokens import TokenFile, create_token, list_tokens
 from serving import NAME, chat_request
 from tls_files import make_tls_files
 
@@ -197,6 +197,24 @@ def test_check_config_reads_certificate_and_tokens_too(tmp_path: Path, monkeypat
     monkeypatch.setenv("HEARTHD_TLS_CERTIFICATE", str(tmp_path / "none"))
     monkeypatch.setenv("HEARTHD_TLS_KEY", str(tmp_path / "none"))
     assert "tls.certificate" in one_line(run("check-config"), read)
+
+
+@pytest.mark.usefixtures("environment")
+def test_check_config_says_what_roles_may_and_whose_token_has_none(tmp_path: Path) -> None:
+    write_bundle(tmp_path / "state/models/smollm2-135m", name="smollm2-135m")
+    create_token(tmp_path / "state/tokens", "phone", role="guest")
+    create_token(tmp_path / "state/tokens", "tablet", role="gone")
+    (tmp_path / "good.toml").write_text(
+        '[auth]\ntoken_file = "auto"\n[roles.guest]\nmethods = ["chat"]\ntokens_per_day = 20000\n'
+    )
+    done = run("check-config", "--config", str(tmp_path / "good.toml"))
+    assert done.returncode == 0
+    assert "hearthd: warning: token tablet has no rights: no role gone\n" in done.stderr
+    assert "phone" not in done.stderr
+    lines = done.stdout.splitlines()
+    assert "roles.guest.methods = ['chat']" in lines
+    assert "roles.guest.tokens_per_day = 20000" in lines
+    assert not [line for line in lines if line.startswith(("roles.admin", "roles.user", "roles.monitor"))]
 
 
 @pytest.mark.usefixtures("environment")
