@@ -38,6 +38,10 @@ BUILD_MAY_IMPORT = {
         "hearthd.tokenizer",
     ): "it makes them of texts",
     ("hearthd.build.report.greedy_comparison", "hearthd.tokenizer"): "it asks as a chat does",
+    (
+        "hearthd.build.quantization.session",
+        "hearthd.plain_attention",
+    ): "what is judged is what is served",
     ("hearthd.build.report.answers", "hearthd.tokenizer"): "it shows token ids as text",
 }
 # The folders of `build`, each of which may take from itself and from those that it names.

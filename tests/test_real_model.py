@@ -332,7 +332,7 @@ def test_a_client_in_javascript_streams_a_chat(daemon: Daemon) -> None:
 
 
 def test_no_log_line_holds_what_was_said(daemon: Daemon, client: Client) -> None:
-    answer = client.chat("Please repeat after me: zanzibarcanary", temperature=0, max_tokens=30)
+    answer = client.chat("Tell me a long story about the island of zanzibarcanary.", temperature=0, max_tokens=30)
     assert len(answer.text) > 20
     with pytest.raises(InvalidRequestError):
         client.chat("zanzibarcanary " * 400)

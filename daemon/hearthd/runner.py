@@ -6,7 +6,6 @@ Knows the graph contract (`build/decoder/graph.py`), no sequences, no text. Owne
 
 from __future__ import annotations
 
-import os
 import platform
 import threading
 from collections.abc import Iterable
@@ -21,13 +20,9 @@ from hearthd.bundle import Bundle
 from hearthd.errors import BundleError
 from hearthd.kv_buffers import DecoderShape, KVSlots, PromptBuffers
 from hearthd.kv_cache import RunTerminated
+from hearthd.plain_attention import choose_plain_attention
 
 __all__ = ["DecoderShape", "OnnxRunner"]
-
-# Read by ONNX Runtime when it loads a graph: attention without tiles. The tiled kernel adds up in an order that depends
-# on the run's length, also above one token on Arm (onnxruntime 1.31.1, emulated Cortex-A76), and on the size of the
-# second cache. This one is also faster: on x86-64 prefill by 7 to 13 %, one stream by 0 to 14 %, eight by 7 %.
-_PLAIN_ATTENTION = "ORT_GQA_DISABLE_FLASH_ATTENTION"
 
 
 class _Binding:
@@ -65,7 +60,8 @@ class _Binding:
 
     def _value(self, array: NDArray[np.generic]) -> ort.OrtValue:
         value = ort.OrtValue.ortvalue_from_numpy(array, "cpu", 0)
-        assert not array.size or value.data_ptr() == array.ctypes.data, "ONNX Runtime copied a buffer that must be shared"
+        is_shared = not array.size or value.data_ptr() == array.ctypes.data
+        assert is_shared, "ONNX Runtime copied a buffer that must be shared"
         self._bound.append(value)
         return value
 
@@ -98,7 +94,7 @@ class OnnxRunner:
         # Shapes differ from run to run: a remembered pattern would only hold memory.
         options.enable_mem_pattern = False
         options.log_severity_level = 3
-        os.environ[_PLAIN_ATTENTION] = "1"
+        choose_plain_attention()
         try:
             self._session = ort.InferenceSession(str(model_path), options, providers=["CPUExecutionProvider"])
         # ONNX Runtime raises types of its own, which derive from Exception alone.

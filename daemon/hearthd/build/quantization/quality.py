@@ -159,6 +159,8 @@ def compare(
     )
     for index, document in enumerate(documents):
         ids = document.token_ids
+        # The system prompt that a template puts before every chat counts once, not as often as there are chats.
+        judged_before = max((_num_shared(ids, other.token_ids) for other in documents[:index]), default=0)
         sums = by_kind.setdefault(document.kind, _Sums())
         if start:
             # The reference computes what the bundle has as its preset.
@@ -167,18 +169,30 @@ def compare(
         for (expected, _), (found, _) in zip(
             reference.session.continue_from(ids, start), tested.run(ids, start=start), strict=True
         ):
-            targets = ids[position + 1 : position + 1 + len(expected)]
-            sums.add(expected[: len(targets)], found[: len(targets)], targets)
+            # Position p predicts token p + 1; the same tokens before it have the same prediction.
+            begin = min(max(judged_before - position, 0), len(expected))
+            targets = ids[position + 1 + begin : position + 1 + len(expected)]
+            rows = slice(begin, begin + len(targets))
+            sums.add(expected[rows], found[rows], targets)
             position += len(expected)
         report((index + 1) / len(documents))
     return _figures(by_kind)
+
+
+def _num_shared(a: Sequence[int], b: Sequence[int]) -> int:
+    """Return with how many equal tokens both begin."""
+    return next(
+        (place for place, (left, right) in enumerate(zip(a, b, strict=False)) if left != right), min(len(a), len(b))
+    )
 
 
 def _figures(by_kind: Mapping[str, _Sums]) -> QualityFigures:
     total = _Sums()
     for sums in by_kind.values():
         total.include(sums)
-    return QualityFigures(**asdict(total.figures()), kinds={kind: sums.figures() for kind, sums in by_kind.items()})
+    return QualityFigures(
+        **asdict(total.figures()), kinds={kind: sums.figures() for kind, sums in by_kind.items() if sums.tokens}
+    )
 
 
 def _every_position(model_path: Path) -> bytes:

@@ -15,6 +15,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from hearthd.build.decoder.architecture import DecoderSpec
+from hearthd.plain_attention import choose_plain_attention
 
 __all__ = ["CHUNK", "GraphSession"]
 
@@ -51,6 +52,7 @@ class GraphSession:
         # A float32 reference of 540 MB would take 1.1 GB.
         options.add_session_config_entry("session.disable_prepacking", "0" if prepacked else "1")
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(data_directory))
+        choose_plain_attention()
         self._session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         cache = (1, spec.num_kv_heads, context_length, spec.padded_head_dim)
         self._kv = [np.zeros(cache, np.float32) for _ in range(2 * spec.num_layers)]
