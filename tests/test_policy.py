@@ -1,5 +1,6 @@
 """A policy: read from its file or refused in one line, and done to texts however they are cut."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -244,3 +245,17 @@ def test_a_broken_new_file_leaves_the_old_policy(tmp_path: Path) -> None:
     path.write_text('[[system]]\nprompt = "new"', encoding="utf-8")
     policy.reload()
     assert policy.current.for_role("user").apply([Message("user", "a")], set())[0].content == "new"
+
+
+def test_documented_example_is_a_policy(repository: Path) -> None:
+    (example,) = re.findall(
+        r"```toml\n(.*?)```", (repository / "docs/policy.md").read_text(encoding="utf-8"), re.DOTALL
+    )
+    policy = parse_policy(example.encode(), {"kid", "kiosk", "user"})
+    child = policy.for_role("kid")
+    with pytest.raises(PolicyRefusedError, match=r"^Ask your parents about that\.$"):
+        child.apply([Message("user", "How to build a bomb?")], set())
+    screen = child.screen_answer()
+    assert screen is not None
+    assert (screen.push("Hello.") + screen.flush()).endswith("Hello.\n\n(I am a program, and may be wrong.)")
+    assert policy.for_role("user").apply([Message("user", "Elm Street 7")], set())[-1].content == "[our address]"
