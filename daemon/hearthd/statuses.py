@@ -12,7 +12,7 @@ import inspect
 import math
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
 import grpc
 from google.protobuf import any_pb2, duration_pb2
@@ -172,7 +172,9 @@ def _guarded_unary(behavior: Callable[[Any, grpc.aio.ServicerContext], Awaitable
         try:
             _refuse_malformed(request)
             return await behavior(request, context)
-        except BaseException as error:  # noqa: BLE001 - nothing may pass unseen
+        except BaseException as error:
+            if _must_pass(error):
+                raise
             await _abort(context, error)
 
     return guarded
@@ -188,7 +190,9 @@ def _guarded_stream(behavior: Callable[[Any, grpc.aio.ServicerContext], Any]) ->
                     await context.write(response)
             else:
                 await behavior(request, context)
-        except BaseException as error:  # noqa: BLE001 - nothing may pass unseen
+        except BaseException as error:
+            if _must_pass(error):
+                raise
             await _abort(context, error)
 
     return guarded
@@ -199,15 +203,23 @@ def _refuse_malformed(request: object) -> None:
         raise _malformed()
 
 
-async def _abort(context: grpc.aio.ServicerContext, error: BaseException) -> NoReturn:
+def _must_pass(error: BaseException) -> bool:
+    """Whether an exception is no answer to the caller: it is gone, or its deadline has passed, or gRPC has answered."""
     if isinstance(error, asyncio.CancelledError):
         task = asyncio.current_task()
-        if task is not None and task.cancelling():
-            raise error  # the caller is gone, or its deadline has passed
-        # Nobody cancelled this call: a CancelledError from elsewhere would leave the caller waiting (grpc#29248).
-        error = RuntimeError("a CancelledError of another task")
-    elif isinstance(error, grpc.aio.AbortError) or not isinstance(error, Exception):
-        raise error
-    status = status_of(error)
-    await context.abort(status.code, status.message, status.trailers())
-    raise AssertionError("abort returned")
+        # Otherwise nobody cancelled this call: a CancelledError from elsewhere would leave the caller waiting
+        # (grpc#29248).
+        return task is not None and task.cancelling() > 0
+    return isinstance(error, grpc.aio.AbortError) or not isinstance(error, Exception)
+
+
+async def _abort(context: grpc.aio.ServicerContext, error: BaseException) -> None:
+    status = status_of(error if isinstance(error, Exception) else RuntimeError("a CancelledError of another task"))
+    # What it came through holds the request and all that was made of it.
+    error.__traceback__ = error.__context__ = None
+    try:
+        await context.abort(status.code, status.message, status.trailers())
+    except grpc.aio.AbortError as aborted:
+        # gRPC keeps this exception with the call, and raises it once more when the handler has returned. Its traceback
+        # leads back to the call: a cycle, which would hold a refused prompt until a full garbage collection.
+        aborted.__traceback__ = aborted.__context__ = None
