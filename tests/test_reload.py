@@ -189,7 +189,8 @@ async def test_a_reload_under_load_fails_no_call(tmp_path: Path) -> None:
         serving(old, load_again=lambda: configs.pop()) as server,
         grpc.aio.insecure_channel(unix_target(old)) as channel,
     ):
-        chats = [asyncio.create_task(answer(channel, chat_request())) for _ in range(40)]
+        # Fewer than the 32 that a connection may have: gRPC refuses others at random, reload or not.
+        chats = [asyncio.create_task(answer(channel, chat_request())) for _ in range(24)]
         while configs:
             assert (await server._reload.run()).error is None
         texts = {text for text, _ in await asyncio.gather(*chats)}
