@@ -62,6 +62,9 @@ _REASONS = (
     _Reason(r"errors resolving|DNS resolution failed", "the name is not known", True),
     _Reason(r"WRONG_VERSION_NUMBER", "it does not speak TLS; leave the CA file out", False),
     _Reason(r"Hostname Verification|not in peer certificate", "its certificate is for another name or address", False),
+    # Either clock may be the wrong one: most boards, and a device after a long sleep, do not know the date at first.
+    _Reason(r"certificate has expired", "its certificate has expired; renew it, or set this device's clock", False),
+    _Reason(r"not yet valid", "its certificate is not valid yet; set this device's clock, or the daemon's", False),
     _Reason(r"CERTIFICATE_VERIFY_FAILED", "its certificate is not signed by that of the CA file", False),
     _Reason(r"Expected SETTINGS frame", "it does not speak gRPC, or wants TLS: then name the CA file", False),
     _Reason(
