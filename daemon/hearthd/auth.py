@@ -44,6 +44,9 @@ class Authenticator:
         self._clock = ForwardClock()
         self._num_untold = 0
         self._tell_from = -math.inf
+        # For good: whoever takes the last credential out of a running daemon's configuration shuts TCP, and does not
+        # open it to everybody. What may be open is decided at the start (`listeners`).
+        self._may_tcp_be_open = auth.token_file is None and not auth.certificates
         self.update(auth, roles)
 
     def update(self, auth: AuthConfig, roles: Mapping[str, Role]) -> None:
@@ -62,9 +65,13 @@ class Authenticator:
         return apply
 
     @property
+    def _is_tcp_open(self) -> bool:
+        return self._may_tcp_be_open and self._tokens is None and not self._certificates
+
+    @property
     def num_credentials(self) -> int | None:
         """How many tokens and certificates there are; None if callers need none."""
-        if self._tokens is None and not self._certificates:
+        if self._is_tcp_open:
             return None
         return len(self._certificates) + (0 if self._tokens is None else len(self._tokens))
 
@@ -109,9 +116,7 @@ class Authenticator:
         self._num_untold, self._tell_from = 0, now + _SECONDS_BETWEEN_LINES
 
     def _is_open(self, *, is_unix: bool) -> bool:
-        if is_unix:
-            return not self._auth.unix_needs_token
-        return self._tokens is None and not self._certificates
+        return not self._auth.unix_needs_token if is_unix else self._is_tcp_open
 
     def _is_open_health(self, method: str) -> bool:
         return self._auth.health_open and method in METHODS[HEALTH]
