@@ -60,7 +60,7 @@ ONLY_IN = {
     "torch": {"hearthd.build.sources.optimum_export"},
     "transformers": {"hearthd.build.sources.optimum_export"},
     "optimum": {"hearthd.build.sources.optimum_export"},
-    "cryptography": {"hearthd.pairing.certificate", "hearthd.peer_certificate"},
+    "cryptography": {"hearthd.pairing.certificate", "hearthd.peer_certificate", "hearthd.doctor.credentials"},
     "segno": {"hearthd.pairing.cli"},
     # An extra on the client's side, asked for by name before it is imported.
     "zeroconf": {"hearth._discovery", "hearthd.announcing"},
@@ -232,8 +232,21 @@ def test_bench_runs_the_engine_without_a_server() -> None:
     # What it measures must not be a build's own graph, and nobody serves by it.
     assert {name for name in below if name.startswith("hearthd.build")} == set()
     users = {name for name in MODULES.keys() - bench if MODULES[name].imported & bench}
-    assert users == {"hearthd.__main__"}
+    # The doctor says what the memory would allow.
+    assert users == {"hearthd.__main__", "hearthd.doctor.model_files"}
     assert MODULES["hearthd.__main__"].imported & bench == {"hearthd.bench.cli"}
+    assert MODULES["hearthd.doctor.model_files"].imported & bench == {
+        "hearthd.bench.bandwidth",
+        "hearthd.bench.traffic",
+    }
+
+
+def test_the_doctor_looks_from_outside() -> None:
+    """A daemon that does not start, or whose packages are broken, must still be examined."""
+    doctor = {name for name in MODULES if name.startswith("hearthd.doctor")}
+    forbidden = {"hearthd.server", "hearthd.service", "hearthd.worker", "hearthd.engine", "hearthd.runner"}
+    assert {name for name in doctor if reachable(name) & forbidden} == set()
+    assert {name for name in MODULES.keys() - doctor if MODULES[name].imported & doctor} == {"hearthd.__main__"}
 
 
 @pytest.mark.parametrize("package", ONLY_IN)

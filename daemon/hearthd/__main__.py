@@ -1,4 +1,4 @@
-"""The daemon's command line: serve, check-config, token, model, bench.
+"""The daemon's command line: serve, check-config, token, model, pair, bench, doctor.
 
 Exit codes:
     0   done; for `serve`, told to stop and stopped
@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Final
 
 from hearthd.bench.cli import add_parser as add_bench
 from hearthd.config import Config, choose_file, load_config, role_settings, settings
+from hearthd.doctor.cli import add_parser as add_doctor
 from hearthd.errors import (
     AddressInUseError,
     BenchError,
@@ -134,6 +135,7 @@ def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
         commands.add_parser("model", help="build, list and remove models")
     add_pair(commands)
     add_bench(commands)
+    add_doctor(commands)
     return parser
 
 

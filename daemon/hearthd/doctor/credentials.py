@@ -1,0 +1,83 @@
+"""The files that decide who may call: certificate, key, tokens. Called by `cli`."""
+
+import datetime
+from collections.abc import Iterable
+from typing import Final
+
+from hearthd.config import Config
+from hearthd.doctor.finding import Finding, good, note, problem, warning
+from hearthd.errors import ConfigError
+from hearthd.tls import find_exposure, find_files, read_certificate
+from hearthd.tokens import list_tokens
+
+__all__ = ["check_certificate", "check_tokens"]
+
+_LATE_DAYS: Final = 30
+
+
+def check_certificate(config: Config, now: datetime.datetime | None = None) -> Iterable[Finding]:
+    """Read certificate and key as the daemon does, and their dates."""
+    from cryptography import x509
+
+    files = find_files(config.tls)
+    if files is None:
+        yield note("certificate", "no TLS is configured: nothing but this machine can call")
+        return
+    try:
+        chain = read_certificate(files).chain
+        certificates = x509.load_pem_x509_certificates(chain)
+    except (ConfigError, ValueError) as error:
+        yield problem("certificate", str(error), "`hearthd pair NAME` makes one where there is none")
+        return
+    now = now or datetime.datetime.now(datetime.UTC)
+    # The chain is as good as its worst part.
+    begins = max(each.not_valid_before_utc for each in certificates)
+    ends = min(each.not_valid_after_utc for each in certificates)
+    remedy = (
+        f"renew {files.certificate}; the daemon takes it over by itself. Made by `hearthd pair`: remove it and "
+        f"{files.key}, and pair the devices again"
+    )
+    if now >= ends:
+        yield problem("certificate", f"{files.certificate} expired on {ends:%Y-%m-%d}", remedy)
+    elif now < begins:
+        yield problem(
+            "certificate",
+            f"{files.certificate} is not valid before {begins:%Y-%m-%d}, and this machine has {now:%Y-%m-%d}",
+            "set the clock: timedatectl",
+        )
+    elif (ends - now).days < _LATE_DAYS:
+        yield warning(
+            "certificate", f"{files.certificate} expires on {ends:%Y-%m-%d}, in {(ends - now).days} days", remedy
+        )
+    else:
+        yield good("certificate", f"valid until {ends:%Y-%m-%d}")
+    if exposure := find_exposure(files.key):
+        said, _, command = exposure.partition("; run: ")
+        yield warning("key", said, command)
+    else:
+        yield good("key", f"{files.key} is readable by its owner alone")
+
+
+def check_tokens(config: Config) -> Iterable[Finding]:
+    """Read the token file as the daemon does."""
+    path = config.auth.token_file
+    if path is None:
+        yield note("tokens", "no token file is configured: callers on loopback need none")
+        return
+    try:
+        tokens = list_tokens(path)
+    except ConfigError as error:
+        text, _, remedy = str(error).rpartition("; ")
+        yield problem("tokens", text, remedy)
+        return
+    without_rights = [token.name for token in tokens if token.role not in config.roles]
+    if without_rights:
+        yield warning(
+            "tokens",
+            f"no such role, so no rights: {', '.join(without_rights)}",
+            "add [roles.NAME] to hearthd.toml, or make the token again with another --role",
+        )
+    if tokens:
+        yield good("tokens", f"{len(tokens)} in {path}")
+    else:
+        yield warning("tokens", f"{path} has none, so nobody can call over the network", "hearthd pair NAME")
