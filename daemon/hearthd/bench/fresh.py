@@ -105,7 +105,8 @@ def _load(arguments: argparse.Namespace) -> dict[str, Any]:
     measure.decode(model.runner, 1, prompt, num_steps=answer)
     found["used"] = {"tokens": prompt + answer} | asdict(ResidentSet.of_this_process(directory))
     if arguments.fill:
-        measure.prefill(model.runner, context, chunk=arguments.chunk)
+        measure.prefill(model.runner, context - 1, chunk=arguments.chunk)
+        measure.decode(model.runner, 1, context - 1, num_steps=1)
         found["full_slot"] = {"tokens": context} | asdict(ResidentSet.of_this_process(directory))
     return found
 

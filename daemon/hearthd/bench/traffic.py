@@ -77,11 +77,13 @@ class StepTraffic:
 
 
 def _nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
+    """Yield the nodes that a decode step runs: of a choice, `is_prompt` is false."""
     for node in graph.node:
         yield node
         for attribute in node.attribute:
-            for inner in (attribute.g, *attribute.graphs):
-                yield from _nodes(inner)
+            if attribute.name != "then_branch":
+                for inner in (attribute.g, *attribute.graphs):
+                    yield from _nodes(inner)
 
 
 def _kv(graph: onnx.GraphProto, nodes: list[onnx.NodeProto]) -> Iterator[tuple[int, int]]:
@@ -89,12 +91,13 @@ def _kv(graph: onnx.GraphProto, nodes: list[onnx.NodeProto]) -> Iterator[tuple[i
     # (B, kv_heads, positions, head_dim): a position of one row has the product of the second and the last.
     sizes = {}
     for value in graph.input:
-        if value.name.startswith(("past_key.", "past_value.")):
+        if value.name.startswith(("past_key", "past_value")):
             dims = [dim.dim_value for dim in value.type.tensor_type.shape.dim]
             sizes[value.name] = _num_bytes([dims[1], *dims[3:]], value.type.tensor_type.elem_type)
     for node in nodes:
         read = [sizes[name] for name in node.input if name in sizes]
-        if read:
+        # An Identity hands on the buffers that a step does not use.
+        if read and node.op_type != "Identity":
             windows = [attribute.i for attribute in node.attribute if attribute.name == "local_window_size"]
             window = windows[0] if windows else _NO_WINDOW
             yield sum(read), max(window, 0)

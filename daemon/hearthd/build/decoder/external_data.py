@@ -16,8 +16,9 @@ __all__ = ["ExternalData"]
 
 # ONNX Runtime maps external data from the file only at offsets that are multiples of the page, and of 64 KiB elsewhere.
 _ALIGNMENT = 65_536
-# Small tensors stay in the model itself: alignment would cost more than they hold.
-_INLINE_BYTES = 1_024
+# Small tensors stay in the model itself: alignment would cost more than they hold, and the kernel maps the whole 64 KiB
+# around each that is read.
+_INLINE_BYTES = 16_384
 
 
 class ExternalData:
