@@ -18,6 +18,7 @@ from hearth.__main__ import main as hearth_program
 from hearth._certificate import fingerprint
 from hearth._paired import PairedDaemon
 from hearthd.__main__ import main as hearthd_program
+from hearthd.bundle import Bundle
 from hearthd.tls import Certificate
 from hearthd.tokens import list_tokens
 from paired_board import Board, Device, Running, free_port
@@ -272,6 +273,64 @@ def test_open_lan_opens_it_and_the_daemon_starts_on_what_it_made(
     start(board)
     assert device.hearth("pair", opened.stdout.strip()).returncode == 0
     assert device.hearth("ask", "hello").returncode == 0
+
+
+@pytest.mark.parametrize(("is_enabled", "verb"), [(0, "restart"), (1, "try-restart")])
+def test_open_lan_restarts_the_service(
+    board: Board, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_enabled: int, verb: str
+) -> None:
+    """With a systemctl that notes what it is told, for there is no systemd here."""
+    program = tmp_path / "bin/systemctl"
+    program.parent.mkdir()
+    program.write_text(f'#!/bin/sh\necho "$@" >>{tmp_path}/told\n[ "$1" != is-enabled ] || exit {is_enabled}\n')
+    program.chmod(0o755)
+    for name, value in board.environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
+    monkeypatch.setattr("hearthd.pairing.cli._SYSTEMD", tmp_path)
+    board.write("")
+    assert hearthd_program(["pair", "phone", "--open-lan", "--address", "127.0.0.1"]) == 0
+    told = (tmp_path / "told").read_text().splitlines()
+    assert told == ["is-enabled --quiet hearthd.service", f"{verb} hearthd.service"]
+    # Once it is open, nothing is restarted any more.
+    assert hearthd_program(["pair", "tablet", "--open-lan", "--address", "127.0.0.1"]) == 0
+    assert (tmp_path / "told").read_text().splitlines() == told
+    program.write_text("#!/bin/sh\nexit 1\n")
+    board.write("")
+    assert hearthd_program(["pair", "other", "--open-lan", "--address", "127.0.0.1"]) == 78
+
+
+def test_a_daemon_that_wants_certificates_of_its_callers_pairs_nobody(board: Board) -> None:
+    board.prepare()
+    (board.state / "tls/clients.crt").write_bytes((board.state / "tls/server.crt").read_bytes())
+    refused = board.hearthd("pair", "phone", "--address", "127.0.0.1")
+    assert (refused.returncode, refused.stdout) == (78, "")
+    assert "clients.crt" in refused.stderr
+    assert board.hearthd("pair", "--list").stdout == ""
+
+
+@pytest.mark.model
+def test_the_real_daemon_with_the_real_model_is_paired_and_asked(
+    board: Board, device: Device, default_bundle: Bundle
+) -> None:
+    board.prepare()
+    board.write(
+        board.file.read_text()
+        + f'[model]\ndirectory = "{default_bundle.path.parent}"\n[engine]\nthreads = 1\nslots = 1\n'
+    )
+    daemon = subprocess.Popen(
+        [sys.executable, "-m", "hearthd", "serve"], stderr=subprocess.PIPE, text=True, env=board.environment
+    )
+    try:
+        assert daemon.stderr
+        said = next(line for line in daemon.stderr if "serving" in line or "critical" in line)
+        assert "serving smollm2-135m" in said
+        assert device.hearth("pair", board.code("phone")).returncode == 0
+        asked = device.hearth("ask", "--temperature", "0", "--max-tokens", "24", "What is the capital of France?")
+        assert "Paris" in asked.stdout, asked.stderr
+    finally:
+        daemon.terminate()
+        daemon.communicate(timeout=60)
 
 
 def test_a_daemon_that_is_not_there_is_told_while_the_code_is_made(

@@ -180,7 +180,9 @@ def test_a_paired_board_is_found_again_at_another_address(
 
 
 ANNOUNCE = """
-import asyncio, sys
+import asyncio, ifaddr, sys
+# The service's sandbox has no netlink, by which this asks for interfaces.
+ifaddr.get_adapters = None
 from hearthd.announcing import Announcer
 
 async def main(address, port, fingerprint):
@@ -207,6 +209,12 @@ def test_who_announces_itself_as_the_board_gets_no_token(
     other = start(imposter)
     liar = network.python(ANNOUNCE, "10.77.0.1", "50099", fingerprint(board))
     try:
+        assert liar.stdout
+        assert liar.stdout.readline() == "begun\n"
+        # The lie is heard.
+        assert [(each["addresses"], each["paired_as"]) for each in discovered(device)] == [
+            (["10.77.0.1:50099"], "kitchen")
+        ]
         refused = device.hearth("ask", "--wait", "0", "hello")
         assert (refused.returncode, refused.stdout) == (1, "")
         assert device.daemons.read("kitchen").addresses == (f"10.77.0.1:{PORT}",)

@@ -69,6 +69,12 @@ def test_the_program_answers_from_there(bare: Path) -> None:
     assert (asked.returncode, asked.stdout, asked.stderr) == (0, "Hello, world\n", "")
 
 
+def test_discovering_needs_the_extra_and_says_so(bare: Path) -> None:
+    asked = run(bare, "hearth", "discover")
+    assert (asked.returncode, asked.stdout) == (2, "")
+    assert "pip install 'hearth-chat[discover]'" in asked.stderr
+
+
 def test_types_come_along(bare: Path) -> None:
     where = "import hearth, pathlib; print((pathlib.Path(hearth.__file__).parent / 'py.typed').exists())"
     assert run(bare, "python", "-c", where).stdout == "True\n"

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 __all__ = ["add_parser"]
 
 _UNIT: Final = "hearthd.service"
+# There is one where systemd is what runs the machine (sd_booted(3)).
+_SYSTEMD: Final = Path("/run/systemd/system")
 _MAX_HOSTS: Final = 3
 _PROBE_SECONDS: Final = 3.0
 _HOST: Final = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?")
@@ -126,6 +128,11 @@ def _pair(parsed: argparse.Namespace) -> None:
         print(f"hearthd: made a certificate in {config.tls.directory}; devices know it by its hash", file=sys.stderr)
     files = find_files(config.tls)
     assert files is not None
+    if files.clients:
+        raise ConfigError(
+            f"callers of this daemon must show a certificate of {files.clients}, and a device that is being paired has "
+            "none; give the device such a certificate instead, or take that file away and restart the daemon"
+        )
     certificate = read_certificate(files)
     if lines:
         _restart_service()
@@ -189,7 +196,7 @@ def _own_hosts(listeners: "Sequence[Listener]") -> list[str]:
 
 def _restart_service() -> None:
     """Let a running service read its configuration again; waits until it serves."""
-    if not shutil.which("systemctl") or not Path("/run/systemd/system").is_dir():
+    if not shutil.which("systemctl") or not _SYSTEMD.is_dir():
         print("hearthd: restart the daemon, so that it reads its configuration", file=sys.stderr)
         return
     enabled = subprocess.run(["systemctl", "is-enabled", "--quiet", _UNIT], stdin=subprocess.DEVNULL, check=False)
