@@ -478,7 +478,15 @@ def test_a_stored_daemon_that_others_may_read_or_nobody_can_is_refused(device: D
     assert refused.returncode == 2
     assert f"run: chmod 600 {file}" in refused.stderr
     file.chmod(0o600)
-    for content in ("", "{}", "[]", '{"version": 2}', file.read_text()[:-20], '{"version": 1, "addresses": [1]}'):
+    for content in (
+        "",
+        "{}",
+        "[]",
+        '{"version": 2}',
+        file.read_text()[:-20],
+        "[" * 60000,
+        '{"version": 1, "addresses": [1]}',
+    ):
         file.write_text(content)
         refused = device.hearth("status")
         assert (refused.returncode, refused.stdout) == (2, "")

@@ -89,6 +89,12 @@ def test_every_slip_of_the_fingers_is_told_and_the_code_never_quoted() -> None:
             parse_code(text)
 
 
+@given(st.text(max_size=200) | st.text(max_size=200).map(lambda text: f"hearth://{text}"))
+def test_no_text_does_more_than_to_be_refused(text: str) -> None:
+    with pytest.raises(ConfigurationError):
+        parse_code(text)
+
+
 # Records.
 
 
@@ -163,7 +169,7 @@ def test_what_hearth_did_not_write_lets_nobody_in(records: PairingRecords) -> No
     secret = records.create("phone", "user", seconds=60)
     (file,) = records.directory.iterdir()
     fields = json.loads(file.read_text())
-    for content in (b"", b"{", b"[]", b"null", b"\xff", json.dumps(fields | {"ends": "soon"}).encode()):
+    for content in (b"", b"{", b"[]", b"null", b"\xff", b"[" * 4096, json.dumps(fields | {"ends": "soon"}).encode()):
         file.write_bytes(content)
         assert records.claim(secret) is None
     for key in fields:
@@ -218,7 +224,7 @@ def prepare(name):
 
 steps = claim(*prepare("whole"), -1)
 outcomes = []
-for step in range(1, steps + 1, 2):
+for step in range(1, steps + 1):
     token_file, secret = prepare(f"killed-{step}")
     if (child := os.fork()) == 0:
         claim(token_file, secret, step)
@@ -231,7 +237,7 @@ print(json.dumps(outcomes))
 
 
 def test_killed_at_any_step_there_is_never_a_second_token(tmp_path: Path) -> None:
-    """SIGKILL at every second call into C of claiming and making the token, as the daemon does it; then another tries."""
+    """SIGKILL at every call into C of claiming and making the token, as the daemon does it; then another tries."""
     done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], capture_output=True, text=True, check=True)
     outcomes = [tuple(each) for each in json.loads(done.stdout)]
     assert len(outcomes) > 100

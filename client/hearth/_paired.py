@@ -77,7 +77,7 @@ class PairedDaemons:
             )
         try:
             return _parse(name, json.loads(data))
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise ConfigurationError(
                 f"{path} is no file of this version of hearth; pair again, or: hearth pair --forget {name}"
             ) from None

@@ -45,8 +45,9 @@ class PairingCode:
 
 def parse_code(text: str) -> PairingCode:
     """Read a code. Raises ConfigurationError, which does not quote it: it holds a secret."""
+    # A terminal may have broken the line.
     text = "".join(text.split())
-    if len(text) > _MAX_CHARACTERS or not text.lower().startswith(_SCHEME):
+    if len(text) > _MAX_CHARACTERS or not text.isascii() or not text.lower().startswith(_SCHEME):
         raise ConfigurationError(f"this is no pairing code, which begins with {_SCHEME}; {_REMEDY}")
     where, _, written = text[len(_SCHEME) :].lower().partition("/")
     body = _decode(written)

@@ -124,7 +124,7 @@ class PairingRecords:
             if fields["boot_id"] != _boot_id() or not seconds_left > 0:
                 return None
             return PairingRecord(str(fields["name"]), str(fields["role"]), seconds_left)
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             # Claimed by another in this moment, or not written by us: either way it lets nobody in.
             return None
 
