@@ -1,5 +1,6 @@
 """The token file: what is in it, who can read it, and that what was taken out is out at once."""
 
+import os
 import re
 import stat
 import subprocess
@@ -35,6 +36,18 @@ def test_only_the_owner_can_read_the_file(path: Path) -> None:
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
     assert sorted(file.name for file in path.parent.iterdir()) == ["tokens", "tokens.lock"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root makes files for others")
+def test_what_root_makes_beside_the_service_is_the_service_s(path: Path) -> None:
+    path.parent.mkdir()
+    os.chown(path.parent, 64321, 64322)
+    create_token(path, "kitchen")
+    # The lock too: pairing makes the next token in the service, under the same one.
+    assert {(file.name, file.stat().st_uid, file.stat().st_gid) for file in path.parent.iterdir()} == {
+        ("tokens", 64321, 64322),
+        ("tokens.lock", 64321, 64322),
+    }
 
 
 def test_a_token_is_found_by_itself_and_by_nothing_else(path: Path) -> None:

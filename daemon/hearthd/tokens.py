@@ -294,6 +294,10 @@ def _changing(path: Path) -> Iterator[list[Token]]:
         # Beside the file, not the file itself: that one is replaced, and a lock on the old one keeps nobody out.
         lock = os.open(f"{path}.lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
+            if os.geteuid() == 0:
+                # `sudo hearthd pair` comes first, and then the service makes the device's token under the same lock.
+                owner = path.parent.stat()
+                os.fchown(lock, owner.st_uid, owner.st_gid)
             fcntl.flock(lock, fcntl.LOCK_EX)
             tokens = list_tokens(path) if path.exists() else []
             yield tokens
