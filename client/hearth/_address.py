@@ -19,6 +19,8 @@ FORMS = "write unix:///absolute/path, host:port or [IPv6 address]:port"
 
 # sun_path holds 108 bytes, the last of them zero (unix(7)).
 _MAX_SOCKET_PATH_BYTES = 107
+# More than the longest host name (RFC 1035) or socket path with all around it; an error quotes an address.
+_MAX_CHARACTERS = 300
 _HOST = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9._-]*[A-Za-z0-9_])?\.?")
 
 
@@ -37,6 +39,8 @@ class Address:
 
 def parse_address(text: str) -> Address:
     """Read `unix:///path`, `host:port` or `[::1]:port`. Raises ConfigurationError on anything else."""
+    if len(text) > _MAX_CHARACTERS:
+        raise ConfigurationError(f"an address of {len(text)} characters; it has at most {_MAX_CHARACTERS}; {FORMS}")
     if text.startswith("unix:"):
         return _parse_unix(text)
     if "://" in text:

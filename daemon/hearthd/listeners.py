@@ -22,6 +22,8 @@ from hearthd.tls import find_files
 
 __all__ = ["Listener", "find_listeners"]
 
+# More than the longest host name (RFC 1035) with all around it; an error quotes an address.
+_MAX_CHARACTERS: Final = 300
 _FORMS: Final = "write host:port or [IPv6 address]:port, for example 127.0.0.1:50051"
 
 
@@ -95,6 +97,8 @@ def _unix_listener(path: Path) -> Listener:
 
 
 def _tcp_listeners(address: str) -> list[Listener]:
+    if len(address) > _MAX_CHARACTERS:
+        raise ConfigError(f"server.tcp has an address of {len(address)} characters; {_FORMS}")
     match = re.fullmatch(r"(?:\[(?P<ipv6>[^\[\]]+)\]|(?P<host>[^\[\]:/]+)):(?P<port>[0-9]{1,5})", address)
     if not match or int(match["port"]) > 65535:
         raise ConfigError(f"server.tcp has {address!r}; {_FORMS}")
