@@ -119,6 +119,7 @@ ensure_emulator() {
     if [ "$stage" = packages ]; then
         command -v dpkg-deb >/dev/null || set -- "$@" dpkg
         command -v lintian >/dev/null || set -- "$@" lintian
+        command -v systemd-nspawn >/dev/null || set -- "$@" systemd-container
     fi
     [ $# -eq 0 ] || install_packages "$@"
 }
