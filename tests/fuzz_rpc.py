@@ -36,10 +36,12 @@ from grpc_reflection.v1alpha import reflection_pb2
 from hearth.v1 import chat_pb2, model_pb2, pairing_pb2, status_pb2
 from hearthd.__main__ import run_server
 from hearthd.logs import configure_logging
+from hearthd.tokens import create_token
 from serving import answer, chat_request, make_config, make_model, make_runner, unix_target
 
 FILES = (chat_pb2, model_pb2, pairing_pb2, status_pb2, health_pb2, reflection_pb2)
-CANARY = "zq-canary-93"
+# Of characters that no request_id may have: that one is logged, as the protos say.
+CANARY = "zq~canary~93"
 Code = grpc.StatusCode
 # Of every method; the protos say when. UNIMPLEMENTED: of methods that are not there, and reflection's older fields.
 DOCUMENTED = frozenset(
@@ -271,7 +273,8 @@ async def one_case(generator: Generator, channel: grpc.aio.Channel, outcome: Out
     metadata = []
     if generator.random.random() < 0.05:
         key = generator.random.choice(("authorization", "x-a", "grpc-timeout-x", "x-bin", "user-agent-x"))
-        value: Any = generator.random.choice(("Bearer " + CANARY, "", "x" * 3000))
+        pairing = f"Bearer pair_{generator.random.choice(('', 'AAAA', CANARY, 'A' * 20, 'A' * 2000))}"
+        value: Any = generator.random.choice(("Bearer " + CANARY, pairing, pairing, "", "x" * 3000))
         metadata = [(key, value.encode() if key.endswith("-bin") else value)]
     shown = path if path in known else "unknown"
     take = 1 if path.endswith("/Watch") else generator.random.choice((1, 1000, 1000))
@@ -374,7 +377,7 @@ def daemon_config(directory: Path) -> Any:
         directory,
         engine={"slots": 4},
         limits={"max_queued": 16},
-        auth={"open_role": "admin", "usage_file": None},
+        auth={"token_file": directory / "tokens", "open_role": "admin", "usage_file": None},
         policy={"file": directory / "policy.toml"},
         audit={"file": directory / "audit.jsonl"},
     )
@@ -383,6 +386,7 @@ def daemon_config(directory: Path) -> Any:
 def serve(directory: Path) -> int:
     configure_logging("debug")
     (directory / "policy.toml").write_text(POLICY)
+    create_token(directory / "tokens", "a")
     return run_server(daemon_config(directory), lambda: make_model(make_runner(num_slots=4)))
 
 
