@@ -25,6 +25,8 @@ def environment(**changes: str) -> dict[str, str]:
     kept = {
         name: value for name, value in os.environ.items() if not name.startswith(("HEARTH_", "GRPC_", "XDG_RUNTIME"))
     }
+    # Where nobody is paired with anything.
+    kept["XDG_CONFIG_HOME"] = "/nonexistent"
     return kept | {"PYTHONPATH": str(CLIENT), "TERM": "dumb", "PYTHONUTF8": "1", "PYTHONUNBUFFERED": ""} | changes
 
 
