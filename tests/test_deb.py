@@ -1,17 +1,24 @@
 """The Debian packages, without building one: what they are locked to, their control data, pages and completions.
 
-tests/test_deb_install.py builds and installs them.
+And what is said of them: the guide for a Raspberry Pi, and the container's recipe. tests/test_deb_install.py builds and
+installs them.
 """
 
 import argparse
+import fnmatch
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 import tomllib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import grpc
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1.health import HealthServicer
 
 from hearthd.config import load_config, settings
 
@@ -244,3 +251,74 @@ def test_the_version_is_the_projects() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert build.project_version() == project["version"]
     assert TARGETS_ROOT == ROOT
+
+
+# --- the guide -------------------------------------------------------------------------------------------------------
+
+GUIDE = (ROOT / "docs/install-raspberry-pi.md").read_text(encoding="utf-8")
+
+
+def guide_commands() -> list[list[str]]:
+    """The words of each command in the guide's boxes."""
+    lines = [line for box in re.findall(r"```sh\n(.*?)```", GUIDE, re.DOTALL) for line in box.splitlines()]
+    return [shlex.split(line) for line in lines]
+
+
+def test_the_guide_says_only_commands_that_the_programs_have() -> None:
+    typed = [words[1:] if words[0] == "sudo" else words for words in guide_commands()]
+    ours = [words for words in typed if words[0] in documents.PARSERS]
+    assert {" ".join(words[:2]) for words in ours} >= {"hearth ask", "hearth pair", "hearthd pair", "hearthd token"}
+    for words in ours:
+        documents.parser(words[0]).parse_args(words[1:])  # exits, and says why, at a word that it does not know
+
+
+def test_the_guide_names_the_packages_as_they_are_called() -> None:
+    version = build.project_version()
+    names = {build.hearth_package(ARM64, version).file_name, build.model_package("smollm2-135m", version).file_name}
+    assert {name for name in names if name not in GUIDE} == set()
+    patterns = {word for words in guide_commands() for word in words if word.endswith(".deb")}
+    assert {pattern for pattern in patterns if not fnmatch.filter(names, pattern.removeprefix("./"))} == set()
+
+
+# --- the container ---------------------------------------------------------------------------------------------------
+
+CONTAINER = ROOT / "deploy/container"
+
+
+def test_the_container_is_not_root_and_takes_only_locked_wheels() -> None:
+    text = (CONTAINER / "Containerfile").read_text(encoding="utf-8").replace("\\\n", " ")
+    lines = [line for line in text.splitlines() if line and not line.startswith("#")]
+    last = lines[len(lines) - 1 - [line.startswith("FROM ") for line in reversed(lines)].index(True) :]
+    (user,) = [line for line in last if line.startswith("USER ")]
+    assert int(user.split()[1].partition(":")[0]) > 0
+    # Nothing that runs as root stands below it.
+    assert [line for line in last[last.index(user) :] if line.startswith(("RUN ", "COPY "))] == []
+    assert "--require-hashes" in text
+    assert "deploy/debian/requirements.lock" in text
+    # Every apt-get cleans up after itself, and takes nothing unasked.
+    installs = [line for line in lines if "apt-get install" in line]
+    assert installs
+    assert all("--no-install-recommends" in line and "rm -rf /var/lib/apt/lists" in line for line in installs)
+
+
+def test_what_the_container_copies_is_there() -> None:
+    for line in (CONTAINER / "Containerfile").read_text(encoding="utf-8").splitlines():
+        if line.startswith("COPY ") and "--from=" not in line:
+            *sources, _ = line.split()[1:]
+            assert [source for source in sources if not (ROOT / source).exists()] == []
+
+
+def test_the_health_probe_sees_whether_the_daemon_serves(tmp_path: Path) -> None:
+    command = [sys.executable, "-I", str(CONTAINER / "health_probe.py")]
+    dead = subprocess.run([*command, f"unix://{tmp_path}/nobody"], capture_output=True, text=True, check=False)
+    assert (dead.returncode, dead.stderr) == (1, "health: UNAVAILABLE\n")
+    for status, code in (("SERVING", 0), ("NOT_SERVING", 1)):
+        servicer = HealthServicer()
+        servicer.set("", health_pb2.HealthCheckResponse.ServingStatus.Value(status))
+        server = grpc.server(ThreadPoolExecutor(1))
+        health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
+        server.add_insecure_port(f"unix://{tmp_path}/socket")
+        server.start()
+        asked = subprocess.run([*command, f"unix://{tmp_path}/socket"], capture_output=True, text=True, check=False)
+        server.stop(None).wait()
+        assert (asked.returncode, asked.stderr) == (code, f"health: {status}\n")
