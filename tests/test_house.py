@@ -217,6 +217,16 @@ def test_folders_of_build_import_one_way() -> None:
         assert taken == others | {folder}, folder
 
 
+def test_policy_imports_one_way_and_knows_no_grpc() -> None:
+    order = [f"hearthd.policy.{name}" for name in ("policy_file", "rules", "screening", "search", "phrases", "folding")]
+    assert set(order) | {"hearthd.policy"} == {name for name in MODULES if name.startswith("hearthd.policy")}
+    for place, name in enumerate(order):
+        assert reachable(name) & set(order[: place + 1]) == set(), name
+        assert {"grpc", "asyncio"} & set().union(
+            *(packages(MODULES[each]) for each in {name, *reachable(name)})
+        ) == set()
+
+
 def test_serving_needs_nothing_of_build() -> None:
     assert {name for name in reachable("hearthd.server") if name.startswith("hearthd.build")} == set()
     # The command line knows both sides; of build it takes the subcommand and no more.
