@@ -8,6 +8,7 @@ import socket
 import ssl
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -307,6 +308,42 @@ def test_a_daemon_that_wants_certificates_of_its_callers_pairs_nobody(board: Boa
     assert (refused.returncode, refused.stdout) == (78, "")
     assert "clients.crt" in refused.stderr
     assert board.hearthd("pair", "--list").stdout == ""
+
+
+SERVICE_USER = 64321
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be two users")
+def test_a_daemon_of_another_user_uses_what_root_made(
+    tmp_path: Path, device: Device, start: Callable[[Board], Running]
+) -> None:
+    """As the service does: DynamicUser owns its state directory, and `sudo hearthd pair` writes there."""
+    # Not below pytest's own directory, which only root may enter.
+    with tempfile.TemporaryDirectory() as directory:
+        inside = ["setpriv", f"--reuid={SERVICE_USER}", f"--regid={SERVICE_USER}", "--clear-groups"]
+        board = Board(Path(directory) / "board", free_port())
+        os.chmod(directory, 0o755)
+        board.directory.mkdir()
+        board.write_usual()
+        for place in (board.state, board.directory / "runtime"):
+            place.mkdir(mode=0o700, exist_ok=True)
+            os.chown(place, SERVICE_USER, SERVICE_USER)
+        # As root, whose own the files must not become.
+        code = board.code("phone")
+        board.inside = inside
+        running = start(board)
+        assert device.hearth("pair", code).returncode == 0
+        board.inside = []
+        # Root writes the token file that the daemon has just written.
+        second = board.code("tablet")
+        assert device.hearth("pair", second).returncode == 0
+        assert device.hearth("ask", "hello").returncode == 0
+        assert board.hearthd("token", "revoke", "tablet").returncode == 0
+        assert device.hearth("ask", "hello").returncode == 1
+        owners = {path.name: path.stat().st_uid for path in board.state.rglob("*")}
+        assert set(owners.values()) == {SERVICE_USER}, owners
+        running.stop()
+        assert "Permission" not in running.log
 
 
 @pytest.mark.model
