@@ -79,7 +79,10 @@ class AuditInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
             record, started, outcome = CallRecord(), self._clock(), "OK"
             _record.set(record)
             try:
-                return await behavior(request, context)
+                response = await behavior(request, context)
+                # Of a refusal, too: `statuses` has told gRPC, which raises it when all handlers have returned.
+                outcome = _CODES.get(context.code() or 0, "INTERNAL")
+                return response
             except asyncio.CancelledError:
                 left = context.time_remaining()
                 outcome = "CANCELLED" if left is None or left > 0 else "DEADLINE_EXCEEDED"
