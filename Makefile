@@ -3,7 +3,7 @@
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test lint arm64 board bench bundle deb deb-lock protos constraints clean setup-daemon setup-dev setup-protos setup-emulator setup-packages setup-export
+.PHONY: help demo test lint arm64 board bench faults soak bundle deb deb-lock deb-test protos constraints clean setup-daemon setup-dev setup-protos setup-emulator setup-packages setup-export
 
 MODEL := smollm2-135m
 STATE := $(CURDIR)/.cache/state
@@ -34,6 +34,12 @@ board: setup-dev setup-packages setup-board $(BUNDLE) ## install the packages on
 bench: setup-daemon $(BUNDLE) ## the engine beside its peers, which it installs (ARGS="--rounds 1 --only hearth")
 	.venv/bin/python benchmarks/compare.py --bundle "$(dir $(BUNDLE))" $(ARGS)
 
+faults: setup-dev ## kill, cut the power and break the disk, 200 times each: docs/faults.md
+	HEARTH_FAULT_ROUNDS=200 HEARTH_STORE_KILLS=500 .venv/bin/python -m pytest tests/faults tests/test_store.py $(ARGS)
+
+soak: setup-dev $(BUNDLE) ## callers of every kind for ten minutes, and what they leave behind (ARGS="--minutes 60")
+	PYTHONPATH=tests .venv/bin/python tests/soak.py $(ARGS)
+
 bundle: $(BUNDLE) ## build the default model into .cache/state
 
 $(BUNDLE): $(BUILDER) | setup-daemon
@@ -41,6 +47,11 @@ $(BUNDLE): $(BUILDER) | setup-daemon
 
 deb: setup-dev setup-packages $(BUNDLE) ## Debian packages of daemon and model for arm64 and amd64 in dist/ (ARGS="--arch arm64")
 	.venv/bin/python deploy/debian/build.py --bundle "$(dir $(BUNDLE))" $(ARGS)
+
+deb-test: setup-dev setup-packages $(BUNDLE) ## install, upgrade, roll back and purge the packages in a booted Debian root; needs root
+	rm -rf .cache/deb/dist
+	.venv/bin/python deploy/debian/build.py --arch amd64 --quick --bundle "$(dir $(BUNDLE))" --output .cache/deb/dist
+	HEARTH_PACKAGES=.cache/deb/dist .venv/bin/python -m pytest tests/test_deb_install.py $(ARGS)
 
 deb-lock: setup-dev ## write deploy/debian/requirements.lock after a change of the daemon's requirements
 	.venv/bin/python deploy/debian/lock.py

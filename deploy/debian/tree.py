@@ -87,10 +87,14 @@ def _install_wheels(target: Target, packages: Path) -> None:
     pip += ["--no-compile", "--no-deps", "--target", str(packages), "--root-user-action=ignore"]
     locked = [*pip, "--require-hashes", "--requirement", str(LOCK), *target.pip_options()]
     subprocess.run(locked, check=True, stdin=subprocess.DEVNULL)
+    # Programs of the packages, which start this machine's interpreter.
+    shutil.rmtree(packages / "bin", ignore_errors=True)
     with tempfile.TemporaryDirectory() as wheels:
         # The project itself: pure Python, built from this clone.
         build = [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", wheels]
-        subprocess.run(build, check=True, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, cwd=ROOT)
+        done = subprocess.run(build, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL, cwd=ROOT)
+        if done.returncode:
+            sys.exit(f"deb: the project's wheel cannot be built: {done.stderr}")
         (wheel,) = Path(wheels).glob("*.whl")
         subprocess.run([*pip, "--no-index", str(wheel)], check=True, stdin=subprocess.DEVNULL)
 
