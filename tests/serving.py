@@ -44,6 +44,10 @@ from tiny_tokenizers import CHATML, byte_level
 
 TIMEOUT_SECONDS = 30
 NAME = "test-model"
+# What proves a model before it serves: "Hello" with prefill chunks of 16 tokens is two, the second token one more.
+PROOF_FORWARDS = 3
+# Of a first chat that says as much.
+PROMPT_FORWARDS = 2
 
 
 def asynchronous(test: Callable[..., Awaitable[None]]) -> Callable[..., None]:

@@ -24,6 +24,7 @@ from hearthd.server import Server
 from hearthd.tokens import create_token, revoke_token
 from serving import (
     NAME,
+    PROOF_FORWARDS,
     answer,
     asynchronous,
     chat_request,
@@ -44,7 +45,6 @@ UNKNOWN = [
     "x/y",
     "",
 ]
-PROOF_FORWARDS = 2
 Metadata = tuple[tuple[str, str], ...]
 
 

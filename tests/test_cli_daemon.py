@@ -27,12 +27,10 @@ from hearthd.errors import (
     ModelNotFoundError,
 )
 from hearthd.tokens import TokenFile, create_token, list_tokens
-from serving import NAME, chat_request
+from serving import NAME, PROMPT_FORWARDS, PROOF_FORWARDS, chat_request
 from tls_files import make_tls_files
 
 DAEMON = Path(__file__).with_name("serving.py")
-# The proof takes two forwards, and so does a first chat's prompt.
-PROMPT_FORWARDS = 2
 
 
 @pytest.fixture
@@ -341,7 +339,7 @@ def test_serving_is_told_apart_before_anything_heavy_is_imported() -> None:
 
 def test_sigterm_lets_a_running_answer_finish(start: Callable[..., Daemon]) -> None:
     daemon = start("gated")
-    daemon.allow(2 * PROMPT_FORWARDS + 1)
+    daemon.allow(PROOF_FORWARDS + PROMPT_FORWARDS + 1)
     daemon.wait_for("READY=1")
     with daemon.channel() as channel:
         responses = iter(chat_pb2_grpc.ChatServiceStub(channel).Chat(chat_request(max_tokens=20)))
@@ -358,7 +356,7 @@ def test_sigterm_lets_a_running_answer_finish(start: Callable[..., Daemon]) -> N
 
 def test_sigterm_ends_what_does_not_finish(start: Callable[..., Daemon]) -> None:
     daemon = start("gated", "hurried")
-    daemon.allow(2 * PROMPT_FORWARDS + 1)
+    daemon.allow(PROOF_FORWARDS + PROMPT_FORWARDS + 1)
     daemon.wait_for("READY=1")
     with daemon.channel() as channel:
         responses = iter(chat_pb2_grpc.ChatServiceStub(channel).Chat(chat_request(max_tokens=20)))

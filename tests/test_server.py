@@ -20,6 +20,7 @@ from hearthd.model import Model
 from hearthd.server import Server
 from hearthd.tokens import create_token, revoke_token
 from serving import (
+    PROOF_FORWARDS,
     answer,
     asynchronous,
     chat_request,
@@ -32,7 +33,6 @@ from serving import (
     unix_target,
 )
 
-PROOF_FORWARDS = 2
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 SERVICES = ["", "hearth.v1.ChatService", "hearth.v1.ModelService", "hearth.v1.StatusService", "grpc.health.v1.Health"]

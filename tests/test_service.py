@@ -28,6 +28,7 @@ from hearthd.service import ChatService, ModelService, StatusService
 from hearthd.tokens import create_token
 from serving import (
     NAME,
+    PROOF_FORWARDS,
     answer,
     asynchronous,
     chat_request,
@@ -41,7 +42,6 @@ from serving import (
 )
 
 CANARY = "canary-7f3a"
-PROOF_FORWARDS = 2
 Role = chat_pb2.Role
 
 

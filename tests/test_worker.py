@@ -22,10 +22,7 @@ from hearthd.model import Model
 from hearthd.sampling import SamplingParams
 from hearthd.sequence import Sequence
 from hearthd.worker import State, Worker
-from serving import asynchronous, make_model, make_runner
-
-# Of one "Hello" with prefill chunks of 16 tokens: two chunks, the second of which gives the proof's token.
-PROOF_FORWARDS = 2
+from serving import PROOF_FORWARDS, asynchronous, make_model, make_runner
 
 
 @asynccontextmanager

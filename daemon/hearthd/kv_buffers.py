@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 
 __all__ = ["DecoderShape", "KVSlots", "PromptBuffers"]
 
-# Below it the memory is kept: to give some back and take it again costs more than it is worth.
-_WORTH_GIVING_BACK = 128
+# Below so many tokens the memory is kept: to give it back and take it again costs more than it is worth.
+_WORTH_GIVING_BACK = 16
 
 
 @dataclass(frozen=True, slots=True)

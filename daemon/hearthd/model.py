@@ -82,11 +82,14 @@ def load_model(bundle: Bundle, config: Config) -> Model:
 
 
 def prove(model: Model) -> None:
-    """Let the engine generate one real token. Whatever it raises means that it cannot serve."""
+    """Let the engine generate two real tokens. Whatever it raises means that it cannot serve.
+
+    Two, because the first comes from reading a prompt, which is another kernel than writing.
+    """
     sequence = Sequence(
         request_id="start-up",
         prompt_ids=tuple(model.tokenizer.encode_chat(_PROOF)),
-        params=SamplingParams(max_tokens=1, temperature=0.0),
+        params=SamplingParams(max_tokens=2, temperature=0.0),
         cache_identity="start-up",
         arrived=time.monotonic(),
     )
@@ -95,7 +98,7 @@ def prove(model: Model) -> None:
         for _, event in model.engine.step():
             if isinstance(event, Failed):
                 raise event.error
-            if isinstance(event, Finished) and event.completion_tokens == 1:
+            if isinstance(event, Finished) and event.completion_tokens:
                 _return_free_memory()
                 return
     raise BundleError(f"model {model.name} loads, and generates no token; build it again")

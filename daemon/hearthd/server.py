@@ -1,6 +1,6 @@
 """The daemon's life: lock, bind, load, prove, serve, read its configuration again, drain, end.
 
-Callers can connect from the moment that the addresses are bound; until the model has generated one real token they
+Callers can connect from the moment that the addresses are bound; until the model has generated real tokens they
 hear that it is loading. Called by `__main__`.
 """
 

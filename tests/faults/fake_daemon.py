@@ -28,11 +28,9 @@ from hearth import Client
 from hearthd.__main__ import run_server
 from hearthd.logs import configure_logging
 from hearthd.model import Model
-from serving import make_config, make_model, make_runner
+from serving import PROOF_FORWARDS, make_config, make_model, make_runner
 
 READY_SECONDS = 30
-# Before READY; see serving.py.
-PROOF_FORWARDS = 2
 
 
 class FakeDaemon:

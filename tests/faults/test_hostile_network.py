@@ -14,22 +14,23 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from fake_daemon import FakeDaemon
 
 from hearth import Client
+from serving import PROOF_FORWARDS
 from tls_files import make_tls_files
 
 NUM_SILENT = 1000
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 SETTINGS = bytes.fromhex("000000040000000000")
 PING = bytes.fromhex("000008060000000000") + bytes(8)
-# The proof takes two forwards, and so does the first chat's prompt.
-PROOF_FORWARDS = 2
 # By the requirement, for a slot whose caller is frozen; keepalive finds it after 15.
 FROZEN_SECONDS = 20
+SILENCE_SECONDS = 60
 
 
 def median_ms(client: Client, count: int = 40) -> float:
@@ -189,3 +190,20 @@ def test_a_frozen_client_loses_its_slot(tmp_path: Path, figure: Callable[[str], 
             frozen.communicate()
     figure(f"its slot was free after {taken:.1f} s")
     assert taken <= FROZEN_SECONDS
+
+
+@pytest.mark.slow
+def test_a_long_silence_survives_a_client_that_pings(tmp_path: Path, figure: Callable[[str], None]) -> None:
+    """gRPC's own default calls pings each 10 seconds in a silence too many, and cuts the client off at 40 seconds."""
+    with (
+        FakeDaemon(tmp_path, allowed=PROOF_FORWARDS, runner={"is_gated": True}) as daemon,
+        daemon.client(daemon.tcp, keepalive=10, max_retries=0, ready_timeout=0) as client,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        answered = pool.submit(client.chat, "hello", max_tokens=2, timeout=120)
+        begin = time.monotonic()
+        with pytest.raises(TimeoutError):
+            answered.result(SILENCE_SECONDS)
+        daemon.allow(100)
+        assert answered.result(30).usage.completion_tokens
+    figure(f"answered after {time.monotonic() - begin:.0f} s of silence, on the first connection")

@@ -14,9 +14,8 @@ from fake_daemon import FakeDaemon
 
 import hearth
 from hearthd.tokens import create_token
+from serving import PROMPT_FORWARDS, PROOF_FORWARDS
 
-# The proof takes two forwards, and so does a first chat's prompt.
-PROOF_FORWARDS = PROMPT_FORWARDS = 2
 GATED = {"is_gated": True}
 YEAR_SECONDS = 365 * 86400
 
