@@ -299,7 +299,7 @@ class Server:
     async def _announce(self) -> None:
         if self._config.discovery.announce:
             bound = zip(self._listeners, self.addresses, strict=True)
-            exposed = [address for listener, address in bound if listener.is_exposed]
+            exposed = [address for listener, address in bound if listener.is_exposed and not listener.socket_path]
             await announce(exposed, lambda: self._certificates.fingerprint if self._certificates else None)
 
     def _warnings(self) -> list[str]:

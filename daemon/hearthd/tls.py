@@ -202,7 +202,7 @@ def _read(name: str, path: Path) -> bytes:
 
 
 def _remedy(path: Path) -> str:
-    return "; `hearthd pair NAME` makes one" if path.name == CERTIFICATE_NAME and not path.exists() else ""
+    return "; `hearthd pair NAME` makes one" if path.name == CERTIFICATE_NAME and not os.path.lexists(path) else ""
 
 
 def _refuse_password() -> NoReturn:

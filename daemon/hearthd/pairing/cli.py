@@ -184,7 +184,8 @@ def _own_hosts(listeners: "Sequence[Listener]") -> list[str]:
     """Return this machine's name and addresses, as far as the daemon listens there."""
     from hearthd.lan_addresses import lan_addresses
 
-    exposed = [each.target.rpartition(":")[0] for each in listeners if each.is_exposed]
+    # A socket behind a proxy says nothing of where that listens.
+    exposed = [each.target.rpartition(":")[0] for each in listeners if each.is_exposed and not each.socket_path]
     addresses = list(lan_addresses()) if "[::]" in exposed else [host for host in exposed if "[" not in host]
     name = socket.gethostname().partition(".")[0]
     # Multicast DNS finds the name whatever address the router gives this machine tomorrow.
