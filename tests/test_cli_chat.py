@@ -294,6 +294,7 @@ def test_a_full_context_is_told_from_a_limit(chat: program.Terminal, daemon: pee
         lambda *_: [peer.delta("x"), peer.final(finish_reason=reason)],
         lambda *_: [peer.delta("x"), peer.final(finish_reason=reason, usage=full)],
         lambda *_: [peer.delta("x"), peer.final(finish_reason=chat_pb2.FINISH_REASON_TIME_LIMIT)],
+        lambda *_: [peer.delta("x"), peer.final(finish_reason=chat_pb2.FINISH_REASON_POLICY)],
     )
     chat.type("?\n")
     chat.expect("context 13 of 64; cut off: the limit of tokens is reached\n> ")
@@ -301,6 +302,8 @@ def test_a_full_context_is_told_from_a_limit(chat: program.Terminal, daemon: pee
     chat.expect("context 64 of 64; cut off: the context is full, /forget or /reset makes room\n> ")
     chat.type("?\n")
     chat.expect("; cut off: the daemon's limit of time is reached\n> ")
+    chat.type("?\n")
+    chat.expect("; ended by a rule of the daemon's owner\n> ")
 
 
 def test_an_error_ends_the_turn_and_not_the_program(chat: program.Terminal, daemon: peer.ScriptedDaemon) -> None:
