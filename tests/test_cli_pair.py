@@ -344,6 +344,12 @@ def test_a_daemon_of_another_user_uses_what_root_made(
         assert set(owners.values()) == {SERVICE_USER}, owners
         running.stop()
         assert "Permission" not in running.log
+        # Nobody else makes codes, nor gets a traceback.
+        board.inside = ["setpriv", f"--reuid={SERVICE_USER + 1}", "--clear-groups"]
+        for words in (("third", "--address", "127.0.0.1"), ("--list",), ("--cancel", "third")):
+            refused = board.hearthd("pair", *words)
+            assert (refused.returncode, refused.stdout, refused.stderr.count("\n")) == (78, "", 1), refused.stderr
+            assert "run this as root" in refused.stderr or "Permission denied" in refused.stderr
 
 
 @pytest.mark.model

@@ -106,7 +106,8 @@ def create_token(path: Path, name: str, *, role: str = DEFAULT_ROLE, seconds_val
 
 def make_token_file(path: Path) -> None:
     """Make a file without tokens, unless there is one. Raises ConfigError if it cannot be written."""
-    if not path.exists():
+    # Not `exists`, which raises where the directory may not be looked into; `_changing` says it in one line.
+    if not os.path.lexists(path):
         with _changing(path):
             pass
 
