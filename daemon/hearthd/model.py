@@ -52,13 +52,14 @@ def load_model(bundle: Bundle, config: Config) -> Model:
     from hearthd.runner import OnnxRunner
 
     manifest = bundle.manifest
+    # First: the weights go where its reading has left memory free, 4 MB.
+    tokenizer = ChatTokenizer.from_bundle(bundle)
     runner = OnnxRunner.from_bundle(
         bundle,
         num_slots=config.engine.slots,
         context_length=min(config.engine.context_length, manifest.context_length),
         num_threads=config.engine.num_threads,
     )
-    tokenizer = ChatTokenizer.from_bundle(bundle)
     engine = Engine(
         runner,
         tokenizer,
