@@ -66,6 +66,10 @@ class BundleError(HearthdError):
     """A model directory is missing, damaged, hostile or of another kind."""
 
 
+class ShortOfMemoryError(HearthdError):
+    """There is not enough memory now; at another start there may be."""
+
+
 class BuildError(HearthdError):
     """A checkpoint cannot become a bundle, or the bundle is not faithful enough."""
 

@@ -17,12 +17,15 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from hearthd.bundle import Bundle
-from hearthd.errors import BundleError
+from hearthd.errors import BundleError, ShortOfMemoryError
 from hearthd.kv_buffers import DecoderShape, KVSlots, PromptBuffers
 from hearthd.kv_cache import RunTerminated
 from hearthd.plain_attention import choose_plain_attention
 
 __all__ = ["DecoderShape", "OnnxRunner"]
+
+# What ONNX Runtime says when it gets no memory, for which it has no error of its own.
+_NO_MEMORY = ("bad_alloc", "Failed to allocate memory")
 
 
 class _Binding:
@@ -99,6 +102,11 @@ class OnnxRunner:
             self._session = ort.InferenceSession(str(model_path), options, providers=["CPUExecutionProvider"])
         # ONNX Runtime raises types of its own, which derive from Exception alone.
         except Exception as error:
+            if any(words in str(error) for words in _NO_MEMORY):
+                raise ShortOfMemoryError(
+                    f"there is not enough memory to load {model_path}; stop other programs, or raise the service's "
+                    "MemoryMax, or serve a smaller model"
+                ) from error
             raise BundleError(f"ONNX Runtime cannot load {model_path}: {str(error).splitlines()[0]}") from error
         self.num_slots = num_slots
         self.context_length = context_length
