@@ -187,6 +187,15 @@ def test_check_config_prints_what_serve_would_use(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("environment")
+def test_check_config_can_be_quiet_but_for_what_is_wrong(tmp_path: Path) -> None:
+    """What the unit asks at each reload: the journal is for news."""
+    assert "is not installed" in one_line(run("check-config", "--quiet"))
+    write_bundle(tmp_path / "state/models/smollm2-135m", name="smollm2-135m")
+    done = run("check-config", "--quiet")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@pytest.mark.usefixtures("environment")
 def test_check_config_reads_certificate_and_tokens_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HEARTHD_AUTH_TOKEN_FILE", str(tmp_path / "none"))
     read = "configuration: no file, the defaults\n"

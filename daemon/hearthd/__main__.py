@@ -123,6 +123,7 @@ def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
 
     check = commands.add_parser("check-config", help="check the configuration and print what it comes to")
     _add_config(check)
+    check.add_argument("--quiet", action="store_true", help="print nothing but what is wrong")
     check.set_defaults(run=_check_config)
 
     add_token(commands)
@@ -216,7 +217,8 @@ def _check_config(parsed: argparse.Namespace) -> None:
     file = choose_file(parsed.config)
     config = load_config(file)
     # Before anything that may be wrong: it may be another file than the one that somebody has in mind.
-    print(f"configuration: {file or 'no file, the defaults'}", flush=True)
+    if not parsed.quiet:
+        print(f"configuration: {file or 'no file, the defaults'}", flush=True)
     listeners = find_listeners(config.server, config.tls, config.auth)
     if files := find_files(config.tls):
         read_certificate(files)
@@ -229,6 +231,8 @@ def _check_config(parsed: argparse.Namespace) -> None:
     PolicyFile(config.policy.file, config.roles)
     # Without the hashes, which take as long as reading the whole model.
     Store(config.model.directory).open(config.model.name, verify=False)
+    if parsed.quiet:
+        return
     for key, value in settings(config).items():
         shown = f"0{value:o}" if key == "server.unix_socket_mode" else "" if value is None else value
         print(f"{key} = {list(shown) if isinstance(shown, tuple) else shown}")
