@@ -196,6 +196,9 @@ def soak(options: argparse.Namespace, directory: Path) -> int:
             problems.append("the socket was left behind")
         problems += [f"{count} x {what}" for what, count in tally.errors.items()]
         return report(options, samples, tally, problems, status.num_prompt_tokens, status.num_completion_tokens)
+    except Exception:
+        print((directory / "log").read_text(errors="replace")[-2000:], file=sys.stderr)
+        raise
     finally:
         place.stop.set()
         for caller in callers:
