@@ -132,21 +132,6 @@ def test_a_whole_process_that_is_frozen_starves_it_too(daemon: DaemonProcess) ->
     daemon.wait_for("WATCHDOG=1")
 
 
-def test_systemds_signal_ends_a_frozen_daemon_at_once_and_says_where_it_stood(
-    tmp_path: Path, default_bundle: Bundle
-) -> None:
-    with watched(tmp_path) as daemon, daemon.channel() as channel, answering(channel):
-        with frozen(daemon):
-            started = time.monotonic()
-            daemon.process.send_signal(signal.SIGABRT)
-            assert daemon.process.wait(10) == -signal.SIGABRT
-            assert time.monotonic() - started < 2
-        assert "Fatal Python error: Aborted" in daemon.log
-        # Each thread's place, the frozen one's in the run of the model among them; of what was said, nothing.
-        assert " in forward" in daemon.log
-        assert "lighthouse" not in daemon.log
-
-
 def test_a_daemon_that_only_works_hard_is_never_taken_for_a_frozen_one(daemon: DaemonProcess) -> None:
     """A long prompt, and answers beside it: no gap comes near to the watchdog's time."""
     with daemon.channel() as channel, contextlib.ExitStack() as busy:
@@ -164,6 +149,30 @@ def test_a_daemon_that_only_works_hard_is_never_taken_for_a_frozen_one(daemon: D
         assert max(after - before for before, after in itertools.pairwise(fed)) < WATCHDOG_SECONDS
 
 
+def test_the_inference_thread_is_known_by_name(daemon: DaemonProcess) -> None:
+    tasks = Path(f"/proc/{daemon.process.pid}/task").iterdir()
+    assert [(task / "comm").read_text().strip() for task in tasks].count("inference") == 1
+
+
+# With daemons of their own. The shared one is not listened to any more, and comes to wait for that: no test after these
+# may need it.
+
+
+def test_systemds_signal_ends_a_frozen_daemon_at_once_and_says_where_it_stood(
+    tmp_path: Path, default_bundle: Bundle
+) -> None:
+    with watched(tmp_path) as daemon, daemon.channel() as channel, answering(channel):
+        with frozen(daemon):
+            started = time.monotonic()
+            daemon.process.send_signal(signal.SIGABRT)
+            assert daemon.process.wait(10) == -signal.SIGABRT
+            assert time.monotonic() - started < 2
+        assert "Fatal Python error: Aborted" in daemon.log
+        # Each thread's place, the frozen one's in the run of the model among them; of what was said, nothing.
+        assert " in forward" in daemon.log
+        assert "lighthouse" not in daemon.log
+
+
 def test_no_life_sign_is_sent_while_a_broken_loop_hangs(tmp_path: Path) -> None:
     """The other half: the thread is well, and the loop that would serve its tokens is not."""
     with scripted(tmp_path, WATCHDOG_USEC=str(int(WATCHDOG_SECONDS * 1e6))) as daemon:
@@ -179,8 +188,3 @@ def test_no_life_sign_is_sent_while_a_broken_loop_hangs(tmp_path: Path) -> None:
             freezing.communicate()
         with daemon.channel() as channel:
             status_pb2_grpc.StatusServiceStub(channel).GetStatus(status_pb2.GetStatusRequest(), timeout=30)
-
-
-def test_the_inference_thread_is_known_by_name(daemon: DaemonProcess) -> None:
-    tasks = Path(f"/proc/{daemon.process.pid}/task").iterdir()
-    assert [(task / "comm").read_text().strip() for task in tasks].count("inference") == 1
