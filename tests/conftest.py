@@ -3,8 +3,13 @@
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from hearthd.bundle import Bundle
+
+# How long one example takes says more of the machine, and of what else runs on it, than of the code.
+settings.register_profile("hearth", deadline=None)
+settings.load_profile("hearth")
 
 ROOT = Path(__file__).resolve().parent.parent
 # Where `make bundle` builds it: inside the clone, so that no test reads or writes what a person installed.

@@ -82,6 +82,7 @@ class FakeRunner:
         self.vocab_size = vocab_size
         self.preset_tokens = preset_tokens
         self.min_run = min_run
+        self.num_rests = 0
         self.logits_after = logits_after or hashed_logits(vocab_size)
         self.fail_next: Exception | None = None
         """Raised by the next forward, which leaves garbage behind."""
@@ -169,6 +170,9 @@ class FakeRunner:
                 raise RunTerminated
             if self._is_gated:
                 self._num_allowed -= 1
+
+    def rest(self) -> None:
+        self.num_rests += 1
 
     def load_preset(self, slot: int) -> None:
         assert self.preset_tokens

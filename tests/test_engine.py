@@ -26,6 +26,7 @@ from hearthd.engine import (
 )
 from hearthd.errors import InvalidRequestError
 from hearthd.sampling import NonFiniteLogitsError, SamplingParams
+from hearthd.sequence import SequenceState
 
 GREEDY = SamplingParams(max_tokens=8, temperature=0.0)
 TOKENIZER = tiny.chat_tokenizer("byte_per_token")
@@ -718,10 +719,52 @@ class TestPrefixReuse:
     def test_answer_is_read_again_where_decoding_writes_other_bits(self) -> None:
         bench = Bench(FakeRunner(min_run=2))
         first = bench.add(range(10))
-        bench.finish()
+        while first.state is not SequenceState.ENDED:
+            bench.step()
         second = bench.add([*range(10), *first.output_ids, 1, 2, 3])
         bench.finish()
         assert bench.finished(second).cached_prompt_tokens == 10
+        assert second.output_ids == solo(second.prompt_ids)
+
+    def test_answer_is_read_while_nobody_asks(self) -> None:
+        bench = Bench(FakeRunner(min_run=2))
+        first = bench.add(range(10), replace(GREEDY, max_tokens=20))
+        bench.finish()
+        # The last token of all was chosen and never run.
+        assert len(first.output_ids) == 20
+        assert bench.runner.num_rests == 1
+        bench.runner.calls.clear()
+        second = bench.add([*range(10), *first.output_ids, 1, 2, 3])
+        bench.finish()
+        assert bench.finished(second).cached_prompt_tokens == 29
+        assert second.output_ids == solo(second.prompt_ids)
+
+    def test_who_asks_waits_for_one_chunk_of_an_old_answer_at_most(self) -> None:
+        bench = Bench(FakeRunner(min_run=2))
+        first = bench.add(range(10), replace(GREEDY, max_tokens=30))
+        while first.state is not SequenceState.ENDED:
+            bench.step()
+        bench.runner.calls.clear()
+        bench.step()
+        assert bench.runner.calls == [(first.slot, 1, bench.prefill_chunk)]
+        second = bench.add([7, 7, 7], identity="b")
+        bench.step()
+        assert second.output_ids
+        bench.finish()
+        again = bench.add([*range(10), *first.output_ids, 1, 2, 3])
+        bench.finish()
+        assert bench.finished(again).cached_prompt_tokens == 39
+
+    def test_an_answer_that_cannot_be_read_again_is_forgotten(self) -> None:
+        bench = Bench(FakeRunner(min_run=2))
+        first = bench.add(range(10))
+        while first.state is not SequenceState.ENDED:
+            bench.step()
+        bench.runner.fail_next = OSError("canary")
+        bench.finish()
+        second = bench.add([*range(10), *first.output_ids, 1, 2, 3])
+        bench.finish()
+        assert bench.finished(second).cached_prompt_tokens == 0
         assert second.output_ids == solo(second.prompt_ids)
 
     def test_one_conversation_at_a_time_moves_no_kv(self) -> None:

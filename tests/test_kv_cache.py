@@ -3,6 +3,7 @@
 from typing import Any
 
 import hypothesis.strategies as st
+import numpy as np
 import pytest
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
@@ -174,9 +175,9 @@ short_prompts = st.lists(st.integers(1, 3), min_size=1, max_size=8)
 class Books(RuleBasedStateMachine):
     """Any sequence of calls: what the cache says of a slot is what stands in it, and identities stay apart."""
 
-    @initialize(num_slots=st.integers(1, 4), preset=st.lists(st.integers(1, 3), max_size=3))
-    def begin(self, num_slots: int, preset: list[int]) -> None:
-        self.runner = FakeRunner(num_slots=num_slots, preset_tokens=tuple(preset))
+    @initialize(num_slots=st.integers(1, 4), preset=st.lists(st.integers(1, 3), max_size=3), min_run=st.integers(1, 2))
+    def begin(self, num_slots: int, preset: list[int], min_run: int) -> None:
+        self.runner = FakeRunner(num_slots=num_slots, preset_tokens=tuple(preset), min_run=min_run)
         self.cache = KVCache(self.runner)
         self.tokens: dict[int, list[int]] = {}
         # Every sequence of tokens that an identity has run, to prove that what is reused came from there.
@@ -217,6 +218,18 @@ class Books(RuleBasedStateMachine):
                 self.runner.slots[slot] = []
             self.cache.release(slot)
             del self.tokens[slot]
+
+    @rule(most=st.integers(1, 5))
+    def read_an_answer(self, most: int) -> None:
+        unread = self.cache.next_unread(most)
+        if unread is None:
+            return
+        slot, token_ids = unread
+        assert slot not in self.tokens
+        assert self.runner.min_run <= len(token_ids) <= max(most, self.runner.min_run) + 1
+        start = self.cache.num_tokens(slot)
+        self.runner.forward(np.asarray([token_ids]), slot, np.asarray([start], np.int32))
+        self.cache.note_read(slot, len(token_ids))
 
     @rule(data=st.data())
     def swap(self, data: st.DataObject) -> None:

@@ -2,7 +2,8 @@
 
 A step admits waiting sequences to free slots, runs at most one chunk of one prompt, then one token of every sequence
 that is past its prompt, in one batch. So a long prompt delays running answers by one chunk at most, and whoever is
-removed stops costing time within one run of the model.
+removed stops costing time within one run of the model. A step with nobody to serve reads a chunk of an answer that was
+written before, so that the conversation's next turn finds it in the cache.
 
 One thread calls it. Knows no asyncio, no gRPC and no threads; time comes from the clock that it is given. Called by
 `worker`.
@@ -113,6 +114,10 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether a step would do anything."""
+        return self._is_asked or self._cache.next_unread(self._prefill_chunk) is not None
+
+    @property
+    def _is_asked(self) -> bool:
         return bool(self._waiting or self._prefilling or self._decoding)
 
     @property
@@ -162,10 +167,15 @@ class Engine:
         self._announce_positions()
         batch = list(self._decoding)
         try:
-            self._prefill()
-            self._decode(batch)
+            if self._is_asked:
+                self._prefill()
+                self._decode(batch)
+            else:
+                self._read_answers()
         except RunTerminated:
             pass
+        if not self.has_work:
+            self._runner.rest()
         events, self._events = self._events, []
         return events
 
@@ -261,6 +271,21 @@ class Engine:
         now = self._clock()
         for row, sequence in enumerate(batch):
             self._take_token(sequence, logits[row], now)
+
+    def _read_answers(self) -> None:
+        """Read a chunk of what was written: only KV that a prompt's run wrote can be reused."""
+        unread = self._cache.next_unread(self._prefill_chunk)
+        if unread is None:
+            return
+        slot, chunk = unread
+        try:
+            self._run([chunk], slot, [self._cache.num_tokens(slot)])
+        except RunTerminated:
+            raise
+        except Exception:  # noqa: BLE001 - of nobody's answer; who asks next hears of it
+            self._cache.forget(slot)
+        else:
+            self._cache.note_read(slot, len(chunk))
 
     def _run(self, rows: list[Iterable[int]], first_slot: int, past_lengths: list[int]) -> NDArray[np.float32]:
         return self._runner.forward(np.array(rows, np.int64), first_slot, np.array(past_lengths, np.int32))

@@ -125,8 +125,11 @@ class PromptBuffers:
 
     def release_if(self, first_slot: int, num_slots: int) -> None:
         """Note that these slots are written to; if one is that held here, its prompt is done: give the memory back."""
-        if self._slot is None or not first_slot <= self._slot < first_slot + num_slots:
-            return
+        if self._slot is not None and first_slot <= self._slot < first_slot + num_slots:
+            self.release()
+
+    def release(self) -> None:
+        """Give the memory back, where it is worth it."""
         self.forget()
         if self._num_written >= _WORTH_GIVING_BACK:
             self._memory.give_back()

@@ -1,7 +1,8 @@
 """Which token ids the KV of each slot holds, for whom, and what of it a new prompt can reuse.
 
 A slot that no sequence holds keeps its tokens, so that the next turn of a conversation finds them; but none whose KV
-differs in a bit from what a prefill would write, so that a cache changes no answer. Reuse is bound to an identity: by
+differs in a bit from what a prefill would write, so that a cache changes no answer. Those that an answer wrote are
+remembered as unread: the engine reads them while nobody waits. Reuse is bound to an identity: by
 the time that a prompt takes, a caller could otherwise learn what others have asked.
 
 Knows no scheduling; moves KV only through `Runner`, the engine's view of a model. Called by `engine`.
@@ -63,6 +64,9 @@ class Runner(Protocol):
         Raises RunTerminated if `terminate` stopped it.
         """
 
+    def rest(self) -> None:
+        """Give back memory that only a run needs: there will be none for a while, perhaps."""
+
     def swap_slots(self, a: int, b: int, num_tokens: int) -> None:
         """Exchange the first num_tokens positions of two slots."""
 
@@ -89,6 +93,8 @@ class _Slot:
     tokens: list[int] = field(default_factory=list)
     num_reusable: int = 0
     """The first of them, whose KV is what a prefill of the same tokens writes, bit for bit."""
+    unread: list[int] = field(default_factory=list)
+    """Of an idle slot: the tokens of an answer that came behind those, without KV that can be reused."""
     identity: str = ""
     is_held: bool = False
     last_used: int = 0
@@ -137,6 +143,7 @@ class KVCache:
         slot = self._slots[target]
         slot.tokens = list(prompt_ids[:num_past])
         slot.num_reusable = num_past
+        slot.unread = []
         slot.identity = identity
         slot.is_held = True
         return Place(target, num_past, num_cached)
@@ -156,6 +163,7 @@ class KVCache:
         """Let a slot go idle. It keeps its reusable tokens for prompts of the same identity."""
         self._num_releases += 1
         released = self._slots[slot]
+        released.unread = released.tokens[released.num_reusable :]
         del released.tokens[released.num_reusable :]
         released.is_held = False
         released.last_used = self._num_releases
@@ -164,6 +172,25 @@ class KVCache:
         """Note that a slot holds nothing of use: a run over it failed."""
         self._slots[slot].tokens = []
         self._slots[slot].num_reusable = 0
+        self._slots[slot].unread = []
+
+    def next_unread(self, most: int) -> tuple[int, list[int]] | None:
+        """Return the idle slot that was used last of those with unread tokens, and the next of them, `most` or so."""
+        min_run = self._runner.min_run
+        found = [number for number, slot in enumerate(self._slots) if not slot.is_held and len(slot.unread) >= min_run]
+        if not found:
+            return None
+        number = max(found, key=lambda number: self._slots[number].last_used)
+        unread, size = self._slots[number].unread, max(most, min_run)
+        # A rest that is too small for a run of its own goes along.
+        return number, unread[: len(unread) if len(unread) - size < min_run else size]
+
+    def note_read(self, slot: int, num_tokens: int) -> None:
+        """Note that the next unread tokens of an idle slot were run."""
+        idle = self._slots[slot]
+        idle.tokens.extend(idle.unread[:num_tokens])
+        idle.num_reusable = len(idle.tokens)
+        del idle.unread[:num_tokens]
 
     def swap(self, a: int, b: int) -> None:
         """Exchange two slots, with all that is known of them."""

@@ -227,6 +227,11 @@ class OnnxRunner:
             if self._running is not None:
                 self._running.terminate = True
 
+    def rest(self) -> None:
+        """Give back memory that only a run needs."""
+        if self._prompt is not None:
+            self._prompt.release()
+
     def load_preset(self, slot: int) -> None:
         """Write the KV of `preset_tokens` to the slot's first positions."""
         if self._preset is not None:
