@@ -19,7 +19,8 @@ HERE: Final = Path(__file__).resolve().parent
 STICK: Final = "/media/stick"
 # The manual's chapters.
 INSTALL, PAIR, TROUBLE, UPDATE, BACKUP, REMOVE = 3, 4, 6, 7, 8, 9
-QUESTION: Final = "What is the capital of France?"
+# Answered with a wide margin at each word: another processor rounds otherwise, which would turn a near tie.
+QUESTION: Final = "What is the capital of France, and what is it known for?"
 EXPECTED: Final = "Paris"
 # A word that must be in nobody's journal.
 CANARY: Final = "xylophonist"
