@@ -180,7 +180,7 @@ class Contest:
 
     def _spawn(self, contestant: Contestant) -> EngineProcess:
         environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
-        environment |= {"PYTHONNOUSERSITE": "1", "HF_HUB_OFFLINE": "1"}
+        environment |= {"PYTHONNOUSERSITE": "1", "HF_HUB_OFFLINE": "1", "ORT_DISABLE_TELEMETRY": "1"}
         try:
             return EngineProcess(contestant.command, self._logs / f"{contestant.name}.log", environment)
         except OSError as error:
