@@ -1,4 +1,4 @@
-"""What several test modules share: the real default bundle, and where the repository stands."""
+"""What several test modules share: the real default bundle, and how hypothesis runs."""
 
 from pathlib import Path
 
@@ -6,14 +6,11 @@ import pytest
 from hypothesis import settings
 
 from hearthd.bundle import Bundle
+from places import DEFAULT_BUNDLE, ROOT
 
 # How long one example takes says more of the machine, and of what else runs on it, than of the code.
 settings.register_profile("hearth", deadline=None)
 settings.load_profile("hearth")
-
-ROOT = Path(__file__).resolve().parent.parent
-# Where `make bundle` builds it: inside the clone, so that no test reads or writes what a person installed.
-DEFAULT_BUNDLE = ROOT / ".cache/state/models/smollm2-135m"
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Self
 
-from conftest import DEFAULT_BUNDLE, ROOT
+from places import DEFAULT_BUNDLE, ROOT
 
 UNITS = ROOT / "deploy/systemd"
 _SYSTEMD = Path("/lib/systemd/systemd")

@@ -28,7 +28,6 @@ from hypothesis import strategies as st
 
 from bundles import write_bundle
 from checkpoints import TinyModel, tiny_models, write_gguf, write_huggingface
-from conftest import ROOT
 from hearthd.build.checkpoints.checkpoint import Checkpoint
 from hearthd.build.checkpoints.onnx_checkpoint import GraphWeights, OnnxCheckpoint
 from hearthd.build.checkpoints.onnx_file import OnnxFile
@@ -39,6 +38,7 @@ from hearthd.build.quantization.quality import Reference
 from hearthd.errors import BuildError
 from hearthd.store import Store
 from model_command import run
+from places import ROOT
 from test_catalogue import hub_file
 
 PYTHON = ROOT / ".venv-export/bin/python"

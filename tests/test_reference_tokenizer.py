@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from checkpoints import tiny_models, write_gguf, write_huggingface
-from conftest import ROOT
 from hearthd.build.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from hearthd.build.progress import no_progress
 from hearthd.build.sources.catalogue import Catalogue, PackageSource
 from hearthd.build.sources.fetch import fetch
 from hearthd.tokenizer import ChatTokenizer, Message
+from places import ROOT
 
 pytestmark = pytest.mark.reference
 
