@@ -292,7 +292,7 @@ def test_json_that_hurts_parsers_is_refused(text: str) -> None:
         ({"eos_ids": ()}, "eos_ids has 0"),
         ({"eos_ids": (32,)}, "vocabulary of 32"),
         ({"preset_tokens": (1,) * 64}, "fill the context"),
-        ({"kv_dtype": "int8"}, "kv_dtype"),
+        ({"kv_dtype": "float32"}, "kv_dtype"),
         ({"quality": {"kl_mean": float("nan")}}, "finite"),
         ({"license": "a\nb"}, "one line"),
         ({"files": {}, "preset_tokens": ()}, r"no model\.onnx"),

@@ -14,6 +14,7 @@ import pytest
 from hearthd.errors import ConfigError
 from hearthd.notify import Notifier, feed_watchdog
 from serving import (
+    PROOF_FORWARDS,
     asynchronous,
     chat_request,
     make_config,
@@ -181,8 +182,8 @@ async def test_a_daemon_tells_its_life_in_order(systemd: socket.socket, tmp_path
 async def test_ready_is_said_after_a_real_token(systemd: socket.socket, tmp_path: Path) -> None:
     runner = make_runner(is_gated=True)
     starting = asyncio.create_task(_serve(tmp_path, runner))
-    # "Hello" in its template is two chunks; the answer is one token, of the second chunk's logits.
-    for forward in (1, 2):
+    # "Hello" in its template is two chunks, of which comes the first token; the second one takes a run more.
+    for forward in range(1, PROOF_FORWARDS + 1):
         await asyncio.to_thread(runner.wait_for_forwards, forward)
         assert not any(message.startswith("READY") for message in heard(systemd))
         runner.allow()
@@ -205,7 +206,7 @@ async def test_a_stuck_run_of_the_model_starves_the_watchdog(
     monkeypatch.setenv("WATCHDOG_USEC", "60000")
     monkeypatch.setenv("WATCHDOG_PID", str(os.getpid()))
     runner = make_runner(is_gated=True)
-    runner.allow(2)
+    runner.allow(PROOF_FORWARDS)
     config = make_config(tmp_path, server={"drain_grace_seconds": 0.0})
     async with (
         serving(config, lambda: make_model(runner), Notifier()),

@@ -102,7 +102,7 @@ def test_every_document_begins_as_a_chat_begins(tmp_path: Path) -> None:
     documents = tokenize(corpus.load("evaluation"), tokenizer, max_tokens=1_200, context_length=100)
     assert all(document.token_ids[:1] == begin for document in documents)
     assert max(len(document.token_ids) for document in documents) == 100
-    by_kind = {kind: sum(len(d.token_ids) for d in documents if d.kind == kind) for kind in corpus.KINDS}
+    by_kind = {kind: sum(len(d.token_ids) - d.num_given for d in documents if d.kind == kind) for kind in corpus.KINDS}
     assert all(0 < tokens <= 200 for tokens in by_kind.values()), json.dumps(by_kind)
 
 
@@ -120,3 +120,15 @@ def test_a_text_too_short_to_judge_on_is_refused(tmp_path: Path) -> None:
             scratch=tmp_path,
             report=silent,
         )
+
+
+def test_a_text_is_judged_as_a_message_without_what_the_template_adds(tmp_path: Path) -> None:
+    checkpoint = tiny_checkpoint(tmp_path)
+    tokenizer = ChatTokenizer(
+        checkpoint.tokenizer_json, checkpoint.chat_template, eos_ids=checkpoint.config["eos_token_id"]
+    )
+    for text in ("Die Küche riecht nach Kaffee.", "x", "The lamp is low.\nTwo lines, and no full stop"):
+        (document,) = tokenize((Document("text", text=text),), tokenizer, max_tokens=500, context_length=500)
+        chat = tokenizer.encode_chat([Message("user", text)], add_generation_prompt=False)
+        assert list(document.token_ids) == chat[: len(document.token_ids)]
+        assert list(document.token_ids[document.num_given :]) == tokenizer.encode_text(text)

@@ -146,17 +146,17 @@ def test_memory_of_a_read_prompt_is_given_back(tmp_path: Path) -> None:
     shape = DecoderShape(num_layers=4, num_kv_heads=4, head_dim=64, vocab_size=8)
     slots = KVSlots(shape, num_slots=1, context_length=4096, dtype=np.int8)
     prompt = PromptBuffers(slots)
-    prompt.hold(0, 0)
+    prompt.hold(0, 0, 2048)
     for array in prompt.arrays:
         array[:, :, :2048] = 1
     prompt.extend(2048)
     slots.write(0, 0, [np.ones((4, 2048, 64), np.int8)] * 8)
     held = resident_bytes()
-    prompt.release_if(1, 3)
+    assert not prompt.release_unless_reading(1, 3)
     assert resident_bytes() > held - 2**20
-    prompt.release_if(0, 1)
+    assert prompt.release_unless_reading(0, 1)
     assert resident_bytes() < held - 15 * 2**20
-    prompt.hold(0, 2048)
+    prompt.hold(0, 2048, 1)
     assert all(np.all(array[:, :, :2048] == 1) for array in prompt.arrays)
 
 

@@ -101,7 +101,10 @@ class Bundle:
         except (OSError, ValueError) as error:
             raise BundleError(f"{self.path / PRESET_NAME} cannot be read: {error}; build the model again") from error
         if preset.shape != shape or preset.dtype != np.int8:
-            raise BundleError(f"{self.path / PRESET_NAME} is {preset.dtype} {preset.shape}; int8 {shape} is needed")
+            raise BundleError(
+                f"{self.path / PRESET_NAME} is {preset.dtype} {preset.shape}; int8 {shape} is needed: build the model "
+                "again"
+            )
         return preset
 
     def tokenizer_json(self) -> str:

@@ -103,34 +103,41 @@ class PromptBuffers:
         self.arrays: tuple[NDArray[np.float32], ...] = self._memory.arrays
         self._slot: int | None = None
         self._num_tokens = 0
-        self._num_written = 0
+        # Positions whose memory may be in use.
+        self._num_touched = 0
 
-    def hold(self, slot: int, num_tokens: int) -> None:
-        """Make the buffers hold a slot's first num_tokens positions."""
+    def hold(self, slot: int, num_tokens: int, num_new: int) -> None:
+        """Make the buffers hold a slot's first num_tokens positions, before a run that writes num_new more."""
         if slot != self._slot:
             self._slot, self._num_tokens = slot, 0
         if num_tokens > self._num_tokens:
             for array, source in zip(self.arrays, self._slots.arrays, strict=True):
                 array[0, :, self._num_tokens : num_tokens] = source[slot, :, self._num_tokens : num_tokens]
         self._num_tokens = num_tokens
+        self._num_touched = max(self._num_touched, num_tokens + num_new)
 
     def extend(self, num_tokens: int) -> None:
-        """Note that a run wrote positions of the same slot, up to num_tokens, here and there."""
+        """Note that the run has written positions of the same slot, up to num_tokens, here and there."""
         self._num_tokens = num_tokens
-        self._num_written = max(self._num_written, num_tokens)
 
     def forget(self) -> None:
         """Note that slots may have changed."""
         self._slot, self._num_tokens = None, 0
 
-    def release_if(self, first_slot: int, num_slots: int) -> None:
-        """Note that these slots are written to; if one is that held here, its prompt is done: give the memory back."""
-        if self._slot is not None and first_slot <= self._slot < first_slot + num_slots:
-            self.release()
+    def release_unless_reading(self, first_slot: int, num_slots: int) -> bool:
+        """Give the memory back before these slots are written to, unless the prompt of another one is being read.
 
-    def release(self) -> None:
-        """Give the memory back, where it is worth it."""
+        Returns whether any was given back.
+        """
+        if self._slot is not None and not first_slot <= self._slot < first_slot + num_slots:
+            return False
+        return self.release()
+
+    def release(self) -> bool:
+        """Give the memory back, where it is worth it; returns whether it was."""
         self.forget()
-        if self._num_written >= _WORTH_GIVING_BACK:
-            self._memory.give_back()
-            self._num_written = 0
+        if self._num_touched < _WORTH_GIVING_BACK:
+            return False
+        self._memory.give_back()
+        self._num_touched = 0
+        return True

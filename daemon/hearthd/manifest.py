@@ -95,7 +95,7 @@ class Manifest:
     role_markers: tuple[int, ...] = ()
     bos_token: str = ""
     eos_token: str = ""
-    kv_dtype: str = "float32"
+    kv_dtype: str = "int8"
     recipe: Mapping[str, Any] = field(default_factory=dict)
     quality: Mapping[str, Any] = field(default_factory=dict)
     created_with: Mapping[str, str] = field(default_factory=dict)
@@ -209,8 +209,10 @@ def _check_manifest(manifest: Manifest) -> None:
             raise BundleError(f"{key} is {shown(number)}; a whole number from 1 to {largest} is allowed")
     if manifest.num_heads % manifest.num_kv_heads:
         raise BundleError(f"num_heads {manifest.num_heads} is no multiple of num_kv_heads {manifest.num_kv_heads}")
-    if manifest.kv_dtype != "float32":
-        raise BundleError(f"kv_dtype is {shown(manifest.kv_dtype)}; float32 is what this hearthd runs")
+    if manifest.kv_dtype != "int8":
+        raise BundleError(
+            f"kv_dtype is {shown(manifest.kv_dtype)}; int8 is what this hearthd runs: build the model again"
+        )
     for key, (fewest, most) in _TOKEN_IDS.items():
         ids = getattr(manifest, key)
         if not fewest <= len(ids) <= most:

@@ -28,6 +28,10 @@ __all__ = ["DecoderShape", "OnnxRunner"]
 _NO_MEMORY = ("bad_alloc", "Failed to allocate memory")
 
 
+# Chunks of prompts come in two sizes again and again: while others decode, and while nobody does.
+_PROMPT_BINDINGS = 2
+
+
 class _Binding:
     """Buffers of one batch shape, bound once: a run only writes token ids and lengths into them.
 
@@ -122,6 +126,8 @@ class OnnxRunner:
         )
         self._prompt = PromptBuffers(self._slots) if has_int8_cache else None
         self._bindings: dict[tuple[int, int, int], _Binding] = {}
+        # Of prompts in an int8 cache, by length, the last used at the end: each has KV of its own for so many tokens.
+        self._prompt_bindings: dict[int, _Binding] = {}
         self._lock = threading.Lock()
         self._running: ort.RunOptions | None = None
 
@@ -166,12 +172,14 @@ class OnnxRunner:
         binding.token_ids[:] = token_ids
         np.add(past_lengths, length - 1, out=binding.last_positions)
         binding.longest[0] = past + length
+        run_options = ort.RunOptions()
         if self._prompt is not None:
             if length > 1:
-                self._prompt.hold(first_slot, past)
-            else:
-                self._prompt.release_if(first_slot, num_rows)
-        self._run(binding)
+                self._prompt.hold(first_slot, past, length)
+            elif self._prompt.release_unless_reading(first_slot, num_rows):
+                # A prompt is done: what its run needed is five times what a step needs.
+                run_options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+        self._run(binding, run_options)
         if self._prompt is not None and length > 1:
             self._slots.write(first_slot, past, [array[0] for array in binding.new])
             self._prompt.extend(past + length)
@@ -179,36 +187,44 @@ class OnnxRunner:
 
     def _binding(self, first_slot: int, num_rows: int, length: int) -> _Binding:
         """Return the buffers for runs of this shape."""
+        if self._prompt is not None and length > 1:
+            assert num_rows == 1, "a batch of prompts"
+            return self._prompt_binding(self._prompt, length)
         key = (first_slot, num_rows, length)
-        binding = self._bindings.get(key)
-        if binding is not None:
-            return binding
+        if key in self._bindings:
+            return self._bindings[key]
         binding = _Binding(self._session, num_rows, length, self.vocab_size)
         # A view of a contiguous run of slots: no copy, and any such run can be a batch.
         rows = [array[first_slot : first_slot + num_rows] for array in self._slots.arrays]
         if self._prompt is None:
             binding.bind_kv(rows, rows)
         else:
-            assert num_rows == 1 or length == 1, "a batch of prompts"
-            _, kv_heads, _, head_dim = rows[0].shape
-            is_prompt = length > 1
-            binding.bind_input("is_prompt", np.asarray(is_prompt))
-            if is_prompt:
-                unused = [np.zeros((1, kv_heads, 0, head_dim), np.int8)] * len(rows)
-                binding.new = tuple(np.zeros((1, kv_heads, length, head_dim), np.int8) for _ in rows)
-                binding.bind_kv(self._prompt.arrays, self._prompt.arrays)
-                binding.bind_kv(unused, binding.new, "_int8")
-            else:
-                empty = [np.zeros((1, kv_heads, 0, head_dim), np.float32)] * len(rows)
-                binding.bind_kv(empty, empty)
-                binding.bind_kv(rows, rows, "_int8")
+            empty = [np.zeros_like(self._prompt.arrays[0][:, :, :0])] * len(rows)
+            binding.bind_input("is_prompt", np.asarray(False))
+            binding.bind_kv(empty, empty)
+            binding.bind_kv(rows, rows, "_int8")
         # The last chunk of a prompt may have any length; only decode steps and full chunks come again and again.
         if length == 1 or length % 16 == 0:
             self._bindings[key] = binding
         return binding
 
-    def _run(self, binding: _Binding) -> None:
-        run_options = ort.RunOptions()
+    def _prompt_binding(self, prompt: PromptBuffers, length: int) -> _Binding:
+        """Return the buffers for a chunk of a prompt, of whatever slot."""
+        binding = self._prompt_bindings.pop(length, None)
+        if binding is None:
+            binding = _Binding(self._session, 1, length, self.vocab_size)
+            _, kv_heads, _, head_dim = prompt.arrays[0].shape
+            unused = [np.zeros((1, kv_heads, 0, head_dim), np.int8)] * len(prompt.arrays)
+            binding.new = tuple(np.zeros((1, kv_heads, length, head_dim), np.int8) for _ in prompt.arrays)
+            binding.bind_input("is_prompt", np.asarray(True))
+            binding.bind_kv(prompt.arrays, prompt.arrays)
+            binding.bind_kv(unused, binding.new, "_int8")
+        self._prompt_bindings[length] = binding
+        while len(self._prompt_bindings) > _PROMPT_BINDINGS:
+            del self._prompt_bindings[next(iter(self._prompt_bindings))]
+        return binding
+
+    def _run(self, binding: _Binding, run_options: ort.RunOptions) -> None:
         with self._lock:
             self._running = run_options
         try:

@@ -19,10 +19,14 @@ MAX_DOCUMENT_TOKENS = 1_024
 
 @dataclass(frozen=True, slots=True)
 class TokenDocument:
-    """A document's token ids and its kind, one of `corpus.KINDS` or `text`."""
+    """A document's token ids and its kind, one of `corpus.KINDS` or `text`.
+
+    num_given: how many of the first are the chat template's and not the document's.
+    """
 
     kind: str
     token_ids: tuple[int, ...]
+    num_given: int = 0
 
 
 def first_tokens(tokenizer: ChatTokenizer) -> tuple[int, ...]:
@@ -57,12 +61,30 @@ def _encoded(
     for document in documents:
         if document.messages is not None:
             messages = [Message(role, content) for role, content in document.messages]
-            token_ids = tokenizer.encode_chat(messages, add_generation_prompt=False)
+            token_ids, num_given = tokenizer.encode_chat(messages, add_generation_prompt=False), 0
         else:
-            token_ids = [*begin, *tokenizer.encode_text(document.text or "")]
+            token_ids, num_given = _as_served(document.text or "", tokenizer)
         # Two tokens are the fewest that have something to predict.
-        if len(token_ids) > max(len(begin), 1) + 1:
-            yield TokenDocument(document.kind, tuple(token_ids[:longest]))
+        if min(len(token_ids), longest) > max(len(begin), num_given - 1, 1) + 1:
+            yield TokenDocument(document.kind, tuple(token_ids[:longest]), num_given)
+
+
+def _as_served(text: str, tokenizer: ChatTokenizer) -> tuple[list[int], int]:
+    """Return a text as a chat's message has it, up to its end, and how many tokens the template puts before it.
+
+    Not just behind the first token of all chats: what stands there is always a role, and some models have a state of
+    their own for anything else, which would be judged although no chat ever comes to it.
+    """
+    token_ids, other = (
+        tokenizer.encode_chat([Message("user", each)], add_generation_prompt=False) for each in (text, f"- {text} -")
+    )
+    before = _num_shared(token_ids, other)
+    behind = min(_num_shared(token_ids[::-1], other[::-1]), len(token_ids) - before)
+    return token_ids[: len(token_ids) - behind], before
+
+
+def _num_shared(a: Sequence[int], b: Sequence[int]) -> int:
+    return next((n for n, (left, right) in enumerate(zip(a, b, strict=False)) if left != right), min(len(a), len(b)))
 
 
 def _up_to(documents: Sequence[TokenDocument], max_tokens: int) -> Iterator[TokenDocument]:
@@ -70,5 +92,6 @@ def _up_to(documents: Sequence[TokenDocument], max_tokens: int) -> Iterator[Toke
     for document in documents:
         if left <= 8:
             return
-        yield TokenDocument(document.kind, document.token_ids[:left])
-        left -= len(document.token_ids)
+        given = document.num_given
+        yield TokenDocument(document.kind, document.token_ids[: given + left], given)
+        left -= len(document.token_ids) - given

@@ -161,6 +161,8 @@ def compare(
         ids = document.token_ids
         # The system prompt that a template puts before every chat counts once, not as often as there are chats.
         judged_before = max((_num_shared(ids, other.token_ids) for other in documents[:index]), default=0)
+        # Nor does what the template puts before a text; but the text's own first token, from the position before.
+        judged_before = max(judged_before, document.num_given - 1)
         sums = by_kind.setdefault(document.kind, _Sums())
         if start:
             # The reference computes what the bundle has as its preset.

@@ -83,7 +83,8 @@ def _mixture(documents: Sequence[TokenDocument], start: int) -> tuple[int, ...]:
         wanted = _TOKENS // len(kinds)
         for document in documents:
             if document.kind == kind and wanted > 0:
-                piece = document.token_ids[start : start + min(_PIECE, wanted)]
+                begin = max(start, document.num_given)
+                piece = document.token_ids[begin : begin + min(_PIECE, wanted)]
                 token_ids += piece
                 wanted -= len(piece)
     return tuple(token_ids)
