@@ -100,7 +100,7 @@ def _longrope(
 
     transformers goes over to the long factors in the middle of a sequence that outgrows the original length, which
     makes every key in the cache wrong, and one caller's length would change another one's angles. So the context ends
-    where the short factors do: 4,096 tokens for Phi-3-mini-128k and Phi-4-mini, 1 GB of KV for the latter.
+    where the short factors do: 4,096 tokens for Phi-3-mini-128k and Phi-4-mini, 270 MB of KV for the latter.
     """
     # Phi-3's configuration has it beside rope_scaling, and transformers prefers it there.
     name_of_original = "original_max_position_embeddings"
