@@ -123,8 +123,8 @@ def measure_bundle(bundle: Bundle, plan: Plan, report: Report) -> Measured:
     traffic = StepTraffic.of_model(bundle.model_path)
     context_length = min(plan.context_length, bundle.manifest.context_length)
     buffer_bytes = max(traffic.weight_bytes, MIN_BUFFER_BYTES)
-    # Two runners, each with its weights mapped and perhaps packed a second time; their KV, that of a prompt being read in
-    # float32 besides; the buffer.
+    # Two runners, each with its weights mapped and perhaps packed a second time; their KV, that of a prompt being read
+    # in float32 besides; the buffer.
     kv = traffic.kv_bytes_per_position * (5 * context_length + (_SLOTS + 1) * (SHORT_CONTEXT + MAX_STEPS))
     check_room(3 * traffic.weight_bytes + kv + buffer_bytes, available_bytes())
     # Before this process loads the model too: a small board has not the memory for both.
