@@ -15,7 +15,17 @@ from hearthd.config import Config
 from hearthd.errors import ConfigError
 from hearthd.reload import Outcome, Reload
 from hearthd.tokens import create_token
-from serving import answer, asynchronous, chat_request, make_config, serving, tcp_target, unix_target
+from serving import (
+    PROMPT_FORWARDS,
+    PROOF_FORWARDS,
+    answer,
+    asynchronous,
+    chat_request,
+    make_config,
+    serving,
+    tcp_target,
+    unix_target,
+)
 from tls_files import make_tls_files
 
 # All or nothing, by itself.
@@ -285,7 +295,7 @@ def test_a_hangup_during_an_answer_leaves_it_whole(tmp_path: Path) -> None:
     write(tmp_path)
     with scripted(tmp_path, "gated") as daemon:
         assert daemon.process.stdin
-        daemon.process.stdin.write("5\n")
+        daemon.process.stdin.write(f"{PROOF_FORWARDS + PROMPT_FORWARDS + 1}\n")
         daemon.process.stdin.flush()
         daemon.wait_for("READY=1")
         with daemon.channel() as channel:
