@@ -173,6 +173,8 @@ class OnnxRunner:
         np.add(past_lengths, length - 1, out=binding.last_positions)
         binding.longest[0] = past + length
         run_options = ort.RunOptions()
+        # What goes wrong is raised; a run that `terminate` stopped would be told as an error as well, in colours.
+        run_options.log_severity_level = 4
         if self._prompt is not None:
             if length > 1:
                 self._prompt.hold(first_slot, past, length)
