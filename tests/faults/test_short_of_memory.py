@@ -30,7 +30,7 @@ def address_space(pid: int) -> int:
 @pytest.fixture
 def daemon(tmp_path: Path, default_bundle: Bundle) -> Iterator[DaemonProcess]:
     # Large chunks of a prompt: one must not fit into what is free within the memory that the process has.
-    options = {"HEARTHD_ENGINE_THREADS": "1", "HEARTHD_ENGINE_SOLO_PREFILL_CHUNK": "512"}
+    options = {"HEARTHD_ENGINE_THREADS": "1", "HEARTHD_ENGINE_PREFILL_CHUNK": "512"}
     with real(tmp_path, default_bundle.path.parent, **options) as daemon:
         daemon.wait_for("READY=1")
         yield daemon
