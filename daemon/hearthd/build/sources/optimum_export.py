@@ -82,7 +82,7 @@ def _require_packages() -> None:
         if not found:
             raise BuildError(
                 f"exporting a checkpoint needs {package}, which is not installed: pip install "
-                "'.[daemon,export]' of a clone of Hearth, best into an environment of its own; "
+                "'hearth-chat[daemon,export]', best into an environment of its own; "
                 "a directory that is exported already needs none of it"
             )
 
