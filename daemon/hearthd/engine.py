@@ -9,6 +9,7 @@ One thread calls it. Knows no asyncio, no gRPC and no threads; time comes from t
 `worker`.
 """
 
+import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -48,6 +49,8 @@ __all__ = [
     "TokenLogprob",
     "TokenProbability",
 ]
+
+_logger = logging.getLogger(__name__)
 
 # What a run of a prompt may take where no answer waits for it: a cancelled prompt is dropped and the next one is begun
 # that soon, and the watchdog is fed.
@@ -282,7 +285,9 @@ class Engine:
             self._run([chunk], slot, [self._cache.num_tokens(slot)])
         except RunTerminated:
             raise
-        except Exception:  # noqa: BLE001 - of nobody's answer; who asks next hears of it
+        except Exception as error:  # noqa: BLE001 - of nobody's answer; who asks next hears of it
+            # Its type alone: a message could quote what was said.
+            _logger.warning("an answer could not be read again, and is not cached: %s", type(error).__name__)
             self._cache.forget(slot)
         else:
             self._cache.note_read(slot, len(chunk))

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from hearthd.build.quantization.corpus import Document
 from hearthd.tokenizer import ChatTokenizer, Message
 
-__all__ = ["MAX_DOCUMENT_TOKENS", "TokenDocument", "first_tokens", "tokenize"]
+__all__ = ["MAX_DOCUMENT_TOKENS", "TokenDocument", "first_tokens", "num_shared", "tokenize"]
 
 # A document's tokens beyond this are left out: the rest of a long one adds time and little else.
 MAX_DOCUMENT_TOKENS = 1_024
@@ -78,12 +78,13 @@ def _as_served(text: str, tokenizer: ChatTokenizer) -> tuple[list[int], int]:
     token_ids, other = (
         tokenizer.encode_chat([Message("user", each)], add_generation_prompt=False) for each in (text, f"- {text} -")
     )
-    before = _num_shared(token_ids, other)
-    behind = min(_num_shared(token_ids[::-1], other[::-1]), len(token_ids) - before)
+    before = num_shared(token_ids, other)
+    behind = min(num_shared(token_ids[::-1], other[::-1]), len(token_ids) - before)
     return token_ids[: len(token_ids) - behind], before
 
 
-def _num_shared(a: Sequence[int], b: Sequence[int]) -> int:
+def num_shared(a: Sequence[int], b: Sequence[int]) -> int:
+    """Return with how many equal tokens both begin."""
     return next((n for n, (left, right) in enumerate(zip(a, b, strict=False)) if left != right), min(len(a), len(b)))
 
 

@@ -20,7 +20,7 @@ from hearthd.build.decoder.graph import LAST_POSITION, MODEL_FILE, GraphOptions,
 from hearthd.build.decoder.recipe import Recipe
 from hearthd.build.decoder.weights import DecoderWeights, TensorSource
 from hearthd.build.quantization.divergence import kl_divergence, log_softmax
-from hearthd.build.quantization.documents import TokenDocument
+from hearthd.build.quantization.documents import TokenDocument, num_shared
 from hearthd.build.quantization.session import GraphSession
 from hearthd.errors import BuildError
 
@@ -160,7 +160,7 @@ def compare(
     for index, document in enumerate(documents):
         ids = document.token_ids
         # The system prompt that a template puts before every chat counts once, not as often as there are chats.
-        judged_before = max((_num_shared(ids, other.token_ids) for other in documents[:index]), default=0)
+        judged_before = max((num_shared(ids, other.token_ids) for other in documents[:index]), default=0)
         # Nor does what the template puts before a text; but the text's own first token, from the position before.
         judged_before = max(judged_before, document.num_given - 1)
         sums = by_kind.setdefault(document.kind, _Sums())
@@ -179,13 +179,6 @@ def compare(
             position += len(expected)
         report((index + 1) / len(documents))
     return _figures(by_kind)
-
-
-def _num_shared(a: Sequence[int], b: Sequence[int]) -> int:
-    """Return with how many equal tokens both begin."""
-    return next(
-        (place for place, (left, right) in enumerate(zip(a, b, strict=False)) if left != right), min(len(a), len(b))
-    )
 
 
 def _figures(by_kind: Mapping[str, _Sums]) -> QualityFigures:
