@@ -22,7 +22,7 @@ GENERATED = "hearth.v1"
 LAYERS = (
     {"hearthd.__main__"},
     {"hearthd.server"},
-    {"hearthd.service"},
+    {"hearthd.services.chat", "hearthd.services.model", "hearthd.services.status"},
     {"hearthd.worker"},
     {"hearthd.engine"},
     {"hearthd.runner", "hearthd.kv_cache", "hearthd.sampling", "hearthd.tokenizer"},
@@ -254,7 +254,7 @@ def test_bench_runs_the_engine_without_a_server() -> None:
 def test_the_doctor_looks_from_outside() -> None:
     """A daemon that does not start, or whose packages are broken, must still be examined."""
     doctor = {name for name in MODULES if name.startswith("hearthd.doctor")}
-    forbidden = {"hearthd.server", "hearthd.service", "hearthd.worker", "hearthd.engine", "hearthd.runner"}
+    forbidden = {"hearthd.server", "hearthd.services.chat", "hearthd.worker", "hearthd.engine", "hearthd.runner"}
     assert {name for name in doctor if reachable(name) & forbidden} == set()
     assert {name for name in MODULES.keys() - doctor if MODULES[name].imported & doctor} == {"hearthd.__main__"}
 

@@ -40,11 +40,11 @@ text = "Say the word."
 """
 # Each layer that a caller's words pass, as a place where something may go wrong with them in hand.
 LAYERS = (
-    "hearthd.service.read_chat",
-    "hearthd.service._find_model",
-    "hearthd.service.fit_to_context",
-    "hearthd.service.to_chat_response",
-    "hearthd.service._charge",
+    "hearthd.services.chat.read_chat",
+    "hearthd.services.chat.find_model",
+    "hearthd.services.chat.fit_to_context",
+    "hearthd.services.chat.to_chat_response",
+    "hearthd.services.chat._charge",
     "hearthd.convert.read_conversation",
     "hearthd.convert.validate",
     "hearthd.policy.rules.RoleRules.apply",

@@ -24,7 +24,9 @@ from hearthd.errors import InvalidRequestError
 from hearthd.model import Model
 from hearthd.sampling import validate
 from hearthd.server import Server
-from hearthd.service import ChatService, ModelService, StatusService
+from hearthd.services.chat import ChatService
+from hearthd.services.model import ModelService
+from hearthd.services.status import StatusService
 from hearthd.tokens import create_token
 from serving import (
     NAME,
@@ -468,13 +470,13 @@ async def test_a_fault_is_told_by_an_id_and_nothing_else(tmp_path: Path, caplog:
             raise KeyError(CANARY)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("hearthd.service.read_chat", fail)
+            patch.setattr("hearthd.services.chat.read_chat", fail)
             errors.append(await refusal(answer(channel, chat_request())))
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("hearthd.service.to_chat_response", fail)
+            patch.setattr("hearthd.services.chat.to_chat_response", fail)
             errors.append(await refusal(answer(channel, chat_request())))
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("hearthd.service._find_model", fail)
+            patch.setattr("hearthd.services.model.find_model", fail)
             errors.append(await refusal(model_pb2_grpc.ModelServiceStub(channel).GetModel(model_pb2.GetModelRequest())))
         await answer(channel, chat_request())
     for error in errors:
@@ -497,7 +499,7 @@ async def test_a_cancellation_from_elsewhere_does_not_leave_the_caller_waiting(
         raise asyncio.CancelledError
 
     async with daemon(tmp_path) as (channel, _):
-        monkeypatch.setattr("hearthd.service.read_chat", cancelled)
+        monkeypatch.setattr("hearthd.services.chat.read_chat", cancelled)
         error = await refusal(answer(channel, chat_request()))
         assert error.code() is grpc.StatusCode.INTERNAL
 

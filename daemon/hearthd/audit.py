@@ -5,7 +5,7 @@ from the daemon alone: names of tokens, roles and rules, the name of a method th
 no right to call, at most one line a second is written, with the number of those that it stands for: a scan must not
 push everything else out of a log of bounded size.
 
-`server` puts an `AuditInterceptor` before everything else that a call meets; `service` fills `current_record`.
+`server` puts an `AuditInterceptor` before everything else that a call meets; `services` fills `current_record`.
 """
 
 import asyncio

@@ -1,7 +1,7 @@
 """Renders a conversation with the model's chat template, set up as transformers does it.
 
 A template is code. It comes from the bundle, whose hashes were checked, never from a request, and runs in Jinja's
-sandbox all the same. Knows no tokens. Called by `tokenizer`; `service` calls `validate_messages`.
+sandbox all the same. Knows no tokens. Called by `tokenizer`; `services` calls `validate_messages`.
 """
 
 import json

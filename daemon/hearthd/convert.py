@@ -1,7 +1,7 @@
 """Messages of the protocol to the engine's values and back. Pure functions; no gRPC, no waiting.
 
 Whatever a request says is checked here, before anything is computed, and all that is wrong with it is told at once.
-Called by `service`.
+Called by `services`.
 """
 
 import re

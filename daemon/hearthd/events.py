@@ -1,6 +1,6 @@
 """What happens to a sequence, in the order that its caller sees it: queued, deltas, and one end.
 
-Values only. Knows neither how they are made (`engine`) nor how they travel (`worker`, `service`).
+Values only. Knows neither how they are made (`engine`) nor how they travel (`worker`, `services`).
 """
 
 import enum

@@ -5,7 +5,7 @@ Tokens are charged as they come, prompts with their slot and answers token by to
 was charged before the last save. A chat begins while something is left and is finished then, whatever it costs; the
 next one waits until the debt is paid.
 
-Knows no gRPC and no model. `auth` counts calls, `service` admits chats.
+Knows no gRPC and no model. `auth` counts calls, `services` admits chats.
 """
 
 import time

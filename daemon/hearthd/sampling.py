@@ -3,7 +3,7 @@
 `SamplingParams` are a request's options, `validate` checks them, and `Sampler` composes those functions of `logits`
 that a request needs, once, so that an option that is off costs nothing.
 
-Knows neither text nor KV nor the model. Called by `engine`; `service` calls `validate`.
+Knows neither text nor KV nor the model. Called by `engine`; `services` calls `validate`.
 """
 
 import math

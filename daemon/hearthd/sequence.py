@@ -1,6 +1,6 @@
 """One request's state, from its arrival to its end.
 
-Made by `service`, owned by `engine` from `Engine.add` on. Knows no engine and no model.
+Made by `services`, owned by `engine` from `Engine.add` on. Knows no engine and no model.
 """
 
 import enum

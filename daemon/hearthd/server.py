@@ -35,7 +35,9 @@ from hearthd.pairing.gate import PairingGate
 from hearthd.policy.policy_file import PolicyFile
 from hearthd.policy.rules import Policy
 from hearthd.reload import Outcome, Reload, Reloadable
-from hearthd.service import ChatService, ModelService, StatusService
+from hearthd.services.chat import ChatService
+from hearthd.services.model import ModelService
+from hearthd.services.status import StatusService
 from hearthd.statuses import ErrorBoundary
 from hearthd.tls import CertificateSource, find_exposure, find_files
 from hearthd.tokenising import Tokenising

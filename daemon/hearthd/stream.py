@@ -1,6 +1,6 @@
 """One chat on its way from the inference thread to its caller: admitted, submitted, read, ended.
 
-Everything here happens on the event loop. Knows no gRPC. Made by `worker`, used by `service`.
+Everything here happens on the event loop. Knows no gRPC. Made by `worker`, used by `services`.
 """
 
 import asyncio

@@ -1,7 +1,7 @@
 """Text to token ids and back: texts, whole conversations, and answers as they grow.
 
 A caller's text never becomes a control token, whatever it contains; only the model's own chat template writes those.
-Knows no sequences and no model. Safe to use from any thread. Called by `service` (encoding) and `engine` (decoding).
+Knows no sequences and no model. Safe to use from any thread. Called by `services` (encoding) and `engine` (decoding).
 """
 
 import json

@@ -1,4 +1,4 @@
-"""The distribution's version. Called by `__main__` and `service`."""
+"""The distribution's version. Called by `__main__` and `services`."""
 
 from importlib import metadata
 

@@ -5,7 +5,7 @@ admitted; sequences cross to the thread through a queue, between two steps, and 
 `call_soon_threadsafe`, one call for each step. Whoever leaves (cancelled, too late, gone, too slow) is taken out of the
 engine before its next step; if its prompt is being read at that moment, that run is stopped in the middle.
 
-Knows no gRPC. Called by `service` (chats) and `server` (life).
+Knows no gRPC. Called by `services` (chats) and `server` (life).
 """
 
 import asyncio

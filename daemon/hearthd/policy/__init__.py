@@ -7,5 +7,5 @@
     phrases.py       phrases as one automaton for all
     folding.py       characters as they are compared: case, width and composition do not matter
 
-Imports run upwards in this list. Called by `service` (conversations) and `answer` (what the model writes).
+Imports run upwards in this list. Called by `services` (conversations) and `answer` (what the model writes).
 """

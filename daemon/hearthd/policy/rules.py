@@ -1,6 +1,6 @@
 """What a policy says, as values, and what of it concerns a role.
 
-Knows no file. Made by `policy_file`; `service` screens conversations with it, and gives `engine` the screen of an
+Knows no file. Made by `policy_file`; `services` screens conversations with it, and gives `engine` the screen of an
 answer.
 """
 

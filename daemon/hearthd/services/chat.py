@@ -1,0 +1,142 @@
+"""hearth.v1.ChatService: a conversation in, its answer out, message by message."""
+
+import asyncio
+import logging
+import time
+
+import grpc
+
+from hearth.v1 import chat_pb2, chat_pb2_grpc
+from hearthd.audit import current_record
+from hearthd.caller import current_caller
+from hearthd.config import LimitsConfig
+from hearthd.convert import ChatCall, fit_to_context, read_chat, to_chat_response
+from hearthd.errors import InvalidRequestError, SlowReaderError
+from hearthd.metering import ChatMeter, Meters
+from hearthd.policy.policy_file import PolicyFile
+from hearthd.policy.screening import Screen
+from hearthd.sequence import Sequence
+from hearthd.services.chosen_model import find_model
+from hearthd.services.prompt import encoding
+from hearthd.stream import ChatStream
+from hearthd.tokenising import Tokenising
+from hearthd.worker import Worker
+
+__all__ = ["ChatService"]
+
+_logger = logging.getLogger(__name__)
+
+
+class ChatService(chat_pb2_grpc.ChatServiceServicer):
+    """hearth.v1.ChatService."""
+
+    def __init__(
+        self,
+        worker: Worker,
+        meters: Meters,
+        limits: LimitsConfig,
+        tokenising: Tokenising,
+        policy: PolicyFile,
+        *,
+        write_timeout_seconds: float,
+    ) -> None:
+        self._worker = worker
+        self._meters = meters
+        self.limits = limits
+        """In force; `live_parts` exchanges them."""
+        self._tokenising = tokenising
+        self._policy = policy
+        self._write_timeout_seconds = write_timeout_seconds
+
+    async def Chat(  # noqa: N802
+        self, request: chat_pb2.ChatRequest, context: grpc.aio.ServicerContext
+    ) -> None:
+        """Answer a conversation, message by message."""
+        arrived = time.monotonic()
+        model = find_model(self._worker, request.model)
+        call = read_chat(request, model, self.limits.max_messages)
+        caller = current_caller()
+        rules = self._policy.current.for_role(caller.role)
+        if rules.has_output_rules and call.params.top_logprobs is not None:
+            raise InvalidRequestError(
+                "sampling.top_logprobs",
+                "is set; this daemon's policy screens answers, and they would tell what it hides",
+            )
+        screen = rules.screen_answer()
+        with self._meters.admit_chat(caller) as meter, self._worker.admit() as chat:
+            try:
+                prompt_ids = await self._tokenising.run(current_caller().account, encoding(model, rules, call.messages))
+                seconds_left = context.time_remaining()
+                chat.submit(
+                    Sequence(
+                        request_id=call.request_id,
+                        prompt_ids=tuple(prompt_ids),
+                        params=fit_to_context(call, len(prompt_ids), model.engine.context_length),
+                        cache_identity=caller.identity,
+                        arrived=arrived,
+                        deadline=None if seconds_left is None else time.monotonic() + seconds_left,
+                        screen=screen,
+                    )
+                )
+                async for event in chat:
+                    _charge(meter, chat)
+                    await self._write(context, chat, to_chat_response(event, call.request_id, model.name))
+            finally:
+                _charge(meter, chat)
+                _record_end(chat, screen)
+                _log_end(chat, call, arrived)
+
+    async def _write(
+        self, context: grpc.aio.ServicerContext, chat: ChatStream, response: chat_pb2.ChatResponse
+    ) -> None:
+        try:
+            async with asyncio.timeout(self._write_timeout_seconds):
+                await context.write(response)
+        except TimeoutError:
+            error = SlowReaderError(
+                f"the caller took nothing for {self._write_timeout_seconds:g} seconds, the limit; read faster"
+            )
+            chat.fail(error)
+            raise error from None
+
+
+def _charge(meter: ChatMeter, chat: ChatStream) -> None:
+    """Charge what a chat has cost so far: nothing without a slot, its whole prompt with one, and each token since."""
+    sequence = chat.sequence
+    if sequence is not None and sequence.admitted is not None:
+        meter.charge_up_to(len(sequence.prompt_ids) + len(sequence.output_ids))
+
+
+def _record_end(chat: ChatStream, screen: Screen | None) -> None:
+    """Tell the audit log how a chat ended: counts, and names of rules."""
+    record, sequence = current_record(), chat.sequence
+    if screen is not None:
+        record.rules |= screen.fired
+    if sequence is not None and sequence.admitted is not None:
+        record.prompt_tokens, record.completion_tokens = len(sequence.prompt_ids), len(sequence.output_ids)
+    if chat.finished is not None:
+        record.finish_reason = chat.finished.reason.value
+
+
+def _log_end(chat: ChatStream, call: ChatCall, arrived: float) -> None:
+    """Log how a chat ended: counts and times, no text."""
+    if chat.sequence is None:
+        return  # refused; its caller knows why
+    finished = chat.finished
+    if finished is not None:
+        _logger.info(
+            "chat %s of %s: %s, prompt %d (cached %d), answer %d tokens, first after %.0f ms, %.2f s",
+            call.request_id,
+            current_caller().name,
+            finished.reason.value,
+            finished.prompt_tokens,
+            finished.cached_prompt_tokens,
+            finished.completion_tokens,
+            finished.time_to_first_token_seconds * 1000,
+            time.monotonic() - arrived,
+        )
+    else:
+        how = "cancelled" if chat.error is None else f"ended by {type(chat.error).__name__}"
+        _logger.info(
+            "chat %s of %s: %s, %.2f s", call.request_id, current_caller().name, how, time.monotonic() - arrived
+        )
