@@ -317,21 +317,6 @@ async def test_a_ping_crosses_the_queue_and_waits_for_a_stuck_run() -> None:
 
 
 @asynchronous
-async def test_progress_moves_with_each_step_and_rests_with_the_engine() -> None:
-    async with working(make_runner()) as worker:
-        before = worker.progress
-        with worker.admit() as chat:
-            chat.submit(sequence(max_tokens=4))
-            async for _ in chat:
-                pass
-        await worker.ping()
-        after = worker.progress
-        assert after - before == 4
-        await worker.ping()
-        assert worker.progress == after
-
-
-@asynchronous
 async def test_draining_admits_nobody_and_waits_for_the_last() -> None:
     runner = make_runner(is_gated=True)
     async with working(runner) as worker:

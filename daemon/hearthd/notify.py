@@ -1,4 +1,4 @@
-"""What systemd is told: ready, status, more time, and that inference makes progress.
+"""What systemd is told: ready, status, more time, and that the inference thread answers.
 
 Uses systemd-python (`systemd.daemon`). Outside of systemd, which is to say without NOTIFY_SOCKET, everything here does
 nothing. Under it, systemd-python must be installed: without it the unit would wait for READY until its time is over,
@@ -88,22 +88,17 @@ def _watchdog_seconds(environment: Mapping[str, str]) -> float | None:
     return int(interval) / 1e6
 
 
-async def feed_watchdog(
-    notifier: Notifier, watchdog_seconds: float, progress: Callable[[], int], ping: Callable[[], Awaitable[None]]
-) -> NoReturn:
-    """Feed the watchdog for as long as inference makes progress, and only then; cancel to end.
+async def feed_watchdog(notifier: Notifier, watchdog_seconds: float, ping: Callable[[], Awaitable[None]]) -> NoReturn:
+    """Feed the watchdog for as long as the inference thread does its work, and only then; cancel to end.
 
-    progress: a counter that moves with each step of the engine. ping: returns when a no-op has crossed the inference
-    queue. A timer alone proves nothing: servers are known to call themselves healthy with a dead generator.
+    ping: returns when a no-op has crossed the inference queue. A timer alone proves nothing: servers are known to call
+    themselves healthy with a dead generator. Nor does what the thread did since the last time: it may have frozen just
+    now, and systemd would hear of it that much later.
     """
     # A third leaves room for one late turn of a busy board; sd_watchdog_enabled(3) recommends half.
     interval = watchdog_seconds / 3
-    seen = progress()
     while True:
         await asyncio.sleep(interval)
-        now = progress()
-        if now == seen:
-            # Not bounded in time: if it never comes back, nobody feeds the watchdog, and that is the point.
-            await ping()
-        seen = progress()
+        # Not bounded in time: if it never comes back, nobody feeds the watchdog, and that is the point.
+        await ping()
         notifier.alive()

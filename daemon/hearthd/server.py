@@ -310,7 +310,7 @@ class Server:
         return ["the renewed TLS certificate is not used, the last good one is; the journal says why"]
 
     async def _feed_watchdog(self, seconds: float) -> None:
-        await feed_watchdog(self._notifier, seconds, lambda: self._worker.progress, self._worker.ping)
+        await feed_watchdog(self._notifier, seconds, self._worker.ping)
 
     async def _drain(self, crashing: "asyncio.Task[None]") -> None:
         """Let running answers finish, within the grace; fail the others."""

@@ -80,7 +80,6 @@ class Worker:
         self._no_chats.set()
         self._model: Model | None = None
         self._must_stop = False
-        self._progress = 0
         self._num_failures = 0
         self.state = State.LOADING
         self.counts = Counts()
@@ -116,11 +115,6 @@ class Worker:
     def max_queued(self) -> int:
         """Chats that may wait."""
         return self._max_queued
-
-    @property
-    def progress(self) -> int:
-        """A number that moves with each step of the engine. Any thread."""
-        return self._progress
 
     def admit(self) -> ChatStream:
         """Give a chat a place, or refuse it at once.
@@ -290,7 +284,6 @@ class Worker:
         if self._must_stop or not self._engine.has_work:
             return
         events = self._engine.step()
-        self._progress += 1
         self._judge(events)
         if events:
             self._call_loop(lambda: self._deliver(events))
