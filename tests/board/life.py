@@ -6,6 +6,7 @@ earlier ones. What a person types comes from the manual. Run by `scenario`.
 
 import re
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final
@@ -86,8 +87,11 @@ class Life:
 
     def ask_doctor(self) -> str:
         """Let the daemon's own diagnosis find no problem; an emulated board has reasons for warnings."""
-        found = self._type(*boxes(TROUBLE), seconds=ANSWER_SECONDS).output.strip()
-        return found.splitlines()[-1]
+        found = self._type(*boxes(TROUBLE), seconds=ANSWER_SECONDS).output
+        # A finding begins its line with what it is; a remedy stands below, indented.
+        levels = Counter(line.split()[0] for line in found.splitlines() if line and not line.startswith(" "))
+        require(levels["good"] > 0 and not levels["problem"], f"it finds {dict(levels)}")
+        return ", ".join(f"{number} {level}" for level, number in levels.items())
 
     def examine_sandbox(self) -> str:
         """See in the running process that systemd did what the unit asks."""
