@@ -2,6 +2,7 @@
 
 `deploy/hearthd.toml` shows every key with its meaning and default. HEARTHD_<SECTION>_<KEY> in the environment comes
 before the file. Whatever is not known is refused: a misspelt limit must not silently be none.
+The keys themselves are in `config_sections`.
 
 Opens the one file that it is told to, resolves no host name and reads no certificate: `listeners` and `tls` do that.
 Called by `__main__`; every other module of the serving side gets the section that it needs.
@@ -14,12 +15,24 @@ import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Annotated, Any, Final, get_type_hints
+from typing import Any, Final, get_type_hints
 
 from hearthd import paths
+from hearthd.config_sections import (
+    AuditConfig,
+    AuthConfig,
+    DiscoveryConfig,
+    EngineConfig,
+    LimitsConfig,
+    LogConfig,
+    ModelConfig,
+    PolicyConfig,
+    ServerConfig,
+    TlsConfig,
+)
 from hearthd.errors import ConfigError
-from hearthd.roles import BUILT_IN, Role
-from hearthd.setting import FileMode, Flag, Kind, Number, Pairs, Place, Strings, Text, Whole, Word
+from hearthd.roles import BUILT_IN, ROLE_FORM, ROLE_NAME, Role
+from hearthd.setting import Kind, Place
 
 __all__ = [
     "AuditConfig",
@@ -43,130 +56,12 @@ _PREFIX: Final = "HEARTHD_"
 # Not a key: it names the file.
 _FILE_VARIABLE: Final = "HEARTHD_CONFIG"
 _MAX_FILE_BYTES: Final = 2**20
-# sun_path holds 108 bytes, the last of them zero (unix(7)).
-_MAX_SOCKET_PATH_BYTES: Final = 107
 # What a path may begin with: secrets that systemd hands over (systemd.exec(5), LoadCredential).
 _CREDENTIALS: Final = "$CREDENTIALS_DIRECTORY"
 # Fields whose default in a file is not the default of the dataclass, because it depends on the environment.
 _AUTO: Final = frozenset({("server", "unix_socket"), ("auth", "usage_file"), ("model", "directory")})
 # The one section of sections: `[roles.NAME]`. Not from the environment, whose names could not be told apart.
 _ROLES: Final = "roles"
-# As in the token file, where the role's name is a word of a line.
-_ROLE_NAME: Final = r"[a-z][a-z0-9_-]{0,31}"
-_ROLE_FORM: Final = "up to 32 of a-z, 0-9, '_', '-', a letter first"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ServerConfig:
-    """Where the daemon listens, and how long it waits for whom."""
-
-    unix_socket: Annotated[Path | None, Place(auto=paths.unix_socket, max_bytes=_MAX_SOCKET_PATH_BYTES)] = None
-    unix_socket_mode: Annotated[int, FileMode()] = 0o660
-    tcp: Annotated[tuple[str, ...], Strings(16)] = ("127.0.0.1:50051",)
-    tls_socket: Annotated[Path | None, Place(max_bytes=_MAX_SOCKET_PATH_BYTES)] = None
-    allow_insecure_lan: Annotated[bool, Flag()] = False
-    max_connections: Annotated[int, Whole(1, 4096)] = 64
-    write_timeout_seconds: Annotated[float, Number(0.1, 600.0)] = 10.0
-    stream_backlog_bytes: Annotated[int, Whole(4096, 16 * 2**20)] = 256 * 1024
-    drain_grace_seconds: Annotated[float, Number(0.0, 3600.0)] = 20.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TlsConfig:
-    """Certificate chain and private key, PEM: in a directory, or two files; or none. For every TCP address."""
-
-    directory: Annotated[Path | None, Place(auto=paths.tls_directory)] = None
-    certificate: Annotated[Path | None, Place()] = None
-    key: Annotated[Path | None, Place()] = None
-    clients: Annotated[Path | None, Place()] = None
-
-    @property
-    def is_configured(self) -> bool:
-        """Whether TCP addresses speak TLS."""
-        return self.directory is not None or self.certificate is not None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AuthConfig:
-    """Who may call."""
-
-    token_file: Annotated[Path | None, Place(auto=paths.token_file)] = None
-    certificates: Annotated[
-        tuple[tuple[str, str], ...],
-        Pairs(
-            1024, r"[\x21-\x7e]{1,253}", _ROLE_NAME, 'names of client certificates with their roles, {"a.lan" = "user"}'
-        ),
-    ] = ()
-    unix_needs_token: Annotated[bool, Flag()] = False
-    health_open: Annotated[bool, Flag()] = False
-    open_role: Annotated[str, Text(_ROLE_NAME, _ROLE_FORM)] = "user"
-    usage_file: Annotated[Path | None, Place(auto=paths.usage_file)] = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DiscoveryConfig:
-    """Whether other machines are told, unasked, that there is a daemon."""
-
-    announce: Annotated[bool, Flag()] = False
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelConfig:
-    """Which model is served."""
-
-    directory: Annotated[Path, Place(auto=paths.model_directory, may_be_none=False)]
-    # The alphabet that `manifest` demands of a bundle's name: no path can be meant.
-    name: Annotated[str, Text(r"[a-z0-9][a-z0-9._-]{0,63}", "up to 64 of a-z, 0-9, '.', '_', '-'")] = "smollm2-135m"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineConfig:
-    """How the model runs."""
-
-    slots: Annotated[int, Whole(1, 64)] = 4
-    context_length: Annotated[int, Whole(64, 131072)] = 2048
-    threads: Annotated[int, Whole(0, 256)] = 0
-    prefill_chunk: Annotated[int, Whole(2, 512)] = 64
-    solo_prefill_chunk: Annotated[int, Whole(2, 512)] = 256
-    max_answer_seconds: Annotated[float, Number(1.0, 86400.0)] = 600.0
-
-    @property
-    def num_threads(self) -> int:
-        """Threads of ONNX Runtime; where the key is 0, the CPUs that this process may use."""
-        return self.threads or len(os.sched_getaffinity(0))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LimitsConfig:
-    """What a request may ask for, and how many may wait."""
-
-    max_queued: Annotated[int, Whole(0, 1024)] = 16
-    default_max_tokens: Annotated[int, Whole(1, 131072)] = 512
-    max_messages: Annotated[int, Whole(1, 4096)] = 256
-    max_request_bytes: Annotated[int, Whole(1024, 4 * 2**20)] = 256 * 1024
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PolicyConfig:
-    """What the owner wants of every conversation."""
-
-    file: Annotated[Path | None, Place()] = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AuditConfig:
-    """Who called, without a word of what was said."""
-
-    file: Annotated[Path | None, Place()] = None
-    max_bytes: Annotated[int, Whole(64 * 1024, 2**30)] = 4 * 2**20
-    old_files: Annotated[int, Whole(0, 99)] = 4
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LogConfig:
-    """What is told."""
-
-    level: Annotated[str, Word(("debug", "info", "warning", "error"))] = "info"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -280,8 +175,8 @@ def _read_roles(tables: object, environment: Mapping[str, str], file: str) -> Ma
     roles = dict(BUILT_IN)
     for name, table in tables.items():
         where = f"{_ROLES}.{_shown(name)[1:-1]}"
-        if not re.fullmatch(_ROLE_NAME, name):
-            raise ConfigError(f"{file}: {where} cannot be a role's name; give {_ROLE_FORM}")
+        if not re.fullmatch(ROLE_NAME, name):
+            raise ConfigError(f"{file}: {where} cannot be a role's name; give {ROLE_FORM}")
         if not isinstance(table, dict):
             raise ConfigError(f"{file}: {where} is {_shown(table)}; write [{where}] and its keys below")
         _refuse_unknown(table, kinds, f"{file}: [{where}]", "key")

@@ -13,8 +13,11 @@ from typing import Annotated, Final
 
 from hearthd.setting import Strings, Whole, Words
 
-__all__ = ["BUILT_IN", "HEALTH", "METHODS", "NO_RIGHTS", "OPEN_METHODS", "Role"]
+__all__ = ["BUILT_IN", "HEALTH", "METHODS", "NO_RIGHTS", "OPEN_METHODS", "ROLE_FORM", "ROLE_NAME", "Role"]
 
+# As in the token file, where the role's name is a word of a line.
+ROLE_NAME: Final = r"[a-z][a-z0-9_-]{0,31}"
+ROLE_FORM: Final = "up to 32 of a-z, 0-9, '_', '-', a letter first"
 _ALL: Final = "all"
 HEALTH: Final = "health"
 METHODS: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
