@@ -6,6 +6,7 @@
 
 import ctypes
 import time
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Final
 
@@ -82,10 +83,11 @@ def load_model(bundle: Bundle, config: Config) -> Model:
     )
 
 
-def prove(model: Model) -> None:
+def prove(model: Model, turn: AbstractContextManager[None] | None = None) -> None:
     """Let the engine generate two real tokens. Whatever it raises means that it cannot serve.
 
     Two, because the first comes from reading a prompt, which is another kernel than writing.
+    turn: taken for each step, where other models run beside this one.
     """
     sequence = Sequence(
         request_id="start-up",
@@ -96,7 +98,9 @@ def prove(model: Model) -> None:
     )
     model.engine.add(sequence)
     while model.engine.has_work:
-        for _, event in model.engine.step():
+        with turn or nullcontext():
+            events = model.engine.step()
+        for _, event in events:
             if isinstance(event, Failed):
                 raise event.error
             if isinstance(event, Finished) and event.completion_tokens:

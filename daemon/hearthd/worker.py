@@ -23,6 +23,7 @@ from hearthd.errors import EngineCrashedError, HearthdError, NotServingError, Qu
 from hearthd.events import Event, Failed, Finished
 from hearthd.logs import log_incident
 from hearthd.model import Model, prove
+from hearthd.models.baton import Baton
 from hearthd.sequence import Sequence
 from hearthd.stream import ChatStream
 
@@ -66,9 +67,12 @@ class Counts:
 class Worker:
     """The inference thread as the event loop sees it. All methods belong to the loop that called `start`."""
 
-    def __init__(self, load: Callable[[], Model], *, max_queued: int, stream_backlog_bytes: int) -> None:
-        """load: called in the inference thread."""
+    def __init__(
+        self, load: Callable[[], Model], *, max_queued: int, stream_backlog_bytes: int, baton: Baton | None = None
+    ) -> None:
+        """load: called in the inference thread. baton: held for each step; None if no other model is served."""
         self._load = load
+        self._baton = baton or Baton()
         self._max_queued = max_queued
         self._stream_backlog_bytes = stream_backlog_bytes
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
@@ -94,6 +98,8 @@ class Worker:
             future.add_done_callback(lambda done: done.exception())
         self._thread.start()
         model = await asyncio.shield(self._loaded)
+        # It would keep the model for ever.
+        del self._loaded
         self._model = model
         if self.state is State.LOADING:
             self.state = State.SERVING
@@ -103,7 +109,8 @@ class Worker:
     def model(self) -> Model:
         """The model. Raises NotServingError until it is loaded and proven."""
         if self._model is None:
-            raise NotServingError("the daemon is still loading the model; try again in a few seconds")
+            doing = "shutting down" if self.state is State.ENDED else "still loading the model"
+            raise NotServingError(f"the daemon is {doing}; try again in a few seconds")
         return self._model
 
     @property
@@ -253,6 +260,8 @@ class Worker:
         for chat in list(self._chats):
             chat.fail(error or NotServingError("the daemon is shutting down; try again in a few seconds"))
         self._streams.clear()
+        # Its memory goes back to the system with the last reference to it.
+        self._model = None
         if error is None:
             self._ended.set_result(None)
         else:
@@ -263,7 +272,7 @@ class Worker:
     def _run(self) -> None:
         try:
             model = self._load()
-            prove(model)
+            prove(model, self._baton)
         except BaseException as error:  # noqa: BLE001 - whatever it is, `start` must not wait for ever
             self._call_loop(lambda error=error: self._fail_to_load(error))  # type: ignore[misc]
             return
@@ -278,12 +287,17 @@ class Worker:
             self._call_loop(lambda: self._end(crash))
         else:
             self._call_loop(lambda: self._end(None))
+        finally:
+            del self._engine
 
     def _step(self) -> None:
         self._take_commands()
         if self._must_stop or not self._engine.has_work:
             return
-        events = self._engine.step()
+        with self._baton:
+            if self._must_stop:  # while others had their turns
+                return
+            events = self._engine.step()
         self._judge(events)
         if events:
             self._call_loop(lambda: self._deliver(events))
