@@ -25,6 +25,7 @@ LAYERS = (
     {"hearthd.services.chat", "hearthd.services.model", "hearthd.services.status"},
     {"hearthd.worker"},
     {"hearthd.engine"},
+    {"hearthd.batch", "hearthd.collector", "hearthd.scheduling.scheduler", "hearthd.scheduling.chunks"},
     {"hearthd.runner", "hearthd.kv_cache", "hearthd.sampling", "hearthd.tokenizer"},
     {"hearthd.bundle"},
 )

@@ -1,4 +1,4 @@
-"""Continuous batching: who runs, what is run, and what comes of it.
+"""Continuous batching: `scheduling` says who runs, the engine runs it, `collector` says what comes of it.
 
 A step admits waiting sequences to free slots, runs at most one chunk of one prompt, then one token of every sequence
 that is past its prompt, in one batch. So a long prompt delays running answers by one chunk at most, and whoever is
@@ -11,13 +11,13 @@ One thread calls it. Knows no asyncio, no gRPC and no threads; time comes from t
 
 import logging
 import time
-from collections import deque
 from collections.abc import Callable, Iterable
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hearthd.answer import Answer
+from hearthd.batch import Batch
+from hearthd.collector import Collector
 from hearthd.errors import InvalidRequestError
 from hearthd.events import (
     Delta,
@@ -30,8 +30,8 @@ from hearthd.events import (
     TokenProbability,
 )
 from hearthd.kv_cache import KVCache, Runner, RunTerminated
-from hearthd.logits import logprobs
-from hearthd.sampling import Sampler
+from hearthd.scheduling.chunks import ChunkSizes
+from hearthd.scheduling.scheduler import Scheduler
 from hearthd.sequence import Sequence, SequenceState
 from hearthd.tokenizer import ChatTokenizer
 
@@ -52,12 +52,6 @@ __all__ = [
 
 _logger = logging.getLogger(__name__)
 
-# What a run of a prompt may take where no answer waits for it: a cancelled prompt is dropped and the next one is begun
-# that soon, and the watchdog is fed.
-_SOLO_SECONDS = 1.0
-# The runner keeps what belongs to a run's size ready for multiples of this.
-_CHUNK_STEP = 16
-
 
 class Engine:
     """Runs sequences on one model. What one of them does or suffers never changes another's tokens."""
@@ -75,24 +69,18 @@ class Engine:
         """prefill_chunk: the prompt tokens that one run takes; the last one may take a few more.
 
         solo_prefill_chunk: the most of them while nobody decodes, so that no answer waits for the run, as far as the
-        machine runs them in `_SOLO_SECONDS`; None for the same size.
+        machine runs them within a second; None for the same size.
         max_answer_seconds: from the slot to the end.
         """
         self._runner = runner
-        self._tokenizer = tokenizer
-        self._prefill_chunk = prefill_chunk
-        self._solo_prefill_chunk = prefill_chunk if solo_prefill_chunk is None else solo_prefill_chunk
         self._max_answer_seconds = max_answer_seconds
         self._clock = clock
+        self._chunks = ChunkSizes(prefill_chunk, prefill_chunk if solo_prefill_chunk is None else solo_prefill_chunk)
         self._cache = KVCache(runner)
-        self._waiting: deque[Sequence] = deque()
-        self._prefilling: deque[Sequence] = deque()
-        # In the order of their slots, which stand side by side: a batch needs them so.
-        self._decoding: list[Sequence] = []
-        self._events: list[tuple[Sequence, Event]] = []
+        self._scheduler = Scheduler()
+        self._batch = Batch(self._cache, runner.num_slots)
+        self._collector = Collector(tokenizer, context_length=runner.context_length, clock=clock, remove=self.remove)
         self._in_prefill: Sequence | None = None
-        # Of the last run of a prompt; None before the first.
-        self._seconds_per_token: float | None = None
 
     @property
     def num_slots(self) -> int:
@@ -107,21 +95,21 @@ class Engine:
     @property
     def num_running(self) -> int:
         """Sequences that hold a slot."""
-        return len(self._prefilling) + len(self._decoding)
+        return len(self._scheduler.prefilling) + len(self._batch)
 
     @property
     def num_waiting(self) -> int:
         """Sequences that wait for a slot."""
-        return len(self._waiting)
+        return len(self._scheduler.waiting)
 
     @property
     def has_work(self) -> bool:
         """Whether a step would do anything."""
-        return self._is_asked or self._cache.next_unread(self._prefill_chunk) is not None
+        return self._is_asked or self._cache.next_unread(self._chunks.beside) is not None
 
     @property
     def _is_asked(self) -> bool:
-        return bool(self._waiting or self._prefilling or self._decoding)
+        return bool(self.num_waiting or self.num_running)
 
     @property
     def prefilling(self) -> Sequence | None:
@@ -142,21 +130,13 @@ class Engine:
                 f"have {num_tokens} tokens; give 1 to {self.context_length - 1}, so that prompt and answer fit the "
                 f"context of {self.context_length}",
             )
-        sequence.state = SequenceState.WAITING
-        self._waiting.append(sequence)
+        self._scheduler.add(sequence)
 
     def remove(self, sequence: Sequence) -> None:
         """Take a sequence out, wherever it is; it has no further event. No effect on one that has ended."""
-        match sequence.state:
-            case SequenceState.WAITING:
-                self._waiting.remove(sequence)
-            case SequenceState.PREFILLING:
-                self._prefilling.remove(sequence)
-                self._cache.release(sequence.slot)
-            case SequenceState.DECODING:
-                self._leave_batch(sequence)
-            case SequenceState.NEW | SequenceState.ENDED:
-                pass
+        self._scheduler.remove(sequence)
+        if sequence.state in (SequenceState.PREFILLING, SequenceState.DECODING):
+            self._batch.release(sequence)
         sequence.state = SequenceState.ENDED
 
     def step(self) -> list[tuple[Sequence, Event]]:
@@ -168,7 +148,7 @@ class Engine:
         self._end_overdue()
         self._admit()
         self._announce_positions()
-        batch = list(self._decoding)
+        batch = list(self._batch)
         try:
             if self._is_asked:
                 self._prefill()
@@ -179,51 +159,47 @@ class Engine:
             pass
         if not self.has_work:
             self._runner.rest()
-        events, self._events = self._events, []
-        return events
+        return self._collector.take_events()
 
     # Schedule.
 
     def _end_overdue(self) -> None:
         now = self._clock()
-        for sequence in [*self._waiting, *self._prefilling, *self._decoding]:
+        for sequence in [*self._scheduler.waiting, *self._scheduler.prefilling, *self._batch]:
             is_late = sequence.deadline is not None and now >= sequence.deadline
             if is_late or (sequence.admitted is not None and now - sequence.admitted >= self._max_answer_seconds):
-                self._finish(sequence, FinishReason.TIME_LIMIT)
+                self._collector.finish(sequence, FinishReason.TIME_LIMIT)
 
     def _admit(self) -> None:
-        while self._waiting and self._cache.has_idle_slot:
-            sequence = self._waiting[0]
+        for sequence in self._scheduler.waiting:
+            if not self._cache.has_idle_slot:
+                break
             now = self._clock()
             try:
-                sequence.sampler = Sampler(sequence.params, sequence.prompt_ids)
-                sequence.answer = Answer(self._tokenizer.decoder(), sequence.params.stop, sequence.screen)
+                self._collector.begin(sequence)
                 place = self._cache.acquire(sequence.prompt_ids, sequence.cache_identity)
             except Exception as error:  # noqa: BLE001 - of this sequence alone; the others go on
-                self._fail(sequence, error)
+                self._collector.fail(sequence, error)
                 continue
-            self._waiting.popleft()
             sequence.slot = place.slot
             sequence.num_cached = place.num_cached
             sequence.admitted = now
-            sequence.state = SequenceState.PREFILLING
-            self._prefilling.append(sequence)
+            self._batch.hold(sequence)
+            self._scheduler.start(sequence)
 
     def _announce_positions(self) -> None:
-        for position, sequence in enumerate(self._waiting):
-            if sequence.queue_position != position:
-                sequence.queue_position = position
-                self._events.append((sequence, Queued(position)))
+        for position, sequence in enumerate(self._scheduler.waiting):
+            self._collector.announce(sequence, position)
 
     # Run.
 
     def _prefill(self) -> None:
-        if not self._prefilling:
+        if not self._scheduler.prefilling:
             return
-        sequence = self._prefilling[0]
+        sequence = self._scheduler.prefilling[0]
         done = self._cache.num_tokens(sequence.slot)
         left = len(sequence.prompt_ids) - done
-        most = self._chunk_size()
+        most = self._chunks.choose(is_alone=not self._batch)
         # A rest that is too small for a run of its own goes along.
         size = left if left - most < self._runner.min_run else most
         chunk = sequence.prompt_ids[done : done + size]
@@ -231,28 +207,22 @@ class Engine:
         try:
             started = self._clock()
             logits = self._run([chunk], sequence.slot, [done])
-            self._seconds_per_token = (self._clock() - started) / len(chunk)
+            self._chunks.note(len(chunk), self._clock() - started)
         except RunTerminated:
             raise
         except Exception as error:  # noqa: BLE001 - of this sequence alone; the others go on
             self._cache.forget(sequence.slot)
-            self._fail(sequence, error)
+            self._collector.fail(sequence, error)
             return
         finally:
             self._in_prefill = None
         self._cache.extend(sequence.slot, chunk)
         if done + len(chunk) == len(sequence.prompt_ids):
             sequence.prefilled = self._clock()
-            self._prefilling.remove(sequence)
-            self._join_batch(sequence)
-            self._take_token(sequence, logits[0], sequence.prefilled)
-
-    def _chunk_size(self) -> int:
-        """Return the prompt tokens of the next run: larger runs are faster, as long as nobody waits for them."""
-        if self._decoding or self._seconds_per_token is None:
-            return self._prefill_chunk
-        in_time = int(min(_SOLO_SECONDS / max(self._seconds_per_token, 1e-9), self._solo_prefill_chunk))
-        return max(self._prefill_chunk, in_time // _CHUNK_STEP * _CHUNK_STEP)
+            self._scheduler.remove(sequence)
+            sequence.state = SequenceState.DECODING
+            self._batch.join(sequence)
+            self._collector.take_token(sequence, logits[0], sequence.prefilled)
 
     def _decode(self, batch: list[Sequence]) -> None:
         """Run the last token of the sequences that decoded before this step, in one batch."""
@@ -267,17 +237,17 @@ class Engine:
             for sequence in batch:
                 self._cache.forget(sequence.slot)
             for sequence in batch:
-                self._fail(sequence, error)
+                self._collector.fail(sequence, error)
             return
         for sequence in batch:
             self._cache.extend(sequence.slot, sequence.output_ids[-1:])
         now = self._clock()
         for row, sequence in enumerate(batch):
-            self._take_token(sequence, logits[row], now)
+            self._collector.take_token(sequence, logits[row], now)
 
     def _read_answers(self) -> None:
         """Read a chunk of what was written: only KV that a prompt's run wrote can be reused."""
-        unread = self._cache.next_unread(self._prefill_chunk)
+        unread = self._cache.next_unread(self._chunks.beside)
         if unread is None:
             return
         slot, chunk = unread
@@ -294,95 +264,3 @@ class Engine:
 
     def _run(self, rows: list[Iterable[int]], first_slot: int, past_lengths: list[int]) -> NDArray[np.float32]:
         return self._runner.forward(np.array(rows, np.int64), first_slot, np.array(past_lengths, np.int32))
-
-    # Collect.
-
-    def _take_token(self, sequence: Sequence, logits: NDArray[np.float32], now: float) -> None:
-        """Choose a sequence's next token. logits: float32 (V,)."""
-        try:
-            token_id = sequence.sampler.sample(logits)
-            is_end = token_id in self._tokenizer.eos_ids
-            logprob = None if is_end else self._logprob(sequence, logits, token_id)
-            delta = None if is_end else sequence.answer.push(token_id, logprob)
-        except Exception as error:  # noqa: BLE001 - of this sequence alone; the others go on
-            self._fail(sequence, error)
-            return
-        sequence.output_ids.append(token_id)
-        sequence.last_token = now
-        if sequence.first_token is None:
-            sequence.first_token = now
-        if delta is not None:
-            self._events.append((sequence, delta))
-        num_tokens = len(sequence.output_ids)
-        if is_end:
-            self._finish(sequence, FinishReason.END_OF_TURN)
-        elif (stopped_by := sequence.answer.stopped_by) is not None:
-            self._finish(sequence, stopped_by)
-        elif num_tokens >= sequence.params.max_tokens or len(sequence.prompt_ids) + num_tokens >= self.context_length:
-            self._finish(sequence, FinishReason.LENGTH)
-
-    def _logprob(self, sequence: Sequence, logits: NDArray[np.float32], token_id: int) -> TokenLogprob | None:
-        num_top = sequence.params.top_logprobs
-        if num_top is None:
-            return None
-        text_of = self._tokenizer.token_bytes
-        chosen, top = logprobs(logits, token_id, num_top)
-        return TokenLogprob(
-            token_id, text_of(token_id), chosen, tuple(TokenProbability(other, text_of(other), p) for other, p in top)
-        )
-
-    def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
-        if sequence.admitted is not None:
-            try:
-                rest = sequence.answer.end()
-            except Exception as error:  # noqa: BLE001 - of this sequence alone; the others go on
-                self._fail(sequence, error)
-                return
-            if rest is not None:
-                self._events.append((sequence, rest))
-            # What ends a text may have waited for something longer that did not come.
-            reason = sequence.answer.stopped_by or reason
-        self._events.append((sequence, sequence.finished(reason, self._clock())))
-        self.remove(sequence)
-
-    def _fail(self, sequence: Sequence, error: Exception) -> None:
-        self._events.append((sequence, Failed(error)))
-        self.remove(sequence)
-
-    # Slots.
-
-    def _join_batch(self, sequence: Sequence) -> None:
-        """Put a sequence beside those that decode. Where it stands already, if it can: moving KV takes time."""
-        sequence.state = SequenceState.DECODING
-        before = self._decoding[0].slot - 1 if self._decoding else sequence.slot
-        behind = before + len(self._decoding) + 1
-        if sequence.slot == before:
-            self._decoding.insert(0, sequence)
-        elif sequence.slot == behind or behind < self.num_slots:
-            self._move(sequence, behind)
-            self._decoding.append(sequence)
-        else:
-            self._move(sequence, before)
-            self._decoding.insert(0, sequence)
-
-    def _leave_batch(self, sequence: Sequence) -> None:
-        """Give up a slot. Into one between others the last one of them moves, so that no hole is left."""
-        place = self._decoding.index(sequence)
-        if 0 < place < len(self._decoding) - 1:
-            last = self._decoding.pop()
-            self._decoding[place] = last
-            self._cache.swap(sequence.slot, last.slot)
-            sequence.slot, last.slot = last.slot, sequence.slot
-        else:
-            del self._decoding[place]
-        self._cache.release(sequence.slot)
-
-    def _move(self, sequence: Sequence, target: int) -> None:
-        """Exchange a sequence's slot for another one, which no sequence that decodes holds."""
-        if sequence.slot == target:
-            return
-        for other in self._prefilling:
-            if other.slot == target:
-                other.slot = sequence.slot
-        self._cache.swap(sequence.slot, target)
-        sequence.slot = target
