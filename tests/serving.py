@@ -21,7 +21,7 @@ import grpc
 from tokenizers import Tokenizer
 
 from fakes import FakeRunner
-from hearth.v1 import chat_pb2, chat_pb2_grpc
+from hearth.v1 import chat_pb2, chat_pb2_grpc, status_pb2, status_pb2_grpc
 from hearthd.__main__ import run_server
 from hearthd.config import (
     AuthConfig,
@@ -134,6 +134,14 @@ def unix_target(config: Config) -> str:
 
 def tcp_target(server: Server) -> str:
     return next(address for address in server.addresses if not address.startswith("unix:"))
+
+
+async def warnings_of(server: Server) -> list[str]:
+    """Return what `hearth status` would warn of."""
+    target = next(address for address in server.addresses if address.startswith("unix:"))
+    async with grpc.aio.insecure_channel(target) as channel:
+        status = await status_pb2_grpc.StatusServiceStub(channel).GetStatus(status_pb2.GetStatusRequest())
+    return list(status.warnings)
 
 
 def chat_request(content: str = "hello", **fields: Any) -> chat_pb2.ChatRequest:

@@ -11,11 +11,10 @@ import pytest
 
 from hearth.v1 import status_pb2, status_pb2_grpc
 from hearthd.errors import ConfigError
-from hearthd.server import Server
 from hearthd.tls import CertificateSource, find_exposure, read_certificate
 from hearthd.tls import TlsFiles as ServerFiles
 from hearthd.tokens import create_token
-from serving import answer, asynchronous, chat_request, make_config, serving, tcp_target
+from serving import answer, asynchronous, chat_request, make_config, serving, tcp_target, warnings_of
 from tls_files import TlsFiles, make_tls_files
 
 
@@ -204,13 +203,6 @@ async def test_key_and_certificate_of_two_pairs_are_never_used_together(
         assert await trusts(target, other_files.ca)
         assert not await trusts(target, files.ca)
         assert await warnings_of(server) == []
-
-
-async def warnings_of(server: Server) -> list[str]:
-    target = next(address for address in server.addresses if address.startswith("unix:"))
-    async with grpc.aio.insecure_channel(target) as channel:
-        status = await status_pb2_grpc.StatusServiceStub(channel).GetStatus(status_pb2.GetStatusRequest())
-    return list(status.warnings)
 
 
 def test_what_is_proved_is_what_is_used_even_if_the_files_change_meanwhile(

@@ -30,6 +30,8 @@ _logger = logging.getLogger(__name__)
 _MAX_WAITING: Final = 4096
 _SYNC_SECONDS: Final = 1.0
 _CLOSE_SECONDS: Final = 1.0
+# While lines cannot be written, also without new ones: the status tells of it until it is over.
+_RETRY_SECONDS: Final = 10.0
 
 Line = Mapping[str, object]
 
@@ -44,7 +46,7 @@ class AuditLog:
         self._num_old_files = num_old_files
         self._waiting: queue.Queue[Line | None] = queue.Queue(_MAX_WAITING)
         self._num_lost = 0
-        self._is_failing = False
+        self._trouble: str | None = None
         self._descriptor: int | None = None
         self._is_closing = threading.Event()
         try:
@@ -54,10 +56,15 @@ class AuditLog:
         self._thread = threading.Thread(target=self._run, name="audit", daemon=True)
         self._thread.start()
 
-    @property
-    def is_failing(self) -> bool:
-        """Whether the last lines could not be written."""
-        return self._is_failing
+    def find_problem(self) -> str | None:
+        """Return that lines are being lost and what helps; None if they are written. Names no path."""
+        trouble, num_lost = self._trouble, self._num_lost
+        if trouble is None and num_lost == 0:
+            return None
+        return (
+            f"audit.file cannot be written ({trouble or 'the disk does not answer'}), calls go on and {num_lost} lines "
+            "are lost so far; make room or put the disk right, `hearthd doctor` helps"
+        )
 
     def write(self, line: Line) -> None:
         """Let a line be written, soon."""
@@ -80,15 +87,23 @@ class AuditLog:
     def _run(self) -> None:
         is_open = True
         while is_open:
-            lines = [self._waiting.get()]
-            while len(lines) < _MAX_WAITING and not self._waiting.empty():
-                lines.append(self._waiting.get())
+            lines = self._next_lines()
             is_open = None not in lines
             self._write_lines([line for line in lines if line is not None])
             # Those that come meanwhile are written through together: an SD card wears with each time.
             self._is_closing.wait(_SYNC_SECONDS)
         if self._descriptor is not None:
             os.close(self._descriptor)
+
+    def _next_lines(self) -> list[Line | None]:
+        """Wait for lines; none if it is time to try again."""
+        try:
+            lines = [self._waiting.get(timeout=None if self._trouble is None else _RETRY_SECONDS)]
+        except queue.Empty:
+            return []
+        while len(lines) < _MAX_WAITING and not self._waiting.empty():
+            lines.append(self._waiting.get())
+        return lines
 
     def _write_lines(self, lines: list[Line]) -> None:
         lost, self._num_lost = self._num_lost, 0
@@ -107,13 +122,13 @@ class AuditLog:
                 del written[:num]
         except OSError as error:
             self._num_lost += lost + len(written) - (1 if lost else 0)
-            if not self._is_failing:
+            before, self._trouble = self._trouble, error.strerror or "unknown"
+            if before is None:
                 _logger.error("audit file %s cannot be written, calls go on: %s", self._path, error.strerror)
-            self._is_failing = True
         else:
-            if self._is_failing:
+            before, self._trouble = self._trouble, None
+            if before is not None:
                 _logger.warning("audit file %s is written again", self._path)
-            self._is_failing = False
 
     def _ready(self) -> int:
         """Return the descriptor of the file that stands there now. Raises OSError."""

@@ -75,6 +75,10 @@ class Authenticator:
             return None
         return len(self._certificates) + (0 if self._tokens is None else len(self._tokens))
 
+    def find_problem(self) -> str | None:
+        """Return what is wrong with the token file now and what helps; None if nothing is."""
+        return None if self._tokens is None else self._tokens.find_problem()
+
     def identify(self, method: str, context: grpc.aio.ServicerContext, *, is_unix: bool) -> Caller:
         """Return who makes a call. Raises UnauthenticatedError, always with the same text."""
         given = [value for key, value in context.invocation_metadata() or () if key == "authorization"]

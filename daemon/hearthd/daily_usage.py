@@ -40,9 +40,18 @@ class DailyUsage:
         self._day = self._today()
         self._tokens: dict[str, int] = {}
         self._has_changed = False
-        self._cannot_save = False
+        self._trouble: str | None = None
         if path is not None:
             self._load(path)
+
+    def find_problem(self) -> str | None:
+        """Return that the counts cannot be written and what helps; None if they can. Names no path."""
+        if self._trouble is None:
+            return None
+        return (
+            f"auth.usage_file cannot be written ({self._trouble}), and today's counts would not outlive a restart; "
+            "make room or put the disk right, `hearthd doctor` helps"
+        )
 
     def used(self, account: str) -> int:
         """Return what an account has used today."""
@@ -78,15 +87,15 @@ class DailyUsage:
             await asyncio.to_thread(_write, path, data)
         except OSError as error:
             self._has_changed = True
-            if not self._cannot_save:
+            if self._trouble is None:
                 _logger.error(
                     "auth.usage_file: %s cannot be written, and counts of today would not outlive a restart: %s",
                     path,
                     error.strerror,
                 )
-            self._cannot_save = True
+            self._trouble = error.strerror or "unknown"
         else:
-            self._cannot_save = False
+            self._trouble = None
 
     def _written(self) -> bytes:
         content = {"version": _VERSION, "day": self._day.isoformat(), "tokens": self._tokens}

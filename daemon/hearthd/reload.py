@@ -71,12 +71,24 @@ class Reload:
         self._load = load
         self._parts = parts
         self._check = check
+        self._is_refused = False
         self._live = frozenset().union(*(part.keys for part in parts))
         unknown = self._live - {*settings(config), _ROLES}
         assert not unknown, f"no such keys: {unknown}"
 
+    def find_problem(self) -> str | None:
+        """Return that the configuration in force is not the file's, and what helps; None if it is. Names no path."""
+        if not self._is_refused:
+            return None
+        return "the new configuration is not used, the old one stays in force; `hearthd check-config` says why"
+
     async def run(self) -> Outcome:
         """Read, prepare, apply; tell the journal what came of it. One call at a time."""
+        outcome = await self._run()
+        self._is_refused = outcome.error is not None
+        return outcome
+
+    async def _run(self) -> Outcome:
         try:
             # A disk that hangs must not hold up those who chat.
             config, file, applies = await asyncio.to_thread(self._prepare)

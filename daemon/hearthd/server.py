@@ -42,6 +42,7 @@ from hearthd.statuses import ErrorBoundary
 from hearthd.tls import CertificateSource, find_exposure, find_files
 from hearthd.tokenising import Tokenising
 from hearthd.transport import transport_options
+from hearthd.troubles import Troubles
 from hearthd.worker import Worker
 
 __all__ = ["CLOSE_SECONDS", "Server"]
@@ -94,6 +95,7 @@ class Server:
         self._tokenising = Tokenising()
         self._services = self._make_services()
         self._reload = Reload(config, load_again or (lambda: config), self._make_parts(), _check_exposure)
+        self._troubles = self._make_troubles()
         self._must_reload = asyncio.Event()
         self._servers: list[grpc.aio.Server] = []
         self._must_stop = asyncio.Event()
@@ -181,6 +183,14 @@ class Server:
             (status_pb2_grpc.add_StatusServiceServicer_to_server, status),
             (health_pb2_grpc.add_HealthServicer_to_server, self._health),
         ]
+
+    def _make_troubles(self) -> Troubles:
+        parts = (self._authenticator, self._daily_usage, self._certificates, self._audit_log, self._reload)
+        written = {"auth.usage_file": self._config.auth.usage_file, "audit.file": self._config.audit.file}
+        return Troubles((part.find_problem for part in parts if part is not None), written)
+
+    def _warnings(self) -> list[str]:
+        return self._troubles.find()
 
     def _make_parts(self) -> list[Reloadable]:
         services = [service for _, service in self._services if isinstance(service, ChatService | ModelService)]
@@ -303,11 +313,6 @@ class Server:
             bound = zip(self._listeners, self.addresses, strict=True)
             exposed = [address for listener, address in bound if listener.is_exposed and not listener.socket_path]
             await announce(exposed, lambda: self._certificates.fingerprint if self._certificates else None)
-
-    def _warnings(self) -> list[str]:
-        if self._certificates is None or self._certificates.problem is None:
-            return []
-        return ["the renewed TLS certificate is not used, the last good one is; the journal says why"]
 
     async def _feed_watchdog(self, seconds: float) -> None:
         await feed_watchdog(self._notifier, seconds, self._worker.ping)

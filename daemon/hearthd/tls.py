@@ -37,6 +37,9 @@ KEY_NAME: Final = "server.key"
 CLIENTS_NAME: Final = "clients.crt"
 _MAX_FILE_BYTES: Final = 2**20
 
+# What every caller of the status may read of it.
+_BROKEN: Final = "the renewed TLS certificate is not used, the last good one is; the journal says why"
+
 _Signature = tuple[tuple[int, int, int], ...]
 
 
@@ -66,6 +69,15 @@ class Certificate:
         own = self.chain[: self.chain.index(end) + len(end)]
         der = ssl.PEM_cert_to_DER_cert(own[own.index(b"-----BEGIN CERTIFICATE-----") :].decode("ascii"))
         return hashlib.sha256(der).digest()
+
+
+class _UnreadableError(ConfigError):
+    """It is the disk, or who may read the file; what stands in it is another question."""
+
+    def __init__(self, message: str, said: str) -> None:
+        super().__init__(message)
+        self.said = said
+        """The same without a path."""
 
 
 def find_files(tls: TlsConfig) -> TlsFiles | None:
@@ -133,6 +145,12 @@ class CertificateSource:
         self._certificate = read_certificate(files)
         self._configuration = _configuration(self._certificate)
         self._problem: str | None = None
+        self._said: str | None = None
+
+    def find_problem(self) -> str | None:
+        """Look at the files, and return `problem` as a line that names no path, with what helps."""
+        self.refresh()
+        return self._said
 
     @property
     def problem(self) -> str | None:
@@ -169,11 +187,20 @@ class CertificateSource:
             try:
                 self._certificate = read_certificate(self._files)
             except ConfigError as error:
-                self._problem = f"the new certificate is not used, the last good one stays: {error}"
-                _logger.error("%s", self._problem)
+                self._said = _BROKEN
+                if isinstance(error, _UnreadableError):
+                    # The disk may be well again with the same files on it: they are looked at again the next time.
+                    self._seen = None
+                    self._said = (
+                        f"{error.said}, the last good TLS certificate stays; put it right, `hearthd doctor` helps"
+                    )
+                problem = f"the new certificate is not used, the last good one stays: {error}"
+                if problem != self._problem:
+                    _logger.error("%s", problem)
+                self._problem = problem
                 return
             self._configuration = _configuration(self._certificate)
-            self._problem = None
+            self._problem = self._said = None
         _logger.info("certificate %s read again", self._files.certificate)
 
     def _signature(self) -> _Signature | None:
@@ -195,7 +222,8 @@ def _read(name: str, path: Path) -> bytes:
         with path.open("rb") as file:
             data = file.read(_MAX_FILE_BYTES + 1)
     except OSError as error:
-        raise ConfigError(f"{name}: {path} cannot be read: {error.strerror}{_remedy(path)}") from None
+        said = f"{name} cannot be read ({error.strerror})"
+        raise _UnreadableError(f"{name}: {path} cannot be read: {error.strerror}{_remedy(path)}", said) from None
     if len(data) > _MAX_FILE_BYTES:
         raise ConfigError(f"{name}: {path} has over {_MAX_FILE_BYTES} bytes; it is no certificate and no key")
     return data

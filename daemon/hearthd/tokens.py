@@ -155,6 +155,7 @@ class TokenFile:
         self._now = now or ForwardClock().now
         self._seen: tuple[int, ...] | None = None
         self._trouble: str | None = None
+        self._bad_lines: list[int] = []
         with suppress(OSError):  # which `list_tokens` tells better
             self._seen = self._stat()
         self._tokens = list_tokens(path)
@@ -177,6 +178,17 @@ class TokenFile:
             return None
         return found
 
+    def find_problem(self) -> str | None:
+        """Look at the file, and return what is wrong with it now and what helps; None if nothing is. Names no path."""
+        self._refresh()
+        if self._trouble is not None:
+            left = f"the {len(self._tokens)} tokens read before stay valid" if self._tokens else "no token is valid"
+            return f"auth.token_file cannot be read ({self._trouble}), {left}; put it right, `hearthd doctor` helps"
+        if self._bad_lines:
+            lines = f"line{'s' if len(self._bad_lines) > 1 else ''} {', '.join(map(str, self._bad_lines[:10]))}"
+            return f"auth.token_file: {lines} let nobody in; take them out, and create those tokens anew"
+        return None
+
     def _stat(self) -> tuple[int, ...]:
         found = self._path.stat()
         return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
@@ -194,9 +206,9 @@ class TokenFile:
             self._miss(error)
             return
         self._seen, self._trouble = seen, None
-        self._tokens, bad_lines = _parse(text)
-        if bad_lines:
-            _logger.error("token file %s: lines %s are no tokens and let nobody in", self._path, bad_lines[:10])
+        self._tokens, self._bad_lines = _parse(text)
+        if self._bad_lines:
+            _logger.error("token file %s: lines %s are no tokens and let nobody in", self._path, self._bad_lines[:10])
         _logger.info("token file %s read again: %d tokens", self._path, len(self._tokens))
 
     def _miss(self, error: OSError | ValueError) -> None:

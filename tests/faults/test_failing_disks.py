@@ -11,12 +11,18 @@ import pytest
 from ext4_disk import Disk
 
 from bundles import write_bundle
+from hearthd import audit_log
 from hearthd.errors import ConfigError
 from hearthd.store import Store
 from hearthd.tokens import create_token, list_tokens, revoke_token
-from serving import answer, asynchronous, chat_request, make_config, serving, tcp_target
+from serving import answer, asynchronous, chat_request, make_config, serving, tcp_target, warnings_of
 from tls_files import TlsFiles, make_tls_files
 
+WARNED = {
+    "full": "auth.usage_file: its disk is full",
+    "read-only": "auth.usage_file: its disk is mounted read-only",
+    "dead": "auth.token_file cannot be read (Input/output error), the 1 tokens read before stay valid",
+}
 SAID = {"full": "No space left on device", "read-only": "Read-only file system", "dead": "Input/output error"}
 
 
@@ -70,11 +76,14 @@ async def test_a_disk_that_fails_under_tokens_and_certificates_ends_no_service(
     token = create_token(token_file, "kitchen")
     disk.sync()
     config = make_config(
-        tmp_path, tls={"certificate": files.certificate, "key": files.key}, auth={"token_file": token_file}
+        tmp_path,
+        tls={"certificate": files.certificate, "key": files.key},
+        auth={"token_file": token_file, "usage_file": disk.path / "usage.json"},
     )
     async with serving(config) as server:
         target = tcp_target(server)
         expected = await ask(target, files, token)
+        assert await warnings_of(server) == []
         # Not read again before the fault: the daemon has to look, and finds what the fault left of it.
         create_token(token_file, "guest")
         strike(disk, fault)
@@ -86,15 +95,39 @@ async def test_a_disk_that_fails_under_tokens_and_certificates_ends_no_service(
         if fault == "dead":
             assert caplog.text.count("cannot be read") == 1
             assert "the 1 tokens read before stay valid: Input/output error" in caplog.text
+        assert WARNED[fault] in "\n".join(await warnings_of(server))
         repair(disk, fault)
         late = create_token(token_file, "late")
         assert await ask(target, files, late) == expected
+        assert await warnings_of(server) == []
         revoke_token(token_file, "kitchen")
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await ask(target, files, token)
         assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
     assert [each.name for each in list_tokens(token_file)] == ["guest", "late"]
     figure("10 of 10 chats over new TLS connections answered; tokens changed again after the repair")
+
+
+@asynchronous
+async def test_an_audit_log_on_a_full_disk_is_a_warning_until_there_is_room_again(
+    disk: Disk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(audit_log, "_SYNC_SECONDS", 0.01)
+    async with serving(make_config(tmp_path, audit={"file": disk.path / "audit.jsonl"})) as server:
+
+        async def warn() -> set[str]:
+            return {line.partition(",")[0] for line in await warnings_of(server)}
+
+        assert await warn() == set()
+        ballast = disk.fill()
+        # Each question is a line of the log. What is on the disk already may take a few more.
+        while "audit.file cannot be written (No space left on device)" not in (warned := await warn()):
+            pass
+        assert any(line.startswith("audit.file: its disk is full") for line in warned)
+        ballast.unlink()
+        while await warn():
+            pass
+    assert '"lost":' in (disk.path / "audit.jsonl").read_text()
 
 
 @asynchronous
