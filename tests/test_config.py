@@ -21,8 +21,8 @@ from hearthd.roles import BUILT_IN, Role
 
 ENVIRONMENT = {"HOME": "/home/pi", "XDG_RUNTIME_DIR": "/run/user/1000"}
 SHIPPED = Path(__file__).parent.parent / "deploy/hearthd.toml"
-# [roles.NAME] is the one section of sections.
-SECTIONS = [section for section in fields(Config) if section.name != "roles"]
+# [roles.NAME] and [models.NAME] are sections of sections.
+SECTIONS = [section for section in fields(Config) if section.name not in ("roles", "model_options")]
 
 
 def write(directory: Path, text: str) -> Path:

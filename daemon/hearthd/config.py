@@ -19,6 +19,8 @@ from typing import Any, Final, get_type_hints
 
 from hearthd import paths
 from hearthd.config_sections import (
+    MODEL_FORM,
+    MODEL_NAME,
     AuditConfig,
     AuthConfig,
     DiscoveryConfig,
@@ -26,6 +28,8 @@ from hearthd.config_sections import (
     LimitsConfig,
     LogConfig,
     ModelConfig,
+    ModelOptions,
+    ModelsConfig,
     PolicyConfig,
     ServerConfig,
     TlsConfig,
@@ -43,11 +47,14 @@ __all__ = [
     "LimitsConfig",
     "LogConfig",
     "ModelConfig",
+    "ModelOptions",
+    "ModelsConfig",
     "PolicyConfig",
     "ServerConfig",
     "TlsConfig",
     "choose_file",
     "load_config",
+    "model_settings",
     "role_settings",
     "settings",
 ]
@@ -60,8 +67,11 @@ _MAX_FILE_BYTES: Final = 2**20
 _CREDENTIALS: Final = "$CREDENTIALS_DIRECTORY"
 # Fields whose default in a file is not the default of the dataclass, because it depends on the environment.
 _AUTO: Final = frozenset({("server", "unix_socket"), ("auth", "usage_file"), ("model", "directory")})
-# The one section of sections: `[roles.NAME]`. Not from the environment, whose names could not be told apart.
+# Sections of sections: `[roles.NAME]`, and `[models.NAME]` beside the keys of [models]. Not from the environment, whose
+# names could not be told apart.
 _ROLES: Final = "roles"
+_MODELS: Final = "models"
+_NAMED: Final = (_ROLES, "model_options")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,7 +88,28 @@ class Config:
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     audit: AuditConfig = field(default_factory=AuditConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    models: ModelsConfig = field(default_factory=ModelsConfig)
     roles: Mapping[str, Role] = field(default_factory=lambda: BUILT_IN)
+    model_options: Mapping[str, ModelOptions] = field(default_factory=dict)
+    """`[models.NAME]`. The default model may have none."""
+
+    @property
+    def model_names(self) -> tuple[str, ...]:
+        """The models that are served, the default one first."""
+        return tuple(dict.fromkeys((self.model.name, *self.model_options)))
+
+    def for_model(self, name: str) -> "Config":
+        """Return the configuration as one of the models has it: its name in [model], its options in [engine]."""
+        options, engine = self.model_options.get(name, ModelOptions()), self.engine
+        context_length = options.context_length or engine.context_length
+        own = replace(
+            engine,
+            slots=options.slots or engine.slots,
+            context_length=context_length,
+            threads=engine.threads if options.threads is None else options.threads,
+            prefill_chunk=min(engine.prefill_chunk, context_length),
+        )
+        return replace(self, model=replace(self.model, name=name), engine=own)
 
 
 def choose_file(file: Path | None = None, environment: Mapping[str, str] = os.environ) -> Path | None:
@@ -99,7 +130,7 @@ def load_config(file: Path | None = None, environment: Mapping[str, str] = os.en
     """
     file = choose_file(file, environment)
     tables = _parse(file) if file else {}
-    types = {name: section for name, section in get_type_hints(Config).items() if name != _ROLES}
+    types = {name: section for name, section in get_type_hints(Config).items() if name not in _NAMED}
     kinds = {name: get_type_hints(section, include_extras=True) for name, section in types.items()}
     _refuse_unknown(tables, [*kinds, _ROLES], str(file), "section")
     _refuse_unknown(
@@ -108,6 +139,7 @@ def load_config(file: Path | None = None, environment: Mapping[str, str] = os.en
         "the environment",
         "variable",
     )
+    tables, model_tables = _split_models(tables)
     sections = {}
     for name, section in types.items():
         table = tables.get(name, {})
@@ -125,7 +157,11 @@ def load_config(file: Path | None = None, environment: Mapping[str, str] = os.en
             elif (name, key) in _AUTO:
                 values[key] = _read(kind, "auto", environment, f"{name}.{key}", "auto")
         sections[name] = section(**values)
-    config = Config(**sections, roles=_read_roles(tables.get(_ROLES, {}), environment, str(file)))
+    config = Config(
+        **sections,
+        roles=_read_roles(tables.get(_ROLES, {}), environment, str(file)),
+        model_options=_read_model_options(model_tables, environment, str(file)),
+    )
     _check_together(config)
     return config
 
@@ -135,7 +171,7 @@ def settings(config: Config) -> dict[str, object]:
     return {
         f"{section.name}.{key.name}": getattr(getattr(config, section.name), key.name)
         for section in fields(config)
-        if section.name != _ROLES
+        if section.name not in _NAMED
         for key in fields(getattr(config, section.name))
     }
 
@@ -147,6 +183,16 @@ def role_settings(config: Config) -> dict[str, object]:
         for name, role in config.roles.items()
         if role != BUILT_IN.get(name)
         for key in fields(role)
+    }
+
+
+def model_settings(config: Config) -> dict[str, object]:
+    """Return what the configuration says of single models, `models.name.key` to value; not what [engine] decides."""
+    return {
+        f"{_MODELS}.{name}.{key.name}": value
+        for name, options in config.model_options.items()
+        for key in fields(options)
+        if (value := getattr(options, key.name)) is not None
     }
 
 
@@ -171,7 +217,6 @@ def _read_roles(tables: object, environment: Mapping[str, str], file: str) -> Ma
     """Return the built-in roles and those of the file, which may set single keys of a built-in one."""
     if not isinstance(tables, dict):
         raise ConfigError(f"{file}: {_ROLES} is {_shown(tables)}; write [{_ROLES}.NAME] and its keys below")
-    kinds = get_type_hints(Role, include_extras=True)
     roles = dict(BUILT_IN)
     for name, table in tables.items():
         where = f"{_ROLES}.{_shown(name)[1:-1]}"
@@ -179,13 +224,44 @@ def _read_roles(tables: object, environment: Mapping[str, str], file: str) -> Ma
             raise ConfigError(f"{file}: {where} cannot be a role's name; give {ROLE_FORM}")
         if not isinstance(table, dict):
             raise ConfigError(f"{file}: {where} is {_shown(table)}; write [{where}] and its keys below")
-        _refuse_unknown(table, kinds, f"{file}: [{where}]", "key")
-        values: dict[str, Any] = {
-            key: _read(kinds[key].__metadata__[0], value, environment, f"{file}: {where}.{key}", value)
-            for key, value in table.items()
-        }
-        roles[name] = replace(roles.get(name, Role()), **values)
+        roles[name] = replace(roles.get(name, Role()), **_read_keys(Role, table, environment, file, where))
     return roles
+
+
+def _split_models(tables: dict[str, Any]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """Take the tables of single models out of [models]; return the rest, and them."""
+    models = tables.get(_MODELS)
+    if not isinstance(models, dict):
+        return tables, {}
+    single = {name: table for name, table in models.items() if isinstance(table, dict)}
+    return tables | {_MODELS: {key: value for key, value in models.items() if key not in single}}, single
+
+
+def _read_model_options(
+    tables: Mapping[str, dict[str, Any]], environment: Mapping[str, str], file: str
+) -> Mapping[str, ModelOptions]:
+    """Return the models that the file names beside the default one, and maybe that one, with their options."""
+    options = {}
+    for name, table in tables.items():
+        where = f"{_MODELS}.{_shown(name)[1:-1]}"
+        if not re.fullmatch(MODEL_NAME, name):
+            raise ConfigError(f"{file}: {where} cannot be a model's name; give {MODEL_FORM}")
+        if any(isinstance(value, dict) for value in table.values()):
+            raise ConfigError(f'{file}: {where} has sections; a name with a dot needs quotes: [models."a.b"]')
+        options[name] = ModelOptions(**_read_keys(ModelOptions, table, environment, file, where))
+    return options
+
+
+def _read_keys(
+    section: type, table: Mapping[str, object], environment: Mapping[str, str], file: str, where: str
+) -> dict[str, Any]:
+    """Return the values of a section's keys that a table has."""
+    kinds = get_type_hints(section, include_extras=True)
+    _refuse_unknown(table, kinds, f"{file}: [{where}]", "key")
+    return {
+        key: _read(kinds[key].__metadata__[0], value, environment, f"{file}: {where}.{key}", value)
+        for key, value in table.items()
+    }
 
 
 def _parse(file: Path) -> dict[str, Any]:

@@ -14,6 +14,8 @@ from hearthd.roles import ROLE_FORM, ROLE_NAME
 from hearthd.setting import FileMode, Flag, Number, Pairs, Place, Strings, Text, Whole, Word
 
 __all__ = [
+    "MODEL_FORM",
+    "MODEL_NAME",
     "AuditConfig",
     "AuthConfig",
     "DiscoveryConfig",
@@ -21,11 +23,16 @@ __all__ = [
     "LimitsConfig",
     "LogConfig",
     "ModelConfig",
+    "ModelOptions",
+    "ModelsConfig",
     "PolicyConfig",
     "ServerConfig",
     "TlsConfig",
 ]
 
+# The alphabet that `manifest` demands of a bundle's name: no path can be meant.
+MODEL_NAME: Final = r"[a-z0-9][a-z0-9._-]{0,63}"
+MODEL_FORM: Final = "up to 64 of a-z, 0-9, '.', '_', '-'"
 # sun_path holds 108 bytes, the last of them zero (unix(7)).
 _MAX_SOCKET_PATH_BYTES: Final = 107
 
@@ -86,11 +93,30 @@ class DiscoveryConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
-    """Which model is served."""
+    """Which model is served by default."""
 
     directory: Annotated[Path, Place(auto=paths.model_directory, may_be_none=False)]
-    # The alphabet that `manifest` demands of a bundle's name: no path can be meant.
-    name: Annotated[str, Text(r"[a-z0-9][a-z0-9._-]{0,63}", "up to 64 of a-z, 0-9, '.', '_', '-'")] = "smollm2-135m"
+    name: Annotated[str, Text(MODEL_NAME, MODEL_FORM)] = "smollm2-135m"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelsConfig:
+    """What the models have between them, where there are several."""
+
+    max_bytes: Annotated[int, Whole(0, 2**50)] = 0
+    max_wait_seconds: Annotated[float, Number(1.0, 3600.0)] = 120.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelOptions:
+    """`[models.NAME]`: how one model is served. What is None is as [engine] says it for all."""
+
+    slots: Annotated[int | None, Whole(1, 64)] = None
+    context_length: Annotated[int | None, Whole(64, 131072)] = None
+    threads: Annotated[int | None, Whole(0, 256)] = None
+    keep: Annotated[bool | None, Flag()] = None
+    """Whether it stays in memory. None: if it is the default model."""
+    idle_seconds: Annotated[float, Number(0.0, 604800.0)] = 600.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,0 +1,111 @@
+"""[models] and [models.NAME]: which models are served, each with its own options, and what is refused."""
+
+import json
+import re
+import tempfile
+import tomllib
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hearthd.config import Config, EngineConfig, ModelOptions, load_config, model_settings
+from hearthd.errors import ConfigError
+from hearthd.manifest import is_model_name
+
+SHIPPED = Path(__file__).parent.parent / "deploy/hearthd.toml"
+
+
+def load(directory: Path, text: str) -> Config:
+    file = directory / "hearthd.toml"
+    file.write_text(text)
+    return load_config(file, {"HOME": "/home/pi"})
+
+
+def test_the_shipped_file_shows_every_key_of_a_model(tmp_path: Path) -> None:
+    example = SHIPPED.read_text().partition("#   [models.smollm2-360m]\n")[2].partition("\n\n\n")[0]
+    lines = [line.removeprefix("#   ") for line in example.splitlines() if re.match(r"#   [a-z_]+ = ", line)]
+    assert tomllib.loads("\n".join(lines)).keys() == {key.name for key in fields(ModelOptions)}
+    options = load(tmp_path, "\n".join(["[models.smollm2-360m]", *lines])).model_options["smollm2-360m"]
+    # Those that [engine] decides are shown with its defaults; a model beside the default one is not kept.
+    engine = EngineConfig()
+    assert options == ModelOptions(
+        slots=engine.slots, context_length=engine.context_length, threads=engine.threads, keep=False
+    )
+
+
+def test_models_are_named_beside_the_default_one_each_with_its_own_options(tmp_path: Path) -> None:
+    text = """
+[model]
+name = "small"
+[engine]
+slots = 3
+threads = 2
+prefill_chunk = 128
+[models]
+max_bytes = 1000
+[models."qwen2.5-0.5b"]
+[models.other]
+slots = 1
+context_length = 100
+keep = true
+[models.small]
+context_length = 4096
+"""
+    config = load(tmp_path, text)
+    assert config.model_names == ("small", "qwen2.5-0.5b", "other")
+    assert config.models.max_bytes == 1000
+    assert config.for_model("qwen2.5-0.5b").engine == config.engine
+    other = config.for_model("other")
+    assert (other.model.name, other.model.directory) == ("other", config.model.directory)
+    assert (other.engine.slots, other.engine.context_length, other.engine.prefill_chunk) == (1, 100, 100)
+    assert other.engine.threads == 2
+    assert config.for_model("small").engine.context_length == 4096
+    told = model_settings(config)
+    assert told["models.other.keep"] is True
+    assert "models.other.threads" not in told
+
+
+def test_a_file_without_models_serves_the_default_one(tmp_path: Path) -> None:
+    config = load(tmp_path, "[engine]\nslots = 3\n")
+    assert config.model_names == ("smollm2-135m",)
+    assert config.for_model("smollm2-135m") == config
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("models = 1", "models is 1; it is a section"),
+        ("[models]\nmax_byte = 1", "there is no key 'max_byte'; did you mean max_bytes?"),
+        ("[models]\nmax_bytes = -1", "models.max_bytes is -1; give a whole number from 0"),
+        ("[models.max_bytes]\nslots = 0", "models.max_bytes.slots is 0; give a whole number from 1 to 64"),
+        ("[models.Big]", "models.Big cannot be a model's name; give up to 64 of a-z"),
+        ('[models."../x"]', "cannot be a model's name"),
+        ('[models.""]', "cannot be a model's name"),
+        ("[models.qwen2.5-0.5b]", 'models.qwen2 has sections; a name with a dot needs quotes: [models."a.b"]'),
+        ("[models.a]\nslot = 1", "[models.a]: there is no key 'slot'; did you mean slots?"),
+        ("[models.a]\ncontext_length = 63", "from 64 to 131072"),
+        ("[models.a]\nkeep = 1", "models.a.keep is 1; give true or false"),
+        ("[models.a]\nidle_seconds = -1", "from 0 to 604800"),
+    ],
+)
+def test_models_that_cannot_be_are_refused(tmp_path: Path, text: str, said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path, text)
+    assert said in str(caught.value)
+
+
+@given(name=st.text(st.characters(exclude_categories=["Cs"]), max_size=70) | st.from_regex(r"[a-z0-9._/-]{1,66}"))
+def test_a_models_name_is_a_name_or_refused(name: str) -> None:
+    # A TOML basic string takes what JSON writes, but for DEL.
+    quoted = json.dumps(name, ensure_ascii=False).replace("\x7f", "\\u007F")
+    with tempfile.TemporaryDirectory() as directory:
+        if is_model_name(name):
+            config = load(Path(directory), f"[models.{quoted}]\n")
+            assert set(config.model_names) == {"smollm2-135m", name}
+        else:
+            with pytest.raises(ConfigError) as caught:
+                load(Path(directory), f"[models.{quoted}]\n")
+            assert len(str(caught.value).splitlines()) == 1
