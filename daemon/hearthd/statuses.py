@@ -10,7 +10,7 @@ journal has type and place under the same id. gRPC itself would send the excepti
 import asyncio
 import inspect
 import math
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +35,7 @@ from hearthd.errors import (
     UnknownServiceError,
 )
 from hearthd.logs import log_incident
+from hearthd.outcomes import Observer, tell_refusal
 
 __all__ = ["ErrorBoundary", "RpcStatus", "status_of"]
 
@@ -119,6 +120,10 @@ def _try_again(message: str, seconds: float, *details: ProtoMessage) -> RpcStatu
 class ErrorBoundary(grpc.aio.ServerInterceptor):  # type: ignore[misc]
     """Lets nothing out of a handler but answers and statuses."""
 
+    def __init__(self, observers: Sequence[Observer] = ()) -> None:
+        """observers: are told of each call that is refused."""
+        self._observers = observers
+
     async def intercept_service(
         self,
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler | None]],
@@ -126,14 +131,14 @@ class ErrorBoundary(grpc.aio.ServerInterceptor):  # type: ignore[misc]
     ) -> grpc.RpcMethodHandler | None:
         """Return the method's handler with the boundary around it; None if there is no such method."""
         handler = await continuation(handler_call_details)
-        return None if handler is None else _guarded(handler)
+        return None if handler is None else _guarded(handler, self._observers)
 
 
 class _MalformedRequest:
     """Stands for a request that cannot be parsed until there is a context to say so."""
 
 
-def _guarded(handler: grpc.RpcMethodHandler) -> grpc.RpcMethodHandler:
+def _guarded(handler: grpc.RpcMethodHandler, observers: Sequence[Observer]) -> grpc.RpcMethodHandler:
     serializers = {
         "request_deserializer": _guarded_deserializer(handler),
         "response_serializer": handler.response_serializer,
@@ -143,10 +148,10 @@ def _guarded(handler: grpc.RpcMethodHandler) -> grpc.RpcMethodHandler:
         factory = (
             grpc.stream_stream_rpc_method_handler if handler.request_streaming else grpc.unary_stream_rpc_method_handler
         )
-        return factory(_guarded_stream(behavior), **serializers)
+        return factory(_guarded_stream(behavior, observers), **serializers)
     behavior = handler.stream_unary or handler.unary_unary
     factory = grpc.stream_unary_rpc_method_handler if handler.request_streaming else grpc.unary_unary_rpc_method_handler
-    return factory(_guarded_unary(behavior), **serializers)
+    return factory(_guarded_unary(behavior, observers), **serializers)
 
 
 def _guarded_deserializer(handler: grpc.RpcMethodHandler) -> Callable[[bytes], Any]:
@@ -167,7 +172,9 @@ def _malformed() -> InvalidRequestError:
     return InvalidRequestError("request", "is not a message of this method's request type")
 
 
-def _guarded_unary(behavior: Callable[[Any, grpc.aio.ServicerContext], Awaitable[Any]]) -> Callable[..., Any]:
+def _guarded_unary(
+    behavior: Callable[[Any, grpc.aio.ServicerContext], Awaitable[Any]], observers: Sequence[Observer]
+) -> Callable[..., Any]:
     async def guarded(request: Any, context: grpc.aio.ServicerContext) -> Any:
         try:
             _refuse_malformed(request)
@@ -175,12 +182,15 @@ def _guarded_unary(behavior: Callable[[Any, grpc.aio.ServicerContext], Awaitable
         except BaseException as error:
             if _must_pass(error):
                 raise
+            tell_refusal(observers, error)
             await _abort(context, error)
 
     return guarded
 
 
-def _guarded_stream(behavior: Callable[[Any, grpc.aio.ServicerContext], Any]) -> Callable[..., Any]:
+def _guarded_stream(
+    behavior: Callable[[Any, grpc.aio.ServicerContext], Any], observers: Sequence[Observer]
+) -> Callable[..., Any]:
     async def guarded(request: Any, context: grpc.aio.ServicerContext) -> None:
         try:
             _refuse_malformed(request)
@@ -193,6 +203,7 @@ def _guarded_stream(behavior: Callable[[Any, grpc.aio.ServicerContext], Any]) ->
         except BaseException as error:
             if _must_pass(error):
                 raise
+            tell_refusal(observers, error)
             await _abort(context, error)
 
     return guarded

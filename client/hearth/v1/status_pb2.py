@@ -24,19 +24,33 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16hearth/v1/status.proto\x12\thearth.v1\"\x12\n\x10GetStatusRequest\"\xc5\x03\n\x11GetStatusResponse\x12%\n\x05state\x18\x01 \x01(\x0e\x32\x16.hearth.v1.DaemonState\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x11\n\tuptime_ms\x18\x03 \x01(\x03\x12\x15\n\rrunning_count\x18\x04 \x01(\x05\x12\x13\n\x0bmax_running\x18\x05 \x01(\x05\x12\x14\n\x0cqueued_count\x18\x06 \x01(\x05\x12\x12\n\nmax_queued\x18\x07 \x01(\x05\x12\x16\n\x0eresident_bytes\x18\x08 \x01(\x03\x12\x1c\n\x14\x63hats_finished_count\x18\t \x01(\x03\x12\x1d\n\x15\x63hats_cancelled_count\x18\n \x01(\x03\x12\x1b\n\x13\x63hats_refused_count\x18\x0b \x01(\x03\x12\x1a\n\x12\x63hats_failed_count\x18\x0c \x01(\x03\x12\x1b\n\x13prompt_tokens_count\x18\r \x01(\x03\x12\"\n\x1a\x63\x61\x63hed_prompt_tokens_count\x18\x0e \x01(\x03\x12\x1f\n\x17\x63ompletion_tokens_count\x18\x0f \x01(\x03\x12\r\n\x05model\x18\x10 \x01(\t\x12\x10\n\x08warnings\x18\x11 \x03(\t*z\n\x0b\x44\x61\x65monState\x12\x1c\n\x18\x44\x41\x45MON_STATE_UNSPECIFIED\x10\x00\x12\x18\n\x14\x44\x41\x45MON_STATE_LOADING\x10\x01\x12\x18\n\x14\x44\x41\x45MON_STATE_SERVING\x10\x02\x12\x19\n\x15\x44\x41\x45MON_STATE_DRAINING\x10\x03\x32W\n\rStatusService\x12\x46\n\tGetStatus\x12\x1b.hearth.v1.GetStatusRequest\x1a\x1c.hearth.v1.GetStatusResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16hearth/v1/status.proto\x12\thearth.v1\"\x12\n\x10GetStatusRequest\"O\n\nChatCounts\x12\x15\n\rrunning_count\x18\x01 \x01(\x05\x12\x14\n\x0cqueued_count\x18\x02 \x01(\x05\x12\x14\n\x0cpaused_count\x18\x03 \x01(\x05\"\x9b\x01\n\rRecentAnswers\x12\x14\n\x0c\x61nswer_count\x18\x01 \x01(\x05\x12%\n\x1dmedian_time_to_first_token_ms\x18\x02 \x01(\x02\x12$\n\x1cworst_time_to_first_token_ms\x18\x03 \x01(\x02\x12\'\n\x1fmedian_decode_tokens_per_second\x18\x04 \x01(\x02\"\xc7\x01\n\x0b\x42oardStatus\x12 \n\x13temperature_celsius\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x11\n\thas_flags\x18\x02 \x01(\x08\x12#\n\x05\x66lags\x18\x03 \x03(\x0e\x32\x14.hearth.v1.BoardFlag\x12/\n\x11\x66lags_since_start\x18\x04 \x03(\x0e\x32\x14.hearth.v1.BoardFlag\x12\x15\n\rthermal_level\x18\x05 \x01(\x05\x42\x16\n\x14_temperature_celsius\"o\n\x0bModelStatus\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x11\n\tis_loaded\x18\x02 \x01(\x08\x12\x15\n\rrunning_count\x18\x03 \x01(\x05\x12\x14\n\x0cqueued_count\x18\x04 \x01(\x05\x12\x12\n\nload_count\x18\x05 \x01(\x03\"\xdb\x07\n\x11GetStatusResponse\x12%\n\x05state\x18\x01 \x01(\x0e\x32\x16.hearth.v1.DaemonState\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x11\n\tuptime_ms\x18\x03 \x01(\x03\x12\x15\n\rrunning_count\x18\x04 \x01(\x05\x12\x13\n\x0bmax_running\x18\x05 \x01(\x05\x12\x14\n\x0cqueued_count\x18\x06 \x01(\x05\x12\x12\n\nmax_queued\x18\x07 \x01(\x05\x12\x16\n\x0eresident_bytes\x18\x08 \x01(\x03\x12\x1c\n\x14\x63hats_finished_count\x18\t \x01(\x03\x12\x1d\n\x15\x63hats_cancelled_count\x18\n \x01(\x03\x12\x1b\n\x13\x63hats_refused_count\x18\x0b \x01(\x03\x12\x1a\n\x12\x63hats_failed_count\x18\x0c \x01(\x03\x12\x1b\n\x13prompt_tokens_count\x18\r \x01(\x03\x12\"\n\x1a\x63\x61\x63hed_prompt_tokens_count\x18\x0e \x01(\x03\x12\x1f\n\x17\x63ompletion_tokens_count\x18\x0f \x01(\x03\x12\r\n\x05model\x18\x10 \x01(\t\x12\x10\n\x08warnings\x18\x11 \x03(\t\x12*\n\x0binteractive\x18\x12 \x01(\x0b\x32\x15.hearth.v1.ChatCounts\x12%\n\x06normal\x18\x13 \x01(\x0b\x32\x15.hearth.v1.ChatCounts\x12)\n\nbackground\x18\x14 \x01(\x0b\x32\x15.hearth.v1.ChatCounts\x12\x10\n\x08kv_bytes\x18\x15 \x01(\x03\x12\x14\n\x0cmax_kv_bytes\x18\x16 \x01(\x03\x12(\n\x06recent\x18\x17 \x01(\x0b\x32\x18.hearth.v1.RecentAnswers\x12%\n\x05\x62oard\x18\x18 \x01(\x0b\x32\x16.hearth.v1.BoardStatus\x12&\n\x06models\x18\x19 \x03(\x0b\x32\x16.hearth.v1.ModelStatus\x12\x1c\n\x14\x64rafted_tokens_count\x18\x1a \x01(\x03\x12\x1d\n\x15\x61\x63\x63\x65pted_tokens_count\x18\x1b \x01(\x03\x12,\n$cached_prompt_tokens_from_disk_count\x18\x1c \x01(\x03\x12P\n\x13refused_calls_count\x18\x1d \x03(\x0b\x32\x33.hearth.v1.GetStatusResponse.RefusedCallsCountEntry\x1a\x38\n\x16RefusedCallsCountEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x03:\x02\x38\x01*z\n\x0b\x44\x61\x65monState\x12\x1c\n\x18\x44\x41\x45MON_STATE_UNSPECIFIED\x10\x00\x12\x18\n\x14\x44\x41\x45MON_STATE_LOADING\x10\x01\x12\x18\n\x14\x44\x41\x45MON_STATE_SERVING\x10\x02\x12\x19\n\x15\x44\x41\x45MON_STATE_DRAINING\x10\x03*\xa7\x01\n\tBoardFlag\x12\x1a\n\x16\x42OARD_FLAG_UNSPECIFIED\x10\x00\x12\x1c\n\x18\x42OARD_FLAG_UNDER_VOLTAGE\x10\x01\x12\x1f\n\x1b\x42OARD_FLAG_FREQUENCY_CAPPED\x10\x02\x12\x18\n\x14\x42OARD_FLAG_THROTTLED\x10\x03\x12%\n!BOARD_FLAG_SOFT_TEMPERATURE_LIMIT\x10\x04\x32W\n\rStatusService\x12\x46\n\tGetStatus\x12\x1b.hearth.v1.GetStatusRequest\x1a\x1c.hearth.v1.GetStatusResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'hearth.v1.status_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_DAEMONSTATE']._serialized_start=513
-  _globals['_DAEMONSTATE']._serialized_end=635
+  _globals['_GETSTATUSRESPONSE_REFUSEDCALLSCOUNTENTRY']._loaded_options = None
+  _globals['_GETSTATUSRESPONSE_REFUSEDCALLSCOUNTENTRY']._serialized_options = b'8\001'
+  _globals['_DAEMONSTATE']._serialized_start=1601
+  _globals['_DAEMONSTATE']._serialized_end=1723
+  _globals['_BOARDFLAG']._serialized_start=1726
+  _globals['_BOARDFLAG']._serialized_end=1893
   _globals['_GETSTATUSREQUEST']._serialized_start=37
   _globals['_GETSTATUSREQUEST']._serialized_end=55
-  _globals['_GETSTATUSRESPONSE']._serialized_start=58
-  _globals['_GETSTATUSRESPONSE']._serialized_end=511
-  _globals['_STATUSSERVICE']._serialized_start=637
-  _globals['_STATUSSERVICE']._serialized_end=724
+  _globals['_CHATCOUNTS']._serialized_start=57
+  _globals['_CHATCOUNTS']._serialized_end=136
+  _globals['_RECENTANSWERS']._serialized_start=139
+  _globals['_RECENTANSWERS']._serialized_end=294
+  _globals['_BOARDSTATUS']._serialized_start=297
+  _globals['_BOARDSTATUS']._serialized_end=496
+  _globals['_MODELSTATUS']._serialized_start=498
+  _globals['_MODELSTATUS']._serialized_end=609
+  _globals['_GETSTATUSRESPONSE']._serialized_start=612
+  _globals['_GETSTATUSRESPONSE']._serialized_end=1599
+  _globals['_GETSTATUSRESPONSE_REFUSEDCALLSCOUNTENTRY']._serialized_start=1543
+  _globals['_GETSTATUSRESPONSE_REFUSEDCALLSCOUNTENTRY']._serialized_end=1599
+  _globals['_STATUSSERVICE']._serialized_start=1895
+  _globals['_STATUSSERVICE']._serialized_end=1982
 # @@protoc_insertion_point(module_scope)

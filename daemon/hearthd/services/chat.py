@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import time
+from collections.abc import Iterable
 
 import grpc
 
@@ -13,6 +14,7 @@ from hearthd.config import LimitsConfig
 from hearthd.convert import ChatCall, fit_to_context, read_chat, to_chat_response
 from hearthd.errors import InvalidRequestError, SlowReaderError
 from hearthd.metering import ChatMeter, Meters
+from hearthd.outcomes import ChatEnd, Observer, unfinished_by
 from hearthd.policy.policy_file import PolicyFile
 from hearthd.policy.screening import Screen
 from hearthd.sequence import Sequence
@@ -39,7 +41,9 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
         policy: PolicyFile,
         *,
         write_timeout_seconds: float,
+        observers: Iterable[Observer] = (),
     ) -> None:
+        """observers: are told of each chat that ends."""
         self._worker = worker
         self._meters = meters
         self.limits = limits
@@ -47,6 +51,7 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
         self._tokenising = tokenising
         self._policy = policy
         self._write_timeout_seconds = write_timeout_seconds
+        self._observers = tuple(observers)
 
     async def Chat(  # noqa: N802
         self, request: chat_pb2.ChatRequest, context: grpc.aio.ServicerContext
@@ -85,6 +90,16 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
                 _charge(meter, chat)
                 _record_end(chat, screen)
                 _log_end(chat, call, arrived)
+                self._tell_end(chat, model.name, caller.role, context.time_remaining())
+
+    def _tell_end(self, chat: ChatStream, model: str, role: str, seconds_left: float | None) -> None:
+        if chat.sequence is None:
+            return  # refused
+        finished = chat.finished
+        why = unfinished_by(chat.error, seconds_left) if finished is None else finished.reason
+        end = ChatEnd(model=model, role=role, why=why, finished=finished)
+        for observer in self._observers:
+            observer.chat_ended(end)
 
     async def _write(
         self, context: grpc.aio.ServicerContext, chat: ChatStream, response: chat_pb2.ChatResponse
