@@ -270,10 +270,15 @@ def test_manifest_with_changed_characters_is_refused(position: int, replacement:
         assert parse(changed) is None
 
 
-@pytest.mark.parametrize("version", [0, 1, 3, "2", None, True, 2.0])
+@pytest.mark.parametrize("version", [0, 1, 4, "2", None, True, 2.0])
 def test_other_schema_version_names_the_remedy(version: object) -> None:
     with pytest.raises(BundleError, match="build the model again with this hearthd"):
         Manifest.from_json(sealed(valid_content() | {"schema_version": version}))
+
+
+@pytest.mark.parametrize("version", [2, 3])
+def test_manifests_of_both_kinds_of_graph_are_read(version: int) -> None:
+    assert Manifest.from_json(sealed(valid_content() | {"schema_version": version})).schema_version == version
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, "1" * 10_000, '{"schema_version": 1e999}', "\ufeff{}", '{"a": NaN}'])

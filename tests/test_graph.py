@@ -108,7 +108,7 @@ def test_switches_make_each_form(tmp_path: Path) -> None:
         directory = tmp_path / form.value
         directory.mkdir()
         recipe = Recipe({name: MatMulRecipe(form, step) for name in names}, rotated=True)
-        options = GraphOptions(CONTEXT, all_logits=True, int8_embedding=True)
+        options = GraphOptions(CONTEXT, int8_embedding=True)
         path = write_graph(directory, spec, DecoderWeights(checkpoint, spec, rotated=True), recipe, options)
         return GraphSession(path.read_bytes(), spec, data_directory=directory, context_length=CONTEXT, num_threads=1)
 

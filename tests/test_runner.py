@@ -133,6 +133,52 @@ def test_decoding_over_an_int8_cache_means_what_reading_means(cached_in_int8: On
     assert np.abs(steps).max() <= 1
 
 
+@pytest.mark.parametrize("length", [1, 2, 3, 5, 8, 9])
+def test_a_run_to_verify_is_bit_for_bit_as_many_steps(cached_in_int8: OnnxRunner, length: int) -> None:
+    """Logits and KV; at several lengths of context, since kernels go through it in blocks."""
+    runner = cached_in_int8
+    assert runner.can_verify
+    for num_past in (1, 2, 7, 15, 16, 17, 31, 33, 50):
+        prefill(runner, 0, LONG[:num_past])
+        prefill(runner, 2, LONG[:num_past])
+        drafted = LONG[num_past : num_past + length]
+        steps = [
+            runner.forward(np.asarray([[token]]), 0, np.asarray([num_past + at], np.int32))[0].copy()
+            for at, token in enumerate(drafted)
+        ]
+        found = runner.verify(np.asarray(drafted), 2, num_past)
+        np.testing.assert_array_equal(found, np.stack(steps))
+        np.testing.assert_array_equal(runner.read_slot(2, num_past + length), runner.read_slot(0, num_past + length))
+
+
+def test_a_step_after_a_draft_that_failed_sees_nothing_of_it(cached_in_int8: OnnxRunner) -> None:
+    runner = cached_in_int8
+    expected = continue_alone(runner, 0, LONG[:20], 5)
+    token = int(prefill(runner, 1, LONG[:20]).argmax())
+    tokens = [token]
+    for step in range(5):
+        runner.verify(np.asarray([token, 3, 4, 5, 6, 7, 8]), 1, 20 + step)
+        logits = runner.forward(np.asarray([[token]]), 1, np.asarray([20 + step], np.int32))
+        token = int(logits[0].argmax())
+        tokens.append(token)
+    assert tokens == expected[0]
+    np.testing.assert_array_equal(logits[0], expected[1])
+
+
+def test_a_draft_leaves_the_prompt_of_another_slot_alone(cached_in_int8: OnnxRunner) -> None:
+    runner = cached_in_int8
+    expected = prefill(runner, 0, LONG)
+    prefill(runner, 2, LONG[:9])
+    prefill(runner, 1, LONG[:30])
+    runner.verify(np.asarray(LONG[9:12]), 2, 9)
+    found = runner.forward(np.asarray([LONG[30:]]), 1, np.asarray([30], np.int32))
+    np.testing.assert_array_equal(found[0], expected)
+
+
+def test_what_a_float32_cache_gives_depends_on_the_run_and_verifies_nothing(tmp_path: Path) -> None:
+    assert not tiny_runner(tmp_path / "graph", tiny_checkpoint(tmp_path), Recipe.reference()).can_verify
+
+
 def test_an_int8_cache_is_close_to_a_float32_one(tmp_path: Path) -> None:
     checkpoint = tiny_checkpoint(tmp_path)
     plain = tiny_runner(tmp_path / "float32", checkpoint, Recipe.reference())

@@ -14,7 +14,9 @@ from typing import Any, Final, Self
 
 from hearthd.errors import BundleError
 
-SCHEMA_VERSION: Final = 2
+# What is written. The graph of version 2 gives the logits of one position: it is served without drafts.
+SCHEMA_VERSION: Final = 3
+_READ_VERSIONS: Final = (2, 3)
 MANIFEST_NAME: Final = "manifest.json"
 MODEL_NAME: Final = "model.onnx"
 TOKENIZER_NAME: Final = "tokenizer.json"
@@ -125,9 +127,10 @@ class Manifest:
         if not isinstance(content, dict):
             raise BundleError(f"{MANIFEST_NAME} is not a JSON object; build the model again")
         version = content.get("schema_version")
-        if type(version) is not int or version != SCHEMA_VERSION:
+        if type(version) is not int or version not in _READ_VERSIONS:
+            readable = " and ".join(map(str, _READ_VERSIONS))
             raise BundleError(
-                f"{MANIFEST_NAME} has schema_version {shown(version)}, this hearthd reads {SCHEMA_VERSION}; "
+                f"{MANIFEST_NAME} has schema_version {shown(version)}, this hearthd reads {readable}; "
                 "build the model again with this hearthd, or run the hearthd that built it"
             )
         expected = {each.name for each in fields(cls)} | {"sha256"}
@@ -195,7 +198,7 @@ def _file_entries(value: object) -> dict[str, FileEntry]:
 
 
 def _check_manifest(manifest: Manifest) -> None:
-    if manifest.schema_version != SCHEMA_VERSION:
+    if manifest.schema_version not in _READ_VERSIONS:
         raise BundleError(f"schema_version is {shown(manifest.schema_version)}; {SCHEMA_VERSION} is written")
     if not isinstance(manifest.name, str) or not is_model_name(manifest.name):
         raise BundleError(f"name is {shown(manifest.name)}; up to 64 of a-z, 0-9, '.', '_', '-' are allowed")

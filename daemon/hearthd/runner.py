@@ -30,6 +30,8 @@ _NO_MEMORY = ("bad_alloc", "Failed to allocate memory")
 
 # Chunks of prompts come in two sizes again and again: while others decode, and while nobody does.
 _PROMPT_BINDINGS = 2
+# Drafts come in a few lengths, of one sequence at a time.
+_VERIFY_BINDINGS = 8
 
 
 class _Binding:
@@ -39,11 +41,13 @@ class _Binding:
     OrtValue of the CPU refers to the array's memory and does not copy.
     """
 
-    def __init__(self, session: ort.InferenceSession, num_rows: int, length: int, vocab_size: int) -> None:
+    def __init__(self, session: ort.InferenceSession, length: int, logits: NDArray[np.float32]) -> None:
+        """logits: (B, N, vocab_size) for the last N positions, or (B, vocab_size) if the graph gives the last only."""
+        num_rows = len(logits)
         self.token_ids = np.zeros((num_rows, length), np.int64)
         self.last_positions = np.zeros(num_rows, np.int32)
         self.longest = np.zeros(1, np.int32)
-        self.logits = np.zeros((num_rows, vocab_size), np.float32)
+        self.logits = logits
         self.new: tuple[NDArray[np.int8], ...] = ()
         """What the run gives of an int8 cache that it does not write to, each (1, kv_heads, length, head_dim)."""
         self.io = session.io_binding()
@@ -51,6 +55,8 @@ class _Binding:
         self.bind_input("input_ids", self.token_ids)
         self.bind_input("seqlens_k", self.last_positions)
         self.bind_input("total_sequence_length", self.longest)
+        if logits.ndim == 3:
+            self.bind_input("num_logits", np.asarray(logits.shape[1:2], np.int64))
         self.io.bind_ortvalue_output("logits", self._value(self.logits))
 
     def bind_input(self, name: str, array: NDArray[np.generic]) -> None:
@@ -117,7 +123,10 @@ class OnnxRunner:
         self.vocab_size = shape.vocab_size
         self.preset_tokens = preset_tokens
         self._preset = preset
-        has_int8_cache = any(value.name == "is_prompt" for value in self._session.get_inputs())
+        inputs = {value.name for value in self._session.get_inputs()}
+        has_int8_cache = "is_prompt" in inputs
+        # Graphs of bundles of manifest schema 2 have no such input.
+        self._has_num_logits = "num_logits" in inputs
         self._slots = KVSlots(
             shape,
             num_slots=num_slots,
@@ -128,6 +137,9 @@ class OnnxRunner:
         self._bindings: dict[tuple[int, int, int], _Binding] = {}
         # Of prompts in an int8 cache, by length, the last used at the end: each has KV of its own for so many tokens.
         self._prompt_bindings: dict[int, _Binding] = {}
+        # By slot and length, the last used at the end.
+        self._verify_bindings: dict[tuple[int, int], _Binding] = {}
+        self._verified = np.zeros((0, self.vocab_size), np.float32)
         self._lock = threading.Lock()
         self._running: ort.RunOptions | None = None
 
@@ -140,6 +152,11 @@ class OnnxRunner:
         last bit.
         """
         return 1 if self._prompt is None and platform.machine() in ("aarch64", "arm64") else 2
+
+    @property
+    def can_verify(self) -> bool:
+        """Whether the graph gives the logits of several positions, and over int8, where runs of any length agree."""
+        return self._has_num_logits and self._prompt is not None
 
     @classmethod
     def from_bundle(cls, bundle: Bundle, *, num_slots: int, context_length: int, num_threads: int) -> OnnxRunner:
@@ -175,17 +192,40 @@ class OnnxRunner:
         run_options = ort.RunOptions()
         # What goes wrong is raised; a run that `terminate` stopped would be told as an error as well, in colours.
         run_options.log_severity_level = 4
-        if self._prompt is not None:
-            if length > 1:
-                self._prompt.hold(first_slot, past, length)
-            elif self._prompt.release_unless_reading(first_slot, num_rows):
-                # A prompt is done: what its run needed is five times what a step needs.
-                run_options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+        if self._prompt is not None and length > 1:
+            self._prompt.hold(first_slot, past, length)
+        else:
+            self._release_prompt(first_slot, num_rows, run_options)
         self._run(binding, run_options)
         if self._prompt is not None and length > 1:
             self._slots.write(first_slot, past, [array[0] for array in binding.new])
             self._prompt.extend(past + length)
-        return binding.logits
+        return binding.logits[:, 0] if self._has_num_logits else binding.logits
+
+    def verify(self, token_ids: NDArray[np.int64], slot: int, num_past: int) -> NDArray[np.float32]:
+        """Run tokens of one slot as if each were a step of its own, and write their KV from num_past on.
+
+        token_ids: (S,). Returns the logits after each of them, (S, vocab_size), valid until the next `verify`: bit for
+        bit what `forward` gives for one after the other, and so is the KV. Only with `can_verify`. Raises RunTerminated
+        if `terminate` stopped it.
+        """
+        assert self.can_verify, "the graph gives the logits of one position"
+        assert num_past + len(token_ids) <= self.context_length, "a run beyond the KV buffer"
+        binding = self._verify_binding(slot, len(token_ids))
+        binding.token_ids[0] = token_ids
+        binding.last_positions[0] = num_past + len(token_ids) - 1
+        binding.longest[0] = num_past + len(token_ids)
+        run_options = ort.RunOptions()
+        run_options.log_severity_level = 4
+        self._release_prompt(slot, 1, run_options)
+        self._run(binding, run_options)
+        return binding.logits[0]
+
+    def _release_prompt(self, first_slot: int, num_rows: int, run_options: ort.RunOptions) -> None:
+        """Before these slots are written to: give back what only the run of a prompt needs, if that is done."""
+        if self._prompt is not None and self._prompt.release_unless_reading(first_slot, num_rows):
+            # It is five times what a step needs.
+            run_options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
 
     def _binding(self, first_slot: int, num_rows: int, length: int) -> _Binding:
         """Return the buffers for runs of this shape."""
@@ -195,9 +235,22 @@ class OnnxRunner:
         key = (first_slot, num_rows, length)
         if key in self._bindings:
             return self._bindings[key]
-        binding = _Binding(self._session, num_rows, length, self.vocab_size)
+        binding = self._slot_binding(first_slot, length, self._new_logits(num_rows))
+        # The last chunk of a prompt may have any length; only decode steps and full chunks come again and again.
+        if length == 1 or length % 16 == 0:
+            self._bindings[key] = binding
+        return binding
+
+    def _new_logits(self, num_rows: int) -> NDArray[np.float32]:
+        """Return a buffer for the logits of each row's last position."""
+        shape = (num_rows, 1, self.vocab_size) if self._has_num_logits else (num_rows, self.vocab_size)
+        return np.zeros(shape, np.float32)
+
+    def _slot_binding(self, first_slot: int, length: int, logits: NDArray[np.float32]) -> _Binding:
+        """Return new buffers for runs over the slots' own KV. logits: as those of `_Binding`."""
+        binding = _Binding(self._session, length, logits)
         # A view of a contiguous run of slots: no copy, and any such run can be a batch.
-        rows = [array[first_slot : first_slot + num_rows] for array in self._slots.arrays]
+        rows = [array[first_slot : first_slot + len(logits)] for array in self._slots.arrays]
         if self._prompt is None:
             binding.bind_kv(rows, rows)
         else:
@@ -205,16 +258,26 @@ class OnnxRunner:
             binding.bind_input("is_prompt", np.asarray(False))
             binding.bind_kv(empty, empty)
             binding.bind_kv(rows, rows, "_int8")
-        # The last chunk of a prompt may have any length; only decode steps and full chunks come again and again.
-        if length == 1 or length % 16 == 0:
-            self._bindings[key] = binding
+        return binding
+
+    def _verify_binding(self, slot: int, length: int) -> _Binding:
+        """Return the buffers for a draft in a slot. All share one buffer for logits, which may have megabytes."""
+        if length > len(self._verified):
+            self._verify_bindings.clear()
+            self._verified = np.zeros((length, self.vocab_size), np.float32)
+        binding = self._verify_bindings.pop((slot, length), None)
+        if binding is None:
+            binding = self._slot_binding(slot, length, self._verified[None, :length])
+        self._verify_bindings[slot, length] = binding
+        while len(self._verify_bindings) > _VERIFY_BINDINGS:
+            del self._verify_bindings[next(iter(self._verify_bindings))]
         return binding
 
     def _prompt_binding(self, prompt: PromptBuffers, length: int) -> _Binding:
         """Return the buffers for a chunk of a prompt, of whatever slot."""
         binding = self._prompt_bindings.pop(length, None)
         if binding is None:
-            binding = _Binding(self._session, 1, length, self.vocab_size)
+            binding = _Binding(self._session, length, self._new_logits(1))
             _, kv_heads, _, head_dim = prompt.arrays[0].shape
             unused = [np.zeros((1, kv_heads, 0, head_dim), np.int8)] * len(prompt.arrays)
             binding.new = tuple(np.zeros((1, kv_heads, length, head_dim), np.int8) for _ in prompt.arrays)

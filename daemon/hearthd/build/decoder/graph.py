@@ -1,15 +1,19 @@
 """The fused decoder graph: one layout for every architecture, every recipe and every board.
 
-Inputs: `input_ids` int64 (B, S); `seqlens_k` int32 (B,), each row's last position; `total_sequence_length` int32
-(1,), the longest row with this run's tokens; for each layer n `past_key.n` and `past_value.n` float32 (B, kv_heads,
-max_len, padded_head_dim). Outputs: `logits` float32 (B, vocab_size) of the last position; `present_key.n` and
-`present_value.n`, bound by the caller to the same buffers as the past, so that nothing is copied or joined.
+Inputs: `input_ids` int64 (B, S); `num_logits` int64 (1,), N of 1 to S; `seqlens_k` int32 (B,), each row's last
+position; `total_sequence_length` int32 (1,), the longest row with this run's tokens; for each layer n `past_key.n` and
+`past_value.n` float32 (B, kv_heads, max_len, padded_head_dim). Outputs: `logits` float32 (B, N, vocab_size) of the last
+N positions; `present_key.n` and `present_value.n`, bound by the caller to the same buffers as the past, so that nothing
+is copied or joined.
 
 With an int8 cache, which every bundle has, there are also `is_prompt` bool (), and for each layer n `past_key_int8.n`,
 `past_value_int8.n` int8 of the same shape, and `present_*_int8.n`. If `is_prompt` is true, B is 1, the float32 buffers
 hold the row's int8 numbers as float32 and get those of this run's tokens, which `present_*_int8.n` gives by itself,
-(1, kv_heads, S, padded_head_dim). If it is false, S is 1, and the int8 buffers are past and present. Whatever is not
-used may be bound to arrays without positions. `attention` says why.
+(1, kv_heads, S, padded_head_dim). If it is false, the int8 buffers are past and present; S tokens of a row then get the
+bits that S runs of one would give them. Whatever is not used may be bound to arrays without positions. `attention` says
+why.
+
+Bundles of manifest schema 2 have no `num_logits`: their `logits` are (B, vocab_size), of the last position.
 
 Knows ONNX and the contrib operators of ONNX Runtime; no files but those it writes, no calibration. Called by
 `builder`, `calibrate` and `quality`, which ask for further outputs.
@@ -35,26 +39,25 @@ from hearthd.build.decoder.rope import rope_tables
 from hearthd.build.decoder.rounding import SMALLEST_PEAK, Nearest, Rounding
 from hearthd.build.decoder.weights import DecoderWeights, LayerWeights, Linear
 
-__all__ = ["DATA_FILE", "LAST_POSITION", "MODEL_FILE", "GraphOptions", "write_graph"]
+__all__ = ["DATA_FILE", "MODEL_FILE", "GraphOptions", "write_graph"]
 
 MODEL_FILE = "model.onnx"
 DATA_FILE = "model.data"
-# How the results of the nodes end that keep the last position only; without them a graph gives every position's logits.
-LAST_POSITION = ".last_position"
+# Of a slice: up to the end.
+_END = 2**63 - 1
 
 
 @dataclass(frozen=True, slots=True)
 class GraphOptions:
-    """context_length: positions in the rope tables. all_logits: `logits` float32 (B, S, vocab_size) for every position.
+    """context_length: positions in the rope tables. capture: matmuls' inputs are outputs too, `capture.<matmul>`.
 
-    capture: each matmul's input is an output too, named `capture.<matmul>`. int8_embedding: rows as int8 with a scale
-    each, which is what a bundle has; False keeps float32, which is the reference.
+    int8_embedding: rows as int8 with a scale each, which is what a bundle has; False keeps float32, which is the
+    reference.
 
     A matmul of the form SWITCHED adds two inputs, `linear.switch_names`.
     """
 
     context_length: int
-    all_logits: bool = False
     capture: bool = False
     int8_embedding: bool = False
 
@@ -118,6 +121,7 @@ class _GraphWriter:
             self._nodes.tensor(f"{rope.name}.sin", sin)
         if self._kv_scales is not None:
             add_first_position(self._nodes)
+        self._nodes.node("Neg", ["num_logits"], "first_with_logits")
         hidden = self._embed(weights.embedding())
         branch = ""
         for index in range(spec.num_layers):
@@ -127,15 +131,15 @@ class _GraphWriter:
         self._linear(MatMulName("lm_head"), normed, head, output="logits")
 
     def finish(self) -> onnx.GraphProto:
-        spec, options = self._spec, self._options
+        spec = self._spec
         inputs = [
             helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["B", "S"]),
+            helper.make_tensor_value_info("num_logits", TensorProto.INT64, [1]),
             helper.make_tensor_value_info("seqlens_k", TensorProto.INT32, ["B"]),
             helper.make_tensor_value_info("total_sequence_length", TensorProto.INT32, [1]),
         ]
         inputs += [helper.make_tensor_value_info(name, TensorProto.FLOAT, []) for name in self._switches]
-        shape: list[str | int | None] = ["B", "S", spec.vocab_size] if options.all_logits else ["B", spec.vocab_size]
-        outputs = [helper.make_tensor_value_info("logits", TensorProto.FLOAT, shape)]
+        outputs = [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["B", "N", spec.vocab_size])]
         caches = [("", TensorProto.FLOAT)]
         if self._kv_scales is not None:
             inputs.append(helper.make_tensor_value_info("is_prompt", TensorProto.BOOL, []))
@@ -169,10 +173,10 @@ class _GraphWriter:
         normed, hidden = self._residual_norm(f"{path}.input_norm", hidden, branch, weights.input_norm)
         qkv = self._linear(MatMulName("qkv", index), normed, weights.qkv)
         attended = add_attention(self._nodes, self._spec, index, qkv, weights, self._kv_scales)
-        if index == self._spec.num_layers - 1 and not self._options.all_logits:
-            # Nothing after the last attention mixes positions, and only the last one's logits are wanted.
-            attended = self._last_position(attended, f"{path}.attention{LAST_POSITION}")
-            hidden = self._last_position(hidden, f"{path}.hidden{LAST_POSITION}")
+        if index == self._spec.num_layers - 1:
+            # Nothing after the last attention mixes positions, and only the last ones' logits are wanted.
+            attended = self._with_logits(attended, f"{path}.attention.with_logits")
+            hidden = self._with_logits(hidden, f"{path}.hidden.with_logits")
         branch = self._linear(MatMulName("o", index), attended, weights.o)
         branch = self._branch_norm(f"{path}.attention_branch_norm", branch, weights.attention_branch_norm)
         normed, hidden = self._residual_norm(f"{path}.post_attention_norm", hidden, branch, weights.post_attention_norm)
@@ -213,9 +217,10 @@ class _GraphWriter:
         epsilon = self._spec.rms_norm_eps
         return self._nodes.node("SimplifiedLayerNormalization", [value, gamma], name, axis=-1, epsilon=epsilon)
 
-    def _last_position(self, value: str, name: str) -> str:
-        """(B, S, features) -> (B, features)."""
-        return self._nodes.node("Gather", [value, self._nodes.integer("last_position", -1)], name, axis=1)
+    def _with_logits(self, value: str, name: str) -> str:
+        """(B, S, features) -> (B, N, features)."""
+        inputs = [value, "first_with_logits", self._nodes.integer("end", [_END]), self._nodes.integer("axis_1", [1])]
+        return self._nodes.node("Slice", inputs, name)
 
     def _linear(self, matmul: MatMulName, value: str, linear: Linear, output: str | None = None) -> str:
         name = str(matmul)

@@ -111,7 +111,7 @@ def calibrate(
     longest = max(len(document.token_ids) for document in documents)
     recipe = Recipe({}, rotated=spec.rotatable)
     weights = DecoderWeights(source, spec, rotated=recipe.rotated)
-    options = GraphOptions(context_length=longest, all_logits=True, capture=True)
+    options = GraphOptions(context_length=longest, capture=True)
     path = write_graph(directory, spec, weights, recipe, options)
     session = GraphSession(
         path.read_bytes(),

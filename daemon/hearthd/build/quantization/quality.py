@@ -12,15 +12,15 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-import onnx
 from numpy.typing import NDArray
 
 from hearthd.build.decoder.architecture import DecoderSpec
-from hearthd.build.decoder.graph import LAST_POSITION, MODEL_FILE, GraphOptions, write_graph
+from hearthd.build.decoder.graph import MODEL_FILE, GraphOptions, write_graph
 from hearthd.build.decoder.recipe import Recipe
 from hearthd.build.decoder.weights import DecoderWeights, TensorSource
 from hearthd.build.quantization.divergence import kl_divergence, log_softmax
 from hearthd.build.quantization.documents import TokenDocument, num_shared
+from hearthd.build.quantization.older_graph import read_graph
 from hearthd.build.quantization.session import GraphSession
 from hearthd.errors import BuildError
 
@@ -83,7 +83,7 @@ class Reference:
         """Write the graph (4 bytes a weight on disk, mapped) and load it."""
         self.context_length = context_length
         weights = DecoderWeights(source, spec, rotated=False)
-        options = GraphOptions(context_length=context_length, all_logits=True)
+        options = GraphOptions(context_length=context_length)
         path = write_graph(directory, spec, weights, Recipe.reference(), options)
         self.session = GraphSession(
             path.read_bytes(), spec, data_directory=directory, context_length=context_length, num_threads=num_threads
@@ -153,7 +153,7 @@ def compare(
     longest = max(len(document.token_ids) for document in documents)
     start = 0 if preset is None else preset.shape[3]
     by_kind: dict[str, _Sums] = {}
-    model = _every_position(directory / MODEL_FILE)
+    model = read_graph(directory / MODEL_FILE)
     tested = GraphSession(
         model, spec, data_directory=directory, context_length=longest, num_threads=num_threads, preset=preset
     )
@@ -188,19 +188,3 @@ def _figures(by_kind: Mapping[str, _Sums]) -> QualityFigures:
     return QualityFigures(
         **asdict(total.figures()), kinds={kind: sums.figures() for kind, sums in by_kind.items() if sums.tokens}
     )
-
-
-def _every_position(model_path: Path) -> bytes:
-    """Return a bundle's graph changed to give the logits of every position, over the bundle's own weights."""
-    model = onnx.load(str(model_path), load_external_data=False)
-    graph = model.graph
-    last = {node.output[0]: node.input[0] for node in graph.node if node.output[0].endswith(LAST_POSITION)}
-    kept = [node for node in graph.node if node.output[0] not in last]
-    for node in kept:
-        for index, name in enumerate(node.input):
-            node.input[index] = last.get(name, name)
-    del graph.node[:]
-    graph.node.extend(kept)
-    logits = next(output for output in graph.output if output.name == "logits")
-    logits.type.tensor_type.ClearField("shape")
-    return bytes(model.SerializeToString())

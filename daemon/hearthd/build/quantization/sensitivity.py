@@ -54,7 +54,7 @@ def measure_sensitivity(
     names = matmul_names(spec)
     recipe = Recipe({name: MatMulRecipe(MatMulForm.SWITCHED) for name in names}, rotated=spec.rotatable)
     weights = DecoderWeights(source, spec, rotated=recipe.rotated)
-    options = GraphOptions(context_length=len(token_ids), all_logits=True, int8_embedding=True)
+    options = GraphOptions(context_length=len(token_ids), int8_embedding=True)
     path = write_graph(directory, spec, weights, recipe, options, rounding)
     session = GraphSession(
         path.read_bytes(),

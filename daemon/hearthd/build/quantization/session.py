@@ -24,7 +24,7 @@ CHUNK = 64
 
 
 class GraphSession:
-    """A graph written with `all_logits`, run on one document after another."""
+    """A graph that gives every position's logits, run on one document after another."""
 
     def __init__(
         self,
@@ -121,6 +121,7 @@ class GraphSession:
         # Kept until the run returns: a binding may refer to an array's memory.
         bound: dict[str, NDArray[Any]] = {
             "input_ids": ids,
+            "num_logits": np.asarray([ids.shape[1]], np.int64),
             "seqlens_k": np.full(len(ids), total - 1, np.int32),
             "total_sequence_length": np.asarray([total], np.int32),
             **inputs,
