@@ -12,12 +12,14 @@ import grpc
 import pytest
 from google.protobuf import descriptor_pool
 from google.rpc import error_details_pb2, status_pb2
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from fakes import FakeRunner
 from hearth.v1 import model_pb2, model_pb2_grpc
 from hearth.v1 import status_pb2 as hearth_status_pb2
 from hearth.v1 import status_pb2_grpc as hearth_status_pb2_grpc
+from hearthd import auth
 from hearthd.errors import ConfigError
 from hearthd.roles import BUILT_IN, METHODS, OPEN_METHODS, Role
 from hearthd.server import Server
@@ -200,12 +202,60 @@ async def test_a_chat_that_runs_when_its_token_is_revoked_is_finished(tmp_path: 
     runner = make_runner(is_gated=True)
     runner.allow(PROOF_FORWARDS)
     kitchen = bearer(create_token(tmp_path / "tokens", "kitchen"))
-    async with daemon(tmp_path, lambda: make_model(runner)) as (channel, _):
+    async with daemon(tmp_path, lambda _: make_model(runner)) as (channel, _):
         call = start_chat(channel, chat_request(), metadata=kitchen)
         await asyncio.to_thread(runner.wait_for_forwards, PROOF_FORWARDS + 1)
         revoke_token(tmp_path / "tokens", "kitchen")
         runner.open_gate()
         assert [response async for response in call][-1].HasField("final")
+
+
+@asynchronous
+async def test_what_goes_on_until_the_caller_leaves_ends_soon_after_its_token_is_revoked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert auth._SECONDS_BETWEEN_LOOKS <= 5
+    monkeypatch.setattr(auth, "_SECONDS_BETWEEN_LOOKS", 0.01)
+    tokens = tmp_path / "tokens"
+    kitchen, other = (bearer(create_token(tokens, name, role="admin")) for name in ("kitchen", "other"))
+    async with daemon(tmp_path) as (channel, server):
+        watches = [
+            health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(), metadata=metadata)
+            for metadata in (kitchen, other)
+        ]
+        reflection = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo(metadata=kitchen)
+        await reflection.write(reflection_pb2.ServerReflectionRequest(list_services=""))
+        for call in (*watches, reflection):
+            await call.read()
+        revoke_token(tokens, "kitchen")
+        for call in (watches[0], reflection):
+            assert await call.code() is grpc.StatusCode.UNAUTHENTICATED
+            assert "authorization: Bearer TOKEN" in await call.details()
+        # Its neighbour has been asked as often, and goes on to the daemon's end.
+        assert not watches[1].done()
+        server.stop()
+        assert (await watches[1].read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
+        assert await watches[1].code() is grpc.StatusCode.OK
+
+
+@asynchronous
+async def test_a_watch_of_open_health_needs_no_token_that_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(auth, "_SECONDS_BETWEEN_LOOKS", 0.01)
+    open_health = {"token_file": tmp_path / "tokens", "health_open": True}
+    async with daemon(tmp_path, auth=open_health) as (channel, server):
+        looks = asyncio.Semaphore(0)
+        authorise = server._authenticator.authorise
+        monkeypatch.setattr(
+            server._authenticator, "authorise", lambda caller, method: (looks.release(), authorise(caller, method))
+        )
+        watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
+        await watch.read()
+        for _ in range(4):
+            await looks.acquire()
+        assert not watch.done()
+        watch.cancel()
 
 
 # Roles.
@@ -381,7 +431,7 @@ async def test_a_chat_that_waits_costs_nothing_and_one_that_is_left_what_it_took
     phone = bearer(create_token(tmp_path / "tokens", "phone", role="guest"))
     runner = make_runner(is_gated=True, num_slots=1)
     runner.allow(PROOF_FORWARDS)
-    async with daemon(tmp_path, lambda: make_model(runner), roles=roles, engine={"slots": 1}) as (channel, server):
+    async with daemon(tmp_path, lambda _: make_model(runner), roles=roles, engine={"slots": 1}) as (channel, server):
         running = start_chat(channel, chat_request(max_tokens=100), metadata=phone)
         await asyncio.to_thread(runner.wait_for_forwards, PROOF_FORWARDS + 1)
         waiting = start_chat(channel, chat_request(max_tokens=100), metadata=phone)
@@ -423,7 +473,7 @@ async def test_two_users_of_loopback_do_not_see_what_the_other_has_cached(tmp_pa
     """Without tokens a connection is all that tells them apart; on a Unix socket gRPC does not tell even that."""
     own_pool = [("grpc.use_local_subchannel_pool", 1)]
     async with (
-        serving(make_config(tmp_path), lambda: make_model(make_runner(num_slots=4))) as server,
+        serving(make_config(tmp_path), lambda _: make_model(make_runner(num_slots=4))) as server,
         grpc.aio.insecure_channel(tcp_target(server), options=own_pool) as one,
         grpc.aio.insecure_channel(tcp_target(server), options=own_pool) as other,
     ):

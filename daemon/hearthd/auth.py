@@ -3,17 +3,19 @@
 A caller is whoever its token names, else whoever its client certificate names, which the TLS handshake has verified;
 on a listener that asks for neither, everybody is the same caller, with the role `auth.open_role`. All of this is
 decided before anything of the request is read, anew at each call: what was revoked or has expired ends then, on
-connections that stay open too. Whoever has no right to call gets the same answer from every method, and learns nothing.
+connections that stay open too. What goes on for as long as the caller likes is asked again every few seconds; an answer
+that was begun is finished. Whoever has no right to call gets the same answer from every method, and learns nothing.
 
 `server` makes one `Authenticator`, and puts an `AccessInterceptor` in front of each gRPC server, behind the boundary of
 `statuses`, which tells callers of refusals. `caller` holds the outcome; `metering` counts the call.
 """
 
+import asyncio
 import inspect
 import logging
 import math
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from typing import Any, Final
 
 import grpc
@@ -24,7 +26,7 @@ from hearthd.errors import InvalidRequestError, NotPermittedError, Unauthenticat
 from hearthd.forward_clock import ForwardClock
 from hearthd.metering import Meters
 from hearthd.peer_certificate import find_names, has_expired
-from hearthd.roles import HEALTH, METHODS, NO_RIGHTS, Role
+from hearthd.roles import ENDLESS_METHODS, HEALTH, METHODS, NO_RIGHTS, Role
 from hearthd.tokens import TokenFile
 
 __all__ = ["AccessInterceptor", "Authenticator"]
@@ -34,6 +36,8 @@ _logger = logging.getLogger(__name__)
 _NOBODY: Final = "-"
 _OPEN: Final = "open"
 _SECONDS_BETWEEN_LINES: Final = 1.0
+# After a revocation, a Watch goes on for so long at most.
+_SECONDS_BETWEEN_LOOKS: Final = 5.0
 
 
 class Authenticator:
@@ -191,13 +195,32 @@ class AccessInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
             self._meters.count_request(caller)
             if handler is None:
                 raise UnknownMethodError("there is no method of that name")
-            await _run(handler, requests, context)
+            running = _run(handler, requests, context)
+            if method in ENDLESS_METHODS:
+                running = _run_while(lambda: self._check_again(method, context), running)
+            await running
 
         return grpc.stream_stream_rpc_method_handler(
             decide,
             request_deserializer=handler and handler.request_deserializer,
             response_serializer=handler and handler.response_serializer,
         )
+
+    def _check_again(self, method: str, context: grpc.aio.ServicerContext) -> None:
+        caller = self._authenticator.identify(method, context, is_unix=self._is_unix)
+        self._authenticator.authorise(caller, method)
+
+
+async def _run_while(check: Callable[[], object], running: Coroutine[Any, Any, None]) -> None:
+    """Run until it ends, or until `check` raises what the caller is to hear."""
+    task = asyncio.create_task(running)
+    try:
+        while not (await asyncio.wait((task,), timeout=_SECONDS_BETWEEN_LOOKS))[0]:
+            check()
+        task.result()
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
 
 
 async def _run(handler: grpc.RpcMethodHandler, requests: AsyncIterator[Any], context: grpc.aio.ServicerContext) -> None:

@@ -13,7 +13,17 @@ from typing import Annotated, Final
 
 from hearthd.setting import Strings, Whole, Words
 
-__all__ = ["BUILT_IN", "HEALTH", "METHODS", "NO_RIGHTS", "OPEN_METHODS", "ROLE_FORM", "ROLE_NAME", "Role"]
+__all__ = [
+    "BUILT_IN",
+    "ENDLESS_METHODS",
+    "HEALTH",
+    "METHODS",
+    "NO_RIGHTS",
+    "OPEN_METHODS",
+    "ROLE_FORM",
+    "ROLE_NAME",
+    "Role",
+]
 
 # As in the token file, where the role's name is a word of a line.
 ROLE_NAME: Final = r"[a-z][a-z0-9_-]{0,31}"
@@ -37,6 +47,8 @@ METHODS: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
 OPEN_METHODS: Final = frozenset({"hearth.v1.PairingService/Pair"})
 """Open to whoever shows what they ask for, who is no caller yet: `pairing.gate` takes such calls before `auth` sees
 them. Without that, they are like methods that are not there."""
+ENDLESS_METHODS: Final = frozenset({METHODS[HEALTH][-1], *METHODS["reflection"]})
+"""They go on until the caller leaves, so whether it still has the right is asked again meanwhile."""
 _EACH: Final = tuple(method for methods in METHODS.values() for method in methods)
 
 
