@@ -1,8 +1,7 @@
 """The engine with a runner that is strict and has no model: batching, isolation, ends, times, and events."""
 
 from collections.abc import Sequence as Tokens
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,123 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-import tiny_tokenizers as tiny
-from fakes import FakeRunner, Logits, expected_tokens, hashed_logits, scripted
-from hearthd.engine import (
-    Delta,
-    Engine,
-    Event,
-    Failed,
-    Finished,
-    FinishReason,
-    Queued,
-    RunTerminated,
-    Sequence,
-    TokenLogprob,
-)
+from engine_bench import END, GREEDY, TOKENIZER, VOCAB, Bench, Clock, decoded, solo, spelling
+from fakes import FakeRunner, hashed_logits, scripted
+from hearthd.engine import Delta, Finished, FinishReason, Queued, RunTerminated, Sequence
 from hearthd.errors import InvalidRequestError
 from hearthd.sampling import NonFiniteLogitsError, SamplingParams
+from hearthd.scheduling.priority import Priority
 from hearthd.sequence import SequenceState
-
-GREEDY = SamplingParams(max_tokens=8, temperature=0.0)
-TOKENIZER = tiny.chat_tokenizer("byte_per_token")
-VOCAB = 262
-END = 257
-NO_EOS = frozenset({END})
-
-
-class Clock:
-    """Time that moves only when a test says so."""
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-@dataclass
-class Bench:
-    """An engine, its parts, and every event so far."""
-
-    runner: FakeRunner = field(default_factory=FakeRunner)
-    prefill_chunk: int = 8
-    solo_prefill_chunk: int | None = None
-    max_answer_seconds: float = 600.0
-    clock: Clock = field(default_factory=Clock)
-    events: list[tuple[Sequence, Event]] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.engine = Engine(
-            self.runner,
-            TOKENIZER,
-            prefill_chunk=self.prefill_chunk,
-            solo_prefill_chunk=self.solo_prefill_chunk,
-            max_answer_seconds=self.max_answer_seconds,
-            clock=self.clock,
-        )
-
-    def add(
-        self,
-        prompt: Tokens[int],
-        params: SamplingParams = GREEDY,
-        *,
-        identity: str = "a",
-        deadline: float | None = None,
-    ) -> Sequence:
-        sequence = Sequence(
-            request_id="r",
-            prompt_ids=tuple(prompt),
-            params=params,
-            cache_identity=identity,
-            arrived=self.clock.now,
-            deadline=deadline,
-        )
-        self.engine.add(sequence)
-        return sequence
-
-    def step(self, count: int = 1) -> None:
-        for _ in range(count):
-            self.events += self.engine.step()
-
-    def finish(self) -> None:
-        for _ in range(10_000):
-            if not self.engine.has_work:
-                return
-            self.step()
-        raise AssertionError("the engine never comes to an end")
-
-    def of(self, sequence: Sequence) -> list[Event]:
-        return [event for owner, event in self.events if owner is sequence]
-
-    def text(self, sequence: Sequence) -> str:
-        return "".join(event.text for event in self.of(sequence) if isinstance(event, Delta))
-
-    def logprobs(self, sequence: Sequence) -> list[TokenLogprob]:
-        return [each for event in self.of(sequence) if isinstance(event, Delta) for each in event.token_logprobs]
-
-    def positions(self, sequence: Sequence) -> list[int]:
-        return [event.position for event in self.of(sequence) if isinstance(event, Queued)]
-
-    def finished(self, sequence: Sequence) -> Finished:
-        event = self.of(sequence)[-1]
-        assert isinstance(event, Finished)
-        return event
-
-    def failure(self, sequence: Sequence) -> Exception:
-        event = self.of(sequence)[-1]
-        assert isinstance(event, Failed)
-        return event.error
-
-
-def solo(prompt: Tokens[int], params: SamplingParams = GREEDY, **changes: Any) -> list[int]:
-    return expected_tokens(hashed_logits(VOCAB), prompt, params, eos_ids=NO_EOS, **changes)
-
-
-def spelling(text: str | bytes, num_prompt_tokens: int = 1, *, end: bool = True) -> Logits:
-    """Logits of an answer with this text, for a prompt of so many tokens."""
-    answer = text.encode() if isinstance(text, str) else text
-    return scripted(VOCAB, num_prompt_tokens, [*answer, *([END] if end else [])])
 
 
 class TestBatching:
@@ -253,22 +142,42 @@ shared_beginnings = st.sampled_from([(), (1, 2, 3), (1, 2, 3, 4, 5, 6, 7, 8, 9, 
 
 
 class TestInterleaved:
-    @settings(max_examples=250, deadline=None)
+    @settings(max_examples=400, deadline=None)
     @given(data=st.data())
     def test_any_mix_gives_each_its_solo_answer(self, data: st.DataObject) -> None:
-        """Sequences come and go at any step, runs are stopped, prefixes are shared: no token changes."""
+        """Sequences come and go at any step, pause each other, share prefixes, runs are stopped: no token changes.
+
+        And all who stay come to an end; whoever leaves has given its slot back before the next step.
+        """
         preset = data.draw(shared_beginnings)
-        runner = FakeRunner(num_slots=data.draw(st.integers(1, 4)), context_length=48, preset_tokens=preset)
-        bench = Bench(runner=runner, prefill_chunk=data.draw(st.integers(1, 9)))
+        num_slots = data.draw(st.integers(1, 4))
+        runner = FakeRunner(
+            num_slots=num_slots + data.draw(st.integers(0, 3)),
+            context_length=48,
+            preset_tokens=preset,
+            min_run=data.draw(st.integers(1, 2)),
+        )
+        bench = Bench(runner=runner, num_slots=num_slots, prefill_chunk=data.draw(st.integers(2, 9)))
         alive: list[Sequence] = []
         removed: list[Sequence] = []
+        late: list[Sequence] = []
         past: list[tuple[int, ...]] = []
-        actions = data.draw(st.lists(st.sampled_from("aaasssssssrtc"), max_size=50))
+        actions = data.draw(st.lists(st.sampled_from("aaasssssssrtcdl"), max_size=60))
         for action in actions:
             if action in "ac":  # c: go on with an earlier conversation
                 beginning = data.draw(shared_beginnings if action == "a" or not past else st.sampled_from(past))
                 prompt = (*beginning, *data.draw(prompts))[:40]
-                alive.append(bench.add(prompt, data.draw(any_params), identity=data.draw(st.sampled_from("ab"))))
+                options = {
+                    "identity": data.draw(st.sampled_from("ab")),
+                    "account": data.draw(st.sampled_from("xyz")),
+                    "priority": data.draw(st.sampled_from(Priority)),
+                }
+                alive.append(bench.add(prompt, data.draw(any_params), **options))
+            elif action == "d":
+                deadline = bench.clock.now + data.draw(st.integers(0, 2))
+                late.append(bench.add(data.draw(prompts), data.draw(any_params), deadline=deadline))
+            elif action == "l":
+                bench.clock.now += 1
             elif action == "s":
                 bench.step()
                 past = [(*sequence.prompt_ids, *sequence.output_ids) for sequence in alive]
@@ -279,6 +188,10 @@ class TestInterleaved:
                 sequence = alive.pop(data.draw(st.integers(0, len(alive) - 1)))
                 bench.engine.remove(sequence)
                 removed.append(sequence)
+            held = bench.engine.num_running + bench.engine.num_paused
+            assert bench.engine.num_running <= num_slots
+            assert held <= runner.num_slots
+            assert held <= len(alive) + len(late)
         runner.fail_next = None
         bench.finish()
         for sequence in alive:
@@ -289,7 +202,8 @@ class TestInterleaved:
             finished = bench.finished(sequence)
             assert finished.completion_tokens == len(expected)
             assert finished.cached_prompt_tokens < finished.prompt_tokens == len(sequence.prompt_ids)
-        for sequence in removed:
+        assert all(isinstance(bench.of(sequence)[-1], Finished) for sequence in late)
+        for sequence in [*removed, *late]:
             expected = solo(sequence.prompt_ids, sequence.params, context_length=48)
             assert sequence.output_ids == expected[: len(sequence.output_ids)]
 
@@ -314,14 +228,6 @@ class TestInterleaved:
         second = together.add([1, 2], params)
         together.finish()
         assert first.output_ids == second.output_ids
-
-
-def decoded(token_ids: list[int]) -> str:
-    # Ids over 257 are other control tokens: two with text, the rest without.
-    text = {260: b"<think>", 261: b"</think>"}
-    return b"".join(text.get(token_id, bytes([token_id]) if token_id < 256 else b"") for token_id in token_ids).decode(
-        errors="replace"
-    )
 
 
 class TestQueue:

@@ -23,9 +23,13 @@ LAYERS = (
     {"hearthd.__main__"},
     {"hearthd.server"},
     {"hearthd.services.chat", "hearthd.services.model", "hearthd.services.status"},
+    {"hearthd.models.pool"},
+    {"hearthd.models.residents"},
+    {"hearthd.models.entry"},
     {"hearthd.worker"},
     {"hearthd.engine"},
     {"hearthd.batch", "hearthd.collector", "hearthd.scheduling.scheduler", "hearthd.scheduling.chunks"},
+    {"hearthd.scheduling.fair_queue"},
     {"hearthd.runner", "hearthd.kv_cache", "hearthd.sampling", "hearthd.tokenizer"},
     {"hearthd.bundle"},
 )

@@ -42,16 +42,13 @@ class Batch:
 
     def join(self, sequence: Sequence) -> None:
         """Put a sequence beside those that decode. Where it stands already, if it can: moving KV takes time."""
-        before = self._rows[0].slot - 1 if self._rows else sequence.slot
-        behind = before + len(self._rows) + 1
-        if sequence.slot == before:
-            self._rows.insert(0, sequence)
-        elif sequence.slot == behind or behind < self._num_slots:
-            self._exchange(sequence, behind)
-            self._rows.append(sequence)
-        else:
-            self._exchange(sequence, before)
-            self._rows.insert(0, sequence)
+        if self._rows:
+            first = self._rows[0].slot
+            beside = [slot for slot in (first + len(self._rows), first - 1) if 0 <= slot < self._num_slots]
+            if sequence.slot not in beside:
+                self._exchange(sequence, min(beside, key=self._cache.num_tokens))
+        is_before = bool(self._rows) and sequence.slot < self._rows[0].slot
+        self._rows.insert(0 if is_before else len(self._rows), sequence)
 
     def leave(self, sequence: Sequence) -> None:
         """Take a sequence out, with its slot. Into a place between others the last one moves, so no hole is left."""

@@ -62,10 +62,7 @@ class Collector:
         except Exception as error:  # noqa: BLE001 - of this sequence alone; the others go on
             self.fail(sequence, error)
             return
-        sequence.output_ids.append(token_id)
-        sequence.last_token = now
-        if sequence.first_token is None:
-            sequence.first_token = now
+        sequence.note_token(token_id, now)
         if delta is not None:
             self._events.append((sequence, delta))
         num_tokens = len(sequence.output_ids)

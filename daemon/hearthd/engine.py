@@ -61,12 +61,15 @@ class Engine:
         runner: Runner,
         tokenizer: ChatTokenizer,
         *,
+        num_slots: int | None = None,
         prefill_chunk: int = 64,
         solo_prefill_chunk: int | None = None,
         max_answer_seconds: float = 600.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """prefill_chunk: the prompt tokens that one run takes; the last one may take a few more.
+        """num_slots: sequences that run at once; the runner has more slots if others can be paused. None: all of them.
+
+        prefill_chunk: the prompt tokens that one run takes; the last one may take a few more.
 
         solo_prefill_chunk: the most of them while nobody decodes, so that no answer waits for the run, as far as the
         machine runs them within a second; None for the same size.
@@ -77,7 +80,8 @@ class Engine:
         self._clock = clock
         self._chunks = ChunkSizes(prefill_chunk, prefill_chunk if solo_prefill_chunk is None else solo_prefill_chunk)
         self._cache = KVCache(runner)
-        self._scheduler = Scheduler()
+        self._num_slots = runner.num_slots if num_slots is None else num_slots
+        self._scheduler = Scheduler(self._num_slots)
         self._batch = Batch(self._cache, runner.num_slots)
         self._collector = Collector(tokenizer, context_length=runner.context_length, clock=clock, remove=self.remove)
         self._in_prefill: Sequence | None = None
@@ -85,7 +89,7 @@ class Engine:
     @property
     def num_slots(self) -> int:
         """Sequences that can run at once."""
-        return self._runner.num_slots
+        return self._num_slots
 
     @property
     def context_length(self) -> int:
@@ -94,22 +98,23 @@ class Engine:
 
     @property
     def num_running(self) -> int:
-        """Sequences that hold a slot."""
-        return len(self._scheduler.prefilling) + len(self._batch)
+        """Sequences that run."""
+        return len(self._scheduler.running)
+
+    @property
+    def num_paused(self) -> int:
+        """Sequences that keep their KV while more urgent ones run."""
+        return len(self._scheduler.paused)
 
     @property
     def num_waiting(self) -> int:
-        """Sequences that wait for a slot."""
-        return len(self._scheduler.waiting)
+        """Sequences that have not begun."""
+        return self._scheduler.num_waiting
 
     @property
     def has_work(self) -> bool:
         """Whether a step would do anything."""
-        return self._is_asked or self._cache.next_unread(self._chunks.beside) is not None
-
-    @property
-    def _is_asked(self) -> bool:
-        return bool(self.num_waiting or self.num_running)
+        return not self._scheduler.is_idle or self._cache.next_unread(self._chunks.beside) is not None
 
     @property
     def prefilling(self) -> Sequence | None:
@@ -132,29 +137,32 @@ class Engine:
             )
         self._scheduler.add(sequence)
 
+    def limit_running(self, num_places: int) -> None:
+        """Run so many sequences at once, at most `num_slots`; those that are too many are paused by the next step."""
+        self._scheduler.num_places = max(1, min(num_places, self._num_slots))
+
     def remove(self, sequence: Sequence) -> None:
         """Take a sequence out, wherever it is; it has no further event. No effect on one that has ended."""
-        self._scheduler.remove(sequence)
-        if sequence.state in (SequenceState.PREFILLING, SequenceState.DECODING):
+        if sequence.state in (SequenceState.PREFILLING, SequenceState.DECODING, SequenceState.PAUSED):
             self._batch.release(sequence)
+        self._scheduler.remove(sequence)
         sequence.state = SequenceState.ENDED
 
     def step(self) -> list[tuple[Sequence, Event]]:
-        """Schedule, run, collect: at most one chunk of one prompt, and one token of every running sequence.
+        """Schedule, run, collect: at most one chunk of one prompt, and one token of every sequence that decodes.
 
         Returns what happened, each sequence's events in their order. A run that `Runner.terminate` stopped has not
         happened: the next step runs it again, with the sequences that are there then.
         """
         self._end_overdue()
-        self._admit()
-        self._announce_positions()
+        self._schedule()
         batch = list(self._batch)
         try:
-            if self._is_asked:
+            if self._scheduler.is_idle:
+                self._read_answers()
+            else:
                 self._prefill()
                 self._decode(batch)
-            else:
-                self._read_answers()
         except RunTerminated:
             pass
         if not self.has_work:
@@ -165,38 +173,67 @@ class Engine:
 
     def _end_overdue(self) -> None:
         now = self._clock()
-        for sequence in [*self._scheduler.waiting, *self._scheduler.prefilling, *self._batch]:
+        for sequence in [*self._scheduler.running, *self._scheduler.paused, *self._scheduler.waiting]:
             is_late = sequence.deadline is not None and now >= sequence.deadline
             if is_late or (sequence.admitted is not None and now - sequence.admitted >= self._max_answer_seconds):
                 self._collector.finish(sequence, FinishReason.TIME_LIMIT)
 
-    def _admit(self) -> None:
-        for sequence in self._scheduler.waiting:
-            if not self._cache.has_idle_slot:
+    def _schedule(self) -> None:
+        """Let the next ones in line run, as far as there are places, and room for their KV; tell the rest."""
+        while self._scheduler.is_crowded:
+            self._make_place()
+        has_room = True
+        for sequence in self._scheduler.in_line():
+            if not self._scheduler.has_place_for(sequence):
                 break
-            now = self._clock()
-            try:
-                self._collector.begin(sequence)
-                place = self._cache.acquire(sequence.prompt_ids, sequence.cache_identity)
-            except Exception as error:  # noqa: BLE001 - of this sequence alone; the others go on
-                self._collector.fail(sequence, error)
-                continue
-            sequence.slot = place.slot
-            sequence.num_cached = place.num_cached
-            sequence.admitted = now
-            self._batch.hold(sequence)
-            self._scheduler.start(sequence)
-
-    def _announce_positions(self) -> None:
+            if sequence.state is SequenceState.PAUSED:
+                self._make_place()
+                self._resume(sequence)
+            # Nobody else gets the room for which one waits; who is paused needs none.
+            elif has_room:
+                has_room = self._admit(sequence)
         for position, sequence in enumerate(self._scheduler.waiting):
             self._collector.announce(sequence, position)
+
+    def _admit(self, sequence: Sequence) -> bool:
+        """Let a waiting sequence begin. Returns False if there is no room for its KV."""
+        if not self._cache.has_idle_slot:
+            return False
+        try:
+            self._collector.begin(sequence)
+            place = self._cache.acquire(sequence.prompt_ids, sequence.cache_identity)
+        except Exception as error:  # noqa: BLE001 - of this sequence alone; the others go on
+            self._collector.fail(sequence, error)
+            return True
+        self._make_place()
+        sequence.slot = place.slot
+        sequence.num_cached = place.num_cached
+        sequence.admitted = self._clock()
+        self._batch.hold(sequence)
+        self._scheduler.start(sequence, len(sequence.prompt_ids) - place.num_past)
+        return True
+
+    def _make_place(self) -> None:
+        """Pause whoever has to make room for another one."""
+        sequence = self._scheduler.next_to_pause()
+        if sequence is not None:
+            if sequence in self._batch:
+                self._batch.leave(sequence)
+            sequence.pause(self._clock())
+            self._scheduler.pause(sequence)
+
+    def _resume(self, sequence: Sequence) -> None:
+        sequence.resume(self._clock())
+        self._scheduler.resume(sequence)
+        if sequence.state is SequenceState.DECODING:
+            self._batch.join(sequence)
 
     # Run.
 
     def _prefill(self) -> None:
-        if not self._scheduler.prefilling:
+        sequence = self._scheduler.next_prompt()
+        if sequence is None:
             return
-        sequence = self._scheduler.prefilling[0]
         done = self._cache.num_tokens(sequence.slot)
         left = len(sequence.prompt_ids) - done
         most = self._chunks.choose(is_alone=not self._batch)
@@ -219,7 +256,6 @@ class Engine:
         self._cache.extend(sequence.slot, chunk)
         if done + len(chunk) == len(sequence.prompt_ids):
             sequence.prefilled = self._clock()
-            self._scheduler.remove(sequence)
             sequence.state = SequenceState.DECODING
             self._batch.join(sequence)
             self._collector.take_token(sequence, logits[0], sequence.prefilled)
@@ -241,6 +277,7 @@ class Engine:
             return
         for sequence in batch:
             self._cache.extend(sequence.slot, sequence.output_ids[-1:])
+            self._scheduler.note_written(sequence, 1)
         now = self._clock()
         for row, sequence in enumerate(batch):
             self._collector.take_token(sequence, logits[row], now)

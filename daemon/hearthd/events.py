@@ -77,11 +77,13 @@ class Finished:
     queue_seconds: float
     """From arrival to the slot."""
     prefill_seconds: float
-    """From the slot to the logits of the prompt's last token."""
+    """From the slot to the logits of the prompt's last token, without pauses."""
     time_to_first_token_seconds: float
     """From arrival to the first token; 0 if the answer has none."""
     decode_seconds: float
-    """From the first token to the last."""
+    """From the first token to the last, without pauses."""
+    paused_seconds: float = 0.0
+    """While more urgent ones ran in its place."""
 
 
 @dataclass(frozen=True, slots=True)

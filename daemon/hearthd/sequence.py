@@ -10,6 +10,7 @@ from hearthd.answer import Answer
 from hearthd.events import Finished, FinishReason
 from hearthd.policy.screening import Screen
 from hearthd.sampling import Sampler, SamplingParams
+from hearthd.scheduling.priority import Priority
 
 __all__ = ["Sequence", "SequenceState"]
 
@@ -19,9 +20,11 @@ class SequenceState(enum.Enum):
 
     NEW = "new"
     WAITING = "waiting"
-    """For a slot."""
+    """For a place, or for room for its KV."""
     PREFILLING = "prefilling"
     DECODING = "decoding"
+    PAUSED = "paused"
+    """Holds its slot, while more urgent ones run."""
     ENDED = "ended"
 
 
@@ -37,6 +40,9 @@ class Sequence:
     cache_identity: str
     """KV is reused only between sequences of equal identity."""
     arrived: float
+    priority: Priority = Priority.NORMAL
+    account: str = ""
+    """Whose turn it is, and who is charged. The start-up proof is nobody's."""
     deadline: float | None = None
     """When it passes, the answer ends with TIME_LIMIT."""
     screen: Screen | None = None
@@ -47,7 +53,7 @@ class Sequence:
     queue_position: int | None = field(init=False, default=None)
     """The last one that was announced."""
     slot: int = field(init=False)
-    """Of a sequence that prefills or decodes."""
+    """Of a sequence that prefills, decodes or is paused."""
     sampler: Sampler = field(init=False)
     answer: Answer = field(init=False)
     output_ids: list[int] = field(init=False, default_factory=list)
@@ -57,16 +63,50 @@ class Sequence:
     prefilled: float | None = field(init=False, default=None)
     first_token: float | None = field(init=False, default=None)
     last_token: float | None = field(init=False, default=None)
+    paused: float | None = field(init=False, default=None)
+    """Since when it is."""
+    paused_prefill_seconds: float = field(init=False, default=0.0)
+    paused_decode_seconds: float = field(init=False, default=0.0)
+    """All pauses that are over, by what they have interrupted."""
+    paused_between_tokens: float = field(init=False, default=0.0)
+    """Of the latter, those before the last token."""
+
+    def note_token(self, token_id: int, now: float) -> None:
+        """Note the answer's next token."""
+        self.output_ids.append(token_id)
+        self.last_token = now
+        self.paused_between_tokens = self.paused_decode_seconds
+        if self.first_token is None:
+            self.first_token = now
+
+    def pause(self, now: float) -> None:
+        """Begin a pause."""
+        self.paused = now
+
+    def resume(self, now: float) -> None:
+        """End the pause, if it is in one."""
+        if self.paused is None:
+            return
+        if self.prefilled is None:
+            self.paused_prefill_seconds += now - self.paused
+        else:
+            self.paused_decode_seconds += now - self.paused
+        self.paused = None
 
     def finished(self, reason: FinishReason, now: float) -> Finished:
-        """Sum up. A phase that was not completed has lasted until now, one that was not begun took no time."""
+        """Sum up. A phase that was not completed has lasted until now, one that was not begun took no time.
+
+        Pauses are counted by themselves, and belong to neither phase.
+        """
+        self.resume(now)
         prefill_seconds = 0.0
         if self.admitted is not None:
-            prefill_seconds = (now if self.prefilled is None else self.prefilled) - self.admitted
+            end = now if self.prefilled is None else self.prefilled
+            prefill_seconds = end - self.admitted - self.paused_prefill_seconds
         time_to_first_token = decode_seconds = 0.0
         if self.first_token is not None and self.last_token is not None:
             time_to_first_token = self.first_token - self.arrived
-            decode_seconds = self.last_token - self.first_token
+            decode_seconds = self.last_token - self.first_token - self.paused_between_tokens
         return Finished(
             reason=reason,
             prompt_tokens=len(self.prompt_ids),
@@ -76,4 +116,5 @@ class Sequence:
             prefill_seconds=prefill_seconds,
             time_to_first_token_seconds=time_to_first_token,
             decode_seconds=decode_seconds,
+            paused_seconds=self.paused_prefill_seconds + self.paused_decode_seconds,
         )

@@ -1,45 +1,118 @@
-"""Who waits, who reads its prompt, and who is next.
+"""Who runs, who is paused, who waits, and who is next.
+
+The most urgent requests run, as many as there are places. Among equally urgent ones, those that run go on, those that
+are paused come next, and then accounts take turns (`fair_queue`). Nobody is paused for one that is no more urgent.
 
 Knows no KV and runs nothing: it decides, `engine` does it and tells what came of it.
 """
 
-from collections import deque
-
+from hearthd.scheduling.fair_queue import ANSWER_TOKEN_COST, FairQueue
+from hearthd.scheduling.priority import Priority
 from hearthd.sequence import Sequence, SequenceState
 
 __all__ = ["Scheduler"]
 
 
 class Scheduler:
-    """The sequences between their arrival and their first token, in the order in which they are served."""
+    """All sequences between their arrival and their end."""
 
-    def __init__(self) -> None:
-        self._waiting: deque[Sequence] = deque()
-        self._prefilling: deque[Sequence] = deque()
+    def __init__(self, num_places: int) -> None:
+        self.num_places = num_places
+        """Sequences that may run at once."""
+        self._queues = {priority: FairQueue() for priority in Priority}
+        # Both in the order in which they have started.
+        self._running: list[Sequence] = []
+        self._paused: list[Sequence] = []
+
+    @property
+    def running(self) -> tuple[Sequence, ...]:
+        """Those that read their prompts, or write answers."""
+        return tuple(self._running)
+
+    @property
+    def paused(self) -> tuple[Sequence, ...]:
+        """Those that have begun and keep their KV, while more urgent ones run."""
+        return tuple(self._paused)
 
     @property
     def waiting(self) -> tuple[Sequence, ...]:
-        """Those that have no slot, in the order in which they will get one."""
-        return tuple(self._waiting)
+        """Those that have not begun, in the order in which they will."""
+        return tuple(sequence for priority in Priority for sequence in self._queues[priority].in_order())
 
     @property
-    def prefilling(self) -> tuple[Sequence, ...]:
-        """Those that have a slot and whose prompt is not read to its end, the next one first."""
-        return tuple(self._prefilling)
+    def num_waiting(self) -> int:
+        """Those that have not begun."""
+        return sum(queue.num_waiting for queue in self._queues.values())
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether there is nobody at all."""
+        return not self._running and not self._paused and not self.num_waiting
+
+    @property
+    def is_crowded(self) -> bool:
+        """Whether more run than may, since there are fewer places than before."""
+        return len(self._running) > self.num_places
+
+    def in_line(self) -> list[Sequence]:
+        """Return all that do not run, the next one first."""
+        line: list[Sequence] = []
+        for priority in Priority:
+            line += (sequence for sequence in self._paused if sequence.priority is priority)
+            line += self._queues[priority].in_order()
+        return line
+
+    def has_place_for(self, sequence: Sequence) -> bool:
+        """Whether a sequence may run: a place is free, or a less urgent one has to make room."""
+        return len(self._running) < self.num_places or self._least_urgent().priority > sequence.priority
+
+    def next_to_pause(self) -> Sequence | None:
+        """Return who makes room when somebody starts: nobody while a place is free."""
+        return None if len(self._running) < self.num_places else self._least_urgent()
+
+    def next_prompt(self) -> Sequence | None:
+        """Return whose prompt is read next: the most urgent one's, of those the first's."""
+        prompts = (sequence for sequence in self._running if sequence.state is SequenceState.PREFILLING)
+        return min(prompts, key=lambda sequence: sequence.priority, default=None)
 
     def add(self, sequence: Sequence) -> None:
         """Let a new sequence wait."""
         sequence.state = SequenceState.WAITING
-        self._waiting.append(sequence)
+        self._queues[sequence.priority].arrive(sequence)
 
-    def start(self, sequence: Sequence) -> None:
-        """Note that a waiting sequence has got a slot."""
-        self._waiting.remove(sequence)
+    def start(self, sequence: Sequence, num_prompt_tokens: int) -> None:
+        """Note that a waiting sequence runs from now on; so many tokens of its prompt have to be read."""
         sequence.state = SequenceState.PREFILLING
-        self._prefilling.append(sequence)
+        self._queues[sequence.priority].start(sequence)
+        self._queues[sequence.priority].charge(sequence, num_prompt_tokens)
+        self._running.append(sequence)
+
+    def note_written(self, sequence: Sequence, num_tokens: int) -> None:
+        """Note that so many tokens of an answer were computed."""
+        self._queues[sequence.priority].charge(sequence, ANSWER_TOKEN_COST * num_tokens)
+
+    def pause(self, sequence: Sequence) -> None:
+        """Note that a sequence runs no more, and keeps what it has."""
+        sequence.state = SequenceState.PAUSED
+        self._running.remove(sequence)
+        self._paused.append(sequence)
+
+    def resume(self, sequence: Sequence) -> None:
+        """Note that a paused sequence goes on."""
+        sequence.state = SequenceState.PREFILLING if sequence.prefilled is None else SequenceState.DECODING
+        self._paused.remove(sequence)
+        self._running.append(sequence)
 
     def remove(self, sequence: Sequence) -> None:
-        """Forget a sequence: it has ended, or its prompt is read."""
-        for queue in (self._waiting, self._prefilling):
-            if sequence in queue:
-                queue.remove(sequence)
+        """Forget a sequence that has ended. No effect on one that is not here."""
+        if sequence.state in (SequenceState.NEW, SequenceState.ENDED):
+            return
+        sequence.state = SequenceState.ENDED
+        self._queues[sequence.priority].depart(sequence)
+        for group in (self._running, self._paused):
+            if sequence in group:
+                group.remove(sequence)
+
+    def _least_urgent(self) -> Sequence:
+        """Of those that run; of equals the one that has started last."""
+        return max(reversed(self._running), key=lambda sequence: sequence.priority)
