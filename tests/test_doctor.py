@@ -14,12 +14,13 @@ import pytest
 from bundles import write_bundle
 from decoders import tiny_bundle, tiny_checkpoint
 from hearthd.bundle import Bundle
-from hearthd.config import Config
+from hearthd.config import Config, EngineConfig
 from hearthd.doctor import board, disk, running
 from hearthd.doctor.cli import diagnose
 from hearthd.doctor.credentials import check_certificate, check_tokens
 from hearthd.doctor.finding import Finding, Level
 from hearthd.doctor.model_files import check_model, check_speed
+from hearthd.doctor.needed_memory import NeededMemory, find_needed_memory
 from hearthd.doctor.processor import check_processor
 from hearthd.doctor.system import System
 from hearthd.errors import ConfigError
@@ -111,23 +112,50 @@ def meminfo(total: int, available: int, free: int) -> str:
     return f"MemTotal: {total} kB\nMemFree: {free} kB\nMemAvailable: {available} kB\n"
 
 
+NEEDED = NeededMemory(model=172_000_000, slots=94_000_000, prompt=94_000_000)
+
+
 @pytest.mark.parametrize(
-    ("total", "available", "free", "level"),
+    ("total", "available", "limit", "level", "said"),
     [
-        (4_000_000, 3_000_000, 2_000_000, GOOD),
-        (1_000_000, 200_000, 50_000, WARNING),
-        (300_000, 290_000, 280_000, PROBLEM),
+        (4_000_000, 3_000_000, None, GOOD, "435 MB at most (172 MB of model, 94 MB of full slots, 94 MB while"),
+        (1_000_000, 200_000, None, WARNING, "if it does not run already"),
+        (400_000, 390_000, None, WARNING, "ended when its slots are full"),
+        (200_000, 190_000, None, PROBLEM, "0.2 GB of memory"),
+        (4_000_000, 3_000_000, 10**9, GOOD, "the unit may take 1.0 GB (MemoryMax)"),
+        (4_000_000, 3_000_000, 4 * 10**8, WARNING, "ended when its slots are full"),
+        (4_000_000, 3_000_000, 2 * 10**8, PROBLEM, "the unit may take 0.2 GB"),
     ],
 )
-def test_memory_is_compared_with_what_the_model_needs(
-    machine: Machine, total: int, available: int, free: int, level: Level
+def test_memory_is_compared_with_what_the_daemon_needs(
+    machine: Machine, total: int, available: int, limit: int | None, level: Level, said: str
 ) -> None:
-    machine.write("/proc/meminfo", meminfo(total, available, free))
-    assert levels(board.check_memory(machine.system, 187_000_000)) == [level]
+    machine.write("/proc/meminfo", meminfo(total, available, available))
+    found = only(board.check_memory(machine.system, NEEDED, limit))
+    assert (found.level, said in found.text) == (level, True), found
+
+
+@pytest.mark.model
+def test_needed_memory_is_added_up_from_model_and_configuration(default_bundle: Bundle) -> None:
+    manifest = default_bundle.manifest
+    needed = find_needed_memory(manifest, EngineConfig(slots=3, context_length=1000))
+    # 30 layers of keys and values, 3 heads of 64 numbers each, one byte a number; four while a prompt is read.
+    assert needed.slots == 3 * 1000 * 2 * 30 * 3 * 64
+    assert needed.prompt == 4 * 1000 * 2 * 30 * 3 * 64
+    assert needed.model == default_bundle.size_bytes
+    assert needed.total == needed.start + needed.slots + needed.prompt
+    longest = find_needed_memory(manifest, EngineConfig(slots=1, context_length=2 * manifest.context_length))
+    assert longest.slots == manifest.context_length * 2 * 30 * 3 * 64
+
+
+@pytest.mark.parametrize(("said", "limit"), [("850000000", 850_000_000), ("infinity", None), ("", None)])
+def test_the_units_memory_limit(machine: Machine, said: str, limit: int | None) -> None:
+    machine.programs["systemctl"] = f"LoadState=loaded\nMemoryMax={said}\n"
+    assert running.find_memory_limit(machine.system, "hearthd.service") == limit
 
 
 def test_memory_without_a_model_is_only_told(machine: Machine) -> None:
-    assert levels(board.check_memory(machine.system, 1)) == [NOTE]
+    assert levels(board.check_memory(machine.system, NEEDED)) == [NOTE]
     machine.write("/proc/meminfo", meminfo(1_000_000, 1, 1))
     assert levels(board.check_memory(machine.system, None)) == [NOTE]
 

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from typing import Final
 
 from hearthd.doctor.finding import Finding, Level, good, note, problem, warning
+from hearthd.doctor.needed_memory import NeededMemory
 from hearthd.doctor.system import System
 
 __all__ = ["check_clock", "check_memory", "check_memory_cgroup", "check_power", "check_temperature"]
@@ -18,12 +19,11 @@ _THROTTLED: Final = (
 _SINCE_START: Final = 16
 _UNDER_VOLTAGE_BITS: Final = 0b1 | 0b1 << _SINCE_START
 _WARM_CELSIUS, _HOT_CELSIUS = 75.0, 85.0
-# The daemon beside the model: Python, gRPC, ONNX Runtime, some KV.
-_DAEMON_BYTES: Final = 200 * 10**6
+_FIT: Final = "lower engine.slots or engine.context_length, or use a smaller model (`hearthd model add`)"
 
 
-def check_memory(system: System, model_bytes: int | None) -> Iterable[Finding]:
-    """Compare the memory with what the model needs. model_bytes: None if it is not known."""
+def check_memory(system: System, needed: NeededMemory | None, limit: int | None = None) -> Iterable[Finding]:
+    """Compare the memory with what the daemon needs. needed: None if it is not known. limit: the unit's MemoryMax."""
     sizes = {
         key: int(value.split()[0]) * 1024
         for key, _, value in (line.partition(":") for line in (system.read("/proc/meminfo") or "").splitlines())
@@ -34,15 +34,19 @@ def check_memory(system: System, model_bytes: int | None) -> Iterable[Finding]:
         yield note("memory", "/proc/meminfo cannot be read, so the size of the memory is not known")
         return
     said = f"{total / 1e9:.1f} GB of memory, {available / 1e9:.1f} GB of them available"
-    if model_bytes is None:
+    if needed is None:
         yield note("memory", said)
         return
-    needed = model_bytes + _DAEMON_BYTES
-    said += f"; model and daemon need about {needed / 1e9:.1f} GB"
-    if total < needed:
+    most = min(total, limit or total)
+    if most < total:
+        said += f", of which the unit may take {most / 1e9:.1f} GB (MemoryMax)"
+    said += f"; the daemon needs {needed}"
+    if most < needed.start:
         yield problem("memory", said, "use a smaller model (`hearthd model add`), or a board with more memory")
-    elif available < needed and not sizes.get("MemFree", 0) > needed:
-        yield warning("memory", f"{said}, if it does not run already", "end other programs, or use a smaller model")
+    elif most < needed.total:
+        yield warning("memory", f"{said}: it starts, and is ended when its slots are full", _FIT)
+    elif available < needed.total:
+        yield warning("memory", f"{said}, which is not there if it does not run already", f"end other programs; {_FIT}")
     else:
         yield good("memory", said)
 

@@ -17,6 +17,7 @@ from typing import Final
 from hearthd.config import Config, load_config
 from hearthd.doctor import board, disk, running
 from hearthd.doctor.finding import Finding, Level, good, note, problem
+from hearthd.doctor.needed_memory import find_needed_memory
 from hearthd.doctor.processor import check_processor
 from hearthd.doctor.system import System
 from hearthd.errors import ConfigError, HearthdError
@@ -98,7 +99,8 @@ def _configured(system: System, config: Config, unit: str, *, is_quick: bool) ->
     yield from _checked("descriptors", lambda: running.check_descriptors(system, config, unit))
     bundle, findings = model_files.check_model(config, verify=not is_quick)
     yield from findings
-    yield from _checked("memory", lambda: board.check_memory(system, bundle.size_bytes if bundle else None))
+    needed = find_needed_memory(bundle.manifest, config.engine) if bundle else None
+    yield from _checked("memory", lambda: board.check_memory(system, needed, running.find_memory_limit(system, unit)))
     if bundle is not None and not is_quick:
         yield from _checked("speed", lambda: model_files.check_speed(bundle, config.engine.num_threads))
 

@@ -9,9 +9,9 @@ from hearthd.config import Config
 from hearthd.doctor.finding import Finding, good, note, problem, warning
 from hearthd.doctor.system import System
 
-__all__ = ["check_descriptors", "check_socket", "check_unit"]
+__all__ = ["check_descriptors", "check_socket", "check_unit", "find_memory_limit"]
 
-_PROPERTIES: Final = ("LoadState", "ActiveState", "Result", "NRestarts", "StatusText", "MainPID")
+_PROPERTIES: Final = ("LoadState", "ActiveState", "Result", "NRestarts", "StatusText", "MainPID", "MemoryMax")
 _ANSWER_SECONDS: Final = 5.0
 # Beside connections: the model's files, the journal, gRPC's own.
 _OTHER_DESCRIPTORS: Final = 100
@@ -22,6 +22,12 @@ def unit_properties(system: System, unit: str) -> Mapping[str, str]:
     said = system.run(["systemctl", "show", unit, *(f"--property={name}" for name in _PROPERTIES)])
     found = dict(line.partition("=")[::2] for line in (said or "").splitlines())
     return found if found.get("LoadState") == "loaded" else {}
+
+
+def find_memory_limit(system: System, unit: str) -> int | None:
+    """Return the bytes that systemd lets the unit take; None if there is no limit or no unit."""
+    said = unit_properties(system, unit).get("MemoryMax", "")
+    return int(said) if said.isdigit() else None
 
 
 def check_unit(system: System, unit: str) -> Iterable[Finding]:

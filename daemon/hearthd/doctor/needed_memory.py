@@ -1,0 +1,62 @@
+"""What the daemon takes at most: model, keys and values of full slots, those of a prompt that is read, the program.
+
+Pure arithmetic of a manifest and a configuration; `board` compares the sum with what there is. Called by `cli`.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from hearthd.config import EngineConfig
+
+if TYPE_CHECKING:
+    from hearthd.manifest import Manifest
+
+__all__ = ["NeededMemory", "find_needed_memory"]
+
+# Resident after the proof with the default model, less the bundle's own bytes: Python, gRPC, ONNX Runtime, its arena
+# [M: 246 MB with a bundle of 172 MB].
+_PROGRAM_BYTES: Final = 75 * 10**6
+_FLOAT32_BYTES: Final = 4
+
+
+@dataclass(frozen=True, slots=True)
+class NeededMemory:
+    """In bytes."""
+
+    model: int
+    slots: int
+    """Keys and values of every slot, full."""
+    prompt: int
+    """Keys and values of the longest prompt while it is read: in float32, one at a time."""
+    program: int = _PROGRAM_BYTES
+
+    @property
+    def start(self) -> int:
+        """What it takes to load the model."""
+        return self.model + self.program
+
+    @property
+    def total(self) -> int:
+        """What it takes with every slot full, and a full prompt being read."""
+        return self.start + self.slots + self.prompt
+
+    def __str__(self) -> str:
+        """Return the sum and its parts, as people read them."""
+        parts = ", ".join(
+            f"{size / 1e6:.0f} MB {what}"
+            for size, what in (
+                (self.model, "of model"),
+                (self.slots, "of full slots"),
+                (self.prompt, "while a full prompt is read"),
+                (self.program, "of program"),
+            )
+        )
+        return f"{self.total / 1e6:.0f} MB at most ({parts})"
+
+
+def find_needed_memory(manifest: "Manifest", engine: EngineConfig) -> NeededMemory:
+    """Add up what a model needs as it is configured."""
+    context_length = min(engine.context_length, manifest.context_length)
+    # A byte each in the slots: a manifest of anything but int8 is refused.
+    numbers = 2 * manifest.num_layers * manifest.num_kv_heads * manifest.head_dim * context_length
+    return NeededMemory(manifest.size_bytes, engine.slots * numbers, numbers * _FLOAT32_BYTES)
