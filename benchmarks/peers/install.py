@@ -73,6 +73,20 @@ class Installer:
         stamp.write_text(json.dumps(made_from))
         return interpreter
 
+    def add(self, peer: str, extra: str) -> Path:
+        """Bring further packages to a peer's environment, those of requirements/EXTRA.txt. Raises InstallError."""
+        interpreter = self.python(peer)
+        requirements = REQUIREMENTS / f"{extra}.txt"
+        # Beside the environment's own stamp: it is gone when the environment is made anew.
+        stamp = interpreter.parent.parent / f"{extra}.json"
+        made_from = hashlib.sha256(requirements.read_bytes()).hexdigest()
+        if _reads(stamp) != made_from:
+            self._report(f"installing {extra}")
+            pip: list[str | Path] = [interpreter, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+            self._run([*pip, "--no-input", "--requirement", requirements])
+            stamp.write_text(json.dumps(made_from))
+        return interpreter
+
     def model(self, peer: str, python: Path) -> Path:
         """Return a peer's model; make it if need be. Raises InstallError."""
         target = self._directory / "models" / peer
