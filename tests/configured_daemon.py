@@ -14,6 +14,6 @@ from serving import make_model, make_runner
 
 if __name__ == "__main__":
     configure_logging("info")
-    code = run_server(load_config(Path(sys.argv[1])), lambda: make_model(make_runner()))
+    code = run_server(load_config(Path(sys.argv[1])), lambda _: make_model(make_runner()))
     sys.stderr.flush()
     os._exit(code)

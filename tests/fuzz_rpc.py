@@ -390,7 +390,7 @@ def serve(directory: Path) -> int:
     runner = make_runner(num_slots=4)
     # The real one keeps no list of what it ran, which would pass for a leak.
     runner.calls = deque(maxlen=8)  # type: ignore[assignment]
-    return run_server(daemon_config(directory), lambda: make_model(runner))
+    return run_server(daemon_config(directory), lambda _: make_model(runner))
 
 
 def main() -> int:

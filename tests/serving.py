@@ -108,12 +108,12 @@ def make_config(directory: Path, **sections: dict[str, Any]) -> Config:
 @asynccontextmanager
 async def serving(
     config: Config,
-    load: Callable[[], Model] | None = None,
+    load: Callable[[Config], Model] | None = None,
     notifier: Notifier | None = None,
     load_again: Callable[[], Config] | None = None,
 ) -> AsyncIterator[Server]:
     """Run a daemon; in the block it is ready, and after it has ended as SIGTERM would end it."""
-    server = Server(config, load or (lambda: make_model(make_runner())), notifier, load_again)
+    server = Server(config, load or (lambda _: make_model(make_runner())), notifier, load_again)
     running = asyncio.create_task(server.run())
     ready = asyncio.create_task(server.is_ready.wait())
     await asyncio.wait((running, ready), return_when=asyncio.FIRST_COMPLETED)
@@ -188,9 +188,9 @@ def main(directory: Path, *flags: str) -> int:
     file = directory / "hearthd.toml"
     if file.exists():
         read = functools.partial(load_config, file)
-        return run_server(read(), lambda: make_model(runner), read)
+        return run_server(read(), lambda _: make_model(runner), read)
     config = make_config(directory, server={"drain_grace_seconds": 0.0} if "hurried" in flags else {})
-    return run_server(config, lambda: make_model(runner))
+    return run_server(config, lambda _: make_model(runner))
 
 
 if __name__ == "__main__":

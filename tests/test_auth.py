@@ -217,7 +217,7 @@ async def test_callers_share_no_cache(tmp_path: Path) -> None:
         return int(final.usage.cached_prompt_tokens)
 
     async with (
-        serving(config, lambda: make_model(make_runner(num_slots=4))) as server,
+        serving(config, lambda _: make_model(make_runner(num_slots=4))) as server,
         grpc.aio.insecure_channel(tcp_target(server)) as tcp,
         grpc.aio.insecure_channel(unix_target(config)) as unix,
     ):

@@ -97,7 +97,7 @@ async def test_it_is_served(built: Built, tmp_path: Path) -> None:
     config = make_config(tmp_path, engine={"context_length": CONTEXT, "threads": 1})
     (expected,) = answers(built.bundle, QUESTIONS[:1], prefill_chunk=5)
     async with (
-        serving(config, lambda: load_model(built.bundle, config)),
+        serving(config, lambda own: load_model(built.bundle, own)),
         grpc.aio.insecure_channel(unix_target(config)) as channel,
     ):
         # Of the checkpoint's own defaults, a penalty for repetition would change what is likeliest.

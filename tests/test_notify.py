@@ -186,7 +186,7 @@ async def test_ready_is_said_after_a_real_token(systemd: socket.socket, tmp_path
 
 
 async def _serve(tmp_path: Path, runner: object) -> None:
-    async with serving(make_config(tmp_path), lambda: make_model(runner), Notifier()):  # type: ignore[arg-type]
+    async with serving(make_config(tmp_path), lambda _: make_model(runner), Notifier()):  # type: ignore[arg-type]
         pass
 
 
@@ -201,7 +201,7 @@ async def test_a_stuck_run_of_the_model_starves_the_watchdog(
     runner.allow(PROOF_FORWARDS)
     config = make_config(tmp_path, server={"drain_grace_seconds": 0.0})
     async with (
-        serving(config, lambda: make_model(runner), Notifier()),
+        serving(config, lambda _: make_model(runner), Notifier()),
         grpc.aio.insecure_channel(unix_target(config)) as channel,
     ):
         while await hear(systemd) != "WATCHDOG=1":

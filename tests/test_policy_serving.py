@@ -94,7 +94,7 @@ async def daemon(
         **sections,
     )
     async with (
-        serving(config, lambda: make_model(runner)) as server,
+        serving(config, lambda _: make_model(runner)) as server,
         grpc.aio.insecure_channel(unix_target(config)) as channel,
     ):
         yield channel, server

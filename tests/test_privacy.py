@@ -115,7 +115,7 @@ async def test_words_that_are_said_reach_no_log_no_error_and_no_figure(tmp_path:
     config = config_of(tmp_path)
     metadata = (("x-secret", CANARY), ("x-secret-bin", CANARY.encode()))
     async with (
-        serving(config, lambda: make_model(make_runner())),
+        serving(config, lambda _: make_model(make_runner())),
         grpc.aio.insecure_channel(unix_target(config)) as channel,
     ):
         await answer(channel, said(), metadata=metadata)
@@ -150,7 +150,7 @@ async def test_errors_at_every_layer_tell_an_id_and_nothing_else(tmp_path: Path,
         raise Leak
 
     async with (
-        serving(config, lambda: make_model(make_runner())),
+        serving(config, lambda _: make_model(make_runner())),
         grpc.aio.insecure_channel(unix_target(config)) as channel,
     ):
         for layer in LAYERS:
@@ -178,7 +178,7 @@ async def test_an_audit_log_that_fails_harms_no_call_and_tells_nothing(tmp_path:
         raise Leak
 
     async with (
-        serving(config, lambda: make_model(make_runner())),
+        serving(config, lambda _: make_model(make_runner())),
         grpc.aio.insecure_channel(unix_target(config)) as channel,
     ):
         for place in ("hearthd.audit.current_caller", "hearthd.audit_log.AuditLog.write"):

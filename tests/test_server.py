@@ -15,6 +15,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from fakes import FakeRunner
 from hearth.v1 import model_pb2, model_pb2_grpc, status_pb2, status_pb2_grpc
+from hearthd.config import Config
 from hearthd.errors import AddressInUseError, BundleError, ConfigError, EngineCrashedError
 from hearthd.model import Model
 from hearthd.server import Server
@@ -46,7 +47,7 @@ async def gated(directory: Path, **sections: Any) -> AsyncIterator[tuple[Server,
     config = make_config(directory, **sections)
     async with (
         grpc.aio.insecure_channel(unix_target(config)) as channel,
-        serving(config, lambda: make_model(runner)) as server,
+        serving(config, lambda _: make_model(runner)) as server,
     ):
         yield server, runner, channel
         runner.open_gate()
@@ -90,7 +91,7 @@ async def test_health_answers_for_the_daemon_and_each_service(tmp_path: Path) ->
 async def test_health_tells_a_watcher_of_loading_serving_and_the_end_and_then_ends(tmp_path: Path) -> None:
     runner = make_runner(is_gated=True)
     config = make_config(tmp_path)
-    server = Server(config, lambda: make_model(runner))
+    server = Server(config, lambda _: make_model(runner))
     running = asyncio.create_task(server.run())
     await asyncio.to_thread(runner.wait_for_forwards, 1)
     async with grpc.aio.insecure_channel(unix_target(config)) as channel:
@@ -193,7 +194,7 @@ async def test_an_idle_daemon_ends_at_once_in_spite_of_who_watches(tmp_path: Pat
 @asynchronous
 async def test_stopped_while_loading_it_never_serves(tmp_path: Path) -> None:
     runner = make_runner(is_gated=True)
-    server = Server(make_config(tmp_path), lambda: make_model(runner))
+    server = Server(make_config(tmp_path), lambda _: make_model(runner))
     running = asyncio.create_task(server.run())
     await asyncio.to_thread(runner.wait_for_forwards, 1)
     server.stop()
@@ -207,7 +208,7 @@ async def test_stopped_while_loading_it_never_serves(tmp_path: Path) -> None:
 
 @asynchronous
 async def test_a_model_that_cannot_be_loaded_ends_the_daemon(tmp_path: Path) -> None:
-    def load() -> Model:
+    def load(_: Config) -> Model:
         raise BundleError("model.data is damaged")
 
     with pytest.raises(BundleError, match="is damaged"):
@@ -223,7 +224,7 @@ async def test_a_crash_of_the_engine_is_told_to_callers_and_ends_the_daemon(
     model = make_model(runner := make_runner(is_gated=True))
     runner.allow(PROOF_FORWARDS)
     config = make_config(tmp_path)
-    server = Server(config, lambda: model)
+    server = Server(config, lambda _: model)
     running = asyncio.create_task(server.run())
     async with grpc.aio.insecure_channel(unix_target(config)) as channel:
         await server.is_ready.wait()
@@ -322,7 +323,7 @@ async def test_only_what_is_configured_is_listened_on(tmp_path: Path) -> None:
 def test_an_address_for_other_machines_is_refused_before_anything_is_bound(tmp_path: Path) -> None:
     config = make_config(tmp_path, server={"tcp": ("0.0.0.0:0",)})
     with pytest.raises(ConfigError, match="which other machines can reach"):
-        Server(config, lambda: make_model(make_runner()))
+        Server(config, lambda _: make_model(make_runner()))
     assert list(tmp_path.iterdir()) == []
 
 

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from fakes import FakeRunner
 from hearth.v1 import chat_pb2, chat_pb2_grpc, model_pb2, model_pb2_grpc, status_pb2_grpc
 from hearth.v1 import status_pb2 as hearth_status_pb2
+from hearthd.config import Config
 from hearthd.convert import read_chat
 from hearthd.errors import InvalidRequestError
 from hearthd.model import Model
@@ -49,13 +50,13 @@ Role = chat_pb2.Role
 
 @asynccontextmanager
 async def daemon(
-    directory: Path, runner: FakeRunner | None = None, load: Callable[[], Model] | None = None, **sections: Any
+    directory: Path, runner: FakeRunner | None = None, load: Callable[[Config], Model] | None = None, **sections: Any
 ) -> AsyncIterator[tuple[grpc.aio.Channel, Server]]:
     config = make_config(directory, **sections)
     runner = runner or make_runner()
     runner.allow(PROOF_FORWARDS)
     async with (
-        serving(config, load or (lambda: make_model(runner))) as server,
+        serving(config, load or (lambda _: make_model(runner))) as server,
         grpc.aio.insecure_channel(unix_target(config)) as channel,
     ):
         try:
@@ -579,7 +580,7 @@ async def test_tokens_are_counted_as_a_chat_would_cost(tmp_path: Path) -> None:
 async def test_while_the_model_loads_status_answers_and_the_others_say_so(tmp_path: Path) -> None:
     runner = make_runner(is_gated=True)
     config = make_config(tmp_path)
-    server = Server(config, lambda: make_model(runner))
+    server = Server(config, lambda _: make_model(runner))
     running = asyncio.create_task(server.run())
     await asyncio.to_thread(runner.wait_for_forwards, 1)
     async with grpc.aio.insecure_channel(unix_target(config)) as channel:
@@ -619,7 +620,7 @@ async def test_a_long_text_does_not_hold_up_the_others(tmp_path: Path, monkeypat
         return encode(self, text)
 
     monkeypatch.setattr(type(model.tokenizer), "encode_text", slow)
-    async with daemon(tmp_path, load=lambda: model) as (channel, _):
+    async with daemon(tmp_path, load=lambda _: model) as (channel, _):
         stub = model_pb2_grpc.ModelServiceStub(channel)
         counting = stub.CountTokens(model_pb2.CountTokensRequest(text="long"))
         await asyncio.to_thread(encoding.wait)
@@ -648,7 +649,7 @@ async def test_a_callers_texts_keep_another_waiting_for_one_of_them_at_most(
         (("authorization", f"Bearer {create_token(tmp_path / 'tokens', name)}"),) for name in ("kitchen", "cellar")
     )
     auth = {"token_file": tmp_path / "tokens"}
-    async with daemon(tmp_path, load=lambda: model, auth=auth) as (channel, server):
+    async with daemon(tmp_path, load=lambda _: model, auth=auth) as (channel, server):
         stub = model_pb2_grpc.ModelServiceStub(channel)
         executor, is_in_line, num_submitted = server._tokenising._executor, asyncio.Event(), itertools.count(1)
         submit = executor.submit

@@ -235,4 +235,4 @@ async def ask_by_proxy(port: int, files: TlsFiles, secret: str) -> None:
 def test_without_tls_or_tokens_a_daemon_behind_a_proxy_refuses_to_start(tmp_path: Path) -> None:
     config = make_config(tmp_path, server={"tcp": (), "tls_socket": tmp_path / "tls.sock"})
     with pytest.raises(ConfigError, match=r"server.tls_socket has unix://.*, which other machines can reach, without"):
-        Server(config, lambda: make_model(make_runner()))
+        Server(config, lambda _: make_model(make_runner()))

@@ -42,6 +42,7 @@ from hearthd.version import daemon_version
 
 if TYPE_CHECKING:
     from hearthd.model import Model
+    from hearthd.models.facts import ModelFacts
 
 __all__ = ["main"]
 
@@ -150,7 +151,10 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
 
 
 def _load_model(config: Config) -> "Model":
-    """Verify and load the configured model. Runs in the inference thread, where its imports cost nobody any time."""
+    """Verify and load a model. Runs in its inference thread, where its imports cost nobody any time.
+
+    config: as the model has it (`Config.for_model`).
+    """
     from hearthd.model import load_model
     from hearthd.store import Store
 
@@ -160,12 +164,20 @@ def _load_model(config: Config) -> "Model":
     return load_model(store.open(config.model.name), config)
 
 
+def _survey_model(config: Config) -> "ModelFacts":
+    """Read what an installed model says of itself; its weights are not read."""
+    from hearthd.models.facts import facts_of_bundle
+    from hearthd.store import Store
+
+    return facts_of_bundle(Store(config.model.directory).open(config.model.name, verify=False), config)
+
+
 def _serve(parsed: argparse.Namespace) -> int:
     from hearthd.logs import configure_logging
 
     config = load_config(parsed.config)
     configure_logging(config.log.level)
-    code = run_server(config, partial(_load_model, config), partial(load_config, parsed.config))
+    code = run_server(config, _load_model, partial(load_config, parsed.config), _survey_model)
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -173,10 +185,17 @@ def _serve(parsed: argparse.Namespace) -> int:
     os._exit(code)
 
 
-def run_server(config: Config, load: "Callable[[], Model]", load_again: Callable[[], Config] | None = None) -> int:
+def run_server(
+    config: Config,
+    load: "Callable[[Config], Model]",
+    load_again: Callable[[], Config] | None = None,
+    survey: "Callable[[Config], ModelFacts] | None" = None,
+) -> int:
     """Serve until a signal comes; return the exit code. Errors are logged in one line.
 
+    load: called in a model's inference thread, with the configuration as that model has it.
     load_again: reads what stands in the configuration file when SIGHUP comes.
+    survey: says what is known of a model before it is loaded, from the same configuration as `load`.
     """
     from hearthd.logs import log_incident
     from hearthd.notify import Notifier
@@ -185,7 +204,7 @@ def run_server(config: Config, load: "Callable[[], Model]", load_again: Callable
 
     async def run() -> None:
         loop = asyncio.get_running_loop()
-        server = Server(config, load, Notifier(), load_again)
+        server = Server(config, load, Notifier(), load_again, survey)
         listen_for_signals(
             partial(loop.call_soon_threadsafe, server.stop),
             partial(loop.call_soon_threadsafe, server.reload),

@@ -9,10 +9,10 @@ from typing import Protocol
 from hearthd.auth import Authenticator
 from hearthd.config import Config, LimitsConfig
 from hearthd.logs import set_log_level
+from hearthd.models.pool import ModelPool
 from hearthd.policy.policy_file import PolicyFile
 from hearthd.reload import Apply
 from hearthd.tls import CertificateSource, find_files, read_certificate
-from hearthd.worker import Worker
 
 __all__ = ["Access", "Certificates", "HasLimits", "Limits", "LogLevel", "Rules"]
 
@@ -31,15 +31,15 @@ class Limits:
 
     keys = frozenset({"limits.max_queued", "limits.default_max_tokens", "limits.max_messages"})
 
-    def __init__(self, worker: Worker, services: Iterable[HasLimits]) -> None:
-        self._worker = worker
+    def __init__(self, models: ModelPool, services: Iterable[HasLimits]) -> None:
+        self._models = models
         self._services = tuple(services)
 
     def prepare(self, config: Config) -> Apply:
         """Any limits that the configuration admits can be put in force."""
 
         def apply() -> None:
-            self._worker.change_limits(
+            self._models.change_limits(
                 max_queued=config.limits.max_queued, default_max_tokens=config.limits.default_max_tokens
             )
             for service in self._services:

@@ -21,7 +21,7 @@ from hearthd.sampling import SamplingParams
 from hearthd.sequence import Sequence
 from hearthd.tokenizer import ChatTokenizer
 
-__all__ = ["Model", "load_model", "prove"]
+__all__ = ["Model", "default_sampling", "load_model", "prove", "return_free_memory"]
 
 _PROOF: Final = (Message("user", "Hello"),)
 
@@ -73,7 +73,7 @@ def load_model(bundle: Bundle, config: Config) -> Model:
         engine=engine,
         runner=runner,
         tokenizer=tokenizer,
-        default_sampling=_default_sampling(bundle.generation(), config.limits.default_max_tokens),
+        default_sampling=default_sampling(bundle.generation(), config.limits.default_max_tokens),
         architecture=manifest.architecture,
         parameter_count=manifest.parameter_count,
         quantization=manifest.quantization,
@@ -104,19 +104,20 @@ def prove(model: Model, turn: AbstractContextManager[None] | None = None) -> Non
             if isinstance(event, Failed):
                 raise event.error
             if isinstance(event, Finished) and event.completion_tokens:
-                _return_free_memory()
+                return_free_memory()
                 return
     raise BundleError(f"model {model.name} loads, and generates no token; build it again")
 
 
-def _return_free_memory() -> None:
+def return_free_memory() -> None:
     """Give what loading has left free back to the system; glibc keeps it otherwise, 18 MB for the default model."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
 
 
-def _default_sampling(generation: dict[str, float], default_max_tokens: int) -> SamplingParams:
+def default_sampling(generation: dict[str, float], default_max_tokens: int) -> SamplingParams:
+    """Return what a request gets that sets nothing. generation: the bundle's."""
     base = SamplingParams(max_tokens=default_max_tokens)
     return SamplingParams(
         max_tokens=default_max_tokens,

@@ -7,8 +7,9 @@ hear that it is loading. Called by `__main__`.
 import asyncio
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from typing import Any, Final
 
 import grpc
@@ -20,6 +21,7 @@ from hearthd.announcing import announce
 from hearthd.audit import AuditInterceptor
 from hearthd.audit_log import AuditLog
 from hearthd.auth import AccessInterceptor, Authenticator
+from hearthd.chat_template import Message
 from hearthd.config import AuditConfig, Config
 from hearthd.daily_usage import DailyUsage
 from hearthd.errors import AddressInUseError, NotServingError
@@ -30,6 +32,8 @@ from hearthd.live_parts import Access, Certificates, Limits, LogLevel, Rules
 from hearthd.logs import describe_exception
 from hearthd.metering import Meters
 from hearthd.model import Model
+from hearthd.models.facts import ModelFacts
+from hearthd.models.pool import ModelPool
 from hearthd.notify import Notifier, feed_watchdog
 from hearthd.pairing.gate import PairingGate
 from hearthd.policy.policy_file import PolicyFile
@@ -43,7 +47,6 @@ from hearthd.tls import CertificateSource, find_exposure, find_files
 from hearthd.tokenising import Tokenising
 from hearthd.transport import transport_options
 from hearthd.troubles import Troubles
-from hearthd.worker import Worker
 
 __all__ = ["CLOSE_SECONDS", "Server"]
 
@@ -69,12 +72,15 @@ class Server:
     def __init__(
         self,
         config: Config,
-        load: Callable[[], Model],
+        load: Callable[[Config], Model],
         notifier: Notifier | None = None,
         load_again: Callable[[], Config] | None = None,
+        survey: Callable[[Config], ModelFacts] | None = None,
     ) -> None:
-        """load: called in the inference thread. load_again: reads what stands in the configuration file by then.
+        """load: called in a model's inference thread, with the configuration as that model has it.
 
+        load_again: reads what stands in the configuration file by then.
+        survey: says what is known of a model before it is loaded.
         Raises ConfigError if the configuration cannot be used.
         """
         self._config = config
@@ -86,9 +92,7 @@ class Server:
         self._daily_usage = DailyUsage(config.auth.usage_file)
         self._meters = Meters(self._daily_usage)
         self._pairing = PairingGate(config.auth.token_file)
-        self._worker = Worker(
-            load, max_queued=config.limits.max_queued, stream_backlog_bytes=config.server.stream_backlog_bytes
-        )
+        self._models = ModelPool(config, load, survey)
         self._policy = PolicyFile(config.policy.file, config.roles)
         self._audit_log = _open_audit_log(config.audit)
         self._health = HealthService((*_SERVICES, _HEALTH))
@@ -164,28 +168,33 @@ class Server:
         return server
 
     def _make_services(self) -> list[tuple[Callable[[Any, grpc.aio.Server], None], object]]:
-        config, worker, tokenising = self._config, self._worker, self._tokenising
+        config, models, tokenising = self._config, self._models, self._tokenising
         chat = ChatService(
-            worker,
+            models,
             self._meters,
             config.limits,
             tokenising,
             self._policy,
             write_timeout_seconds=config.server.write_timeout_seconds,
         )
-        models = ModelService(worker, config.limits, tokenising, self._policy)
-        status = StatusService(
-            worker, model_name=config.model.name, max_running=config.engine.slots, warnings=self._warnings
-        )
+        model = ModelService(models, config.limits, tokenising, self._policy)
+        status = StatusService(models, model_name=config.model.name, warnings=self._warnings)
         return [
             (chat_pb2_grpc.add_ChatServiceServicer_to_server, chat),
-            (model_pb2_grpc.add_ModelServiceServicer_to_server, models),
+            (model_pb2_grpc.add_ModelServiceServicer_to_server, model),
             (status_pb2_grpc.add_StatusServiceServicer_to_server, status),
             (health_pb2_grpc.add_HealthServicer_to_server, self._health),
         ]
 
     def _make_troubles(self) -> Troubles:
-        parts = (self._authenticator, self._daily_usage, self._certificates, self._audit_log, self._reload)
+        parts = (
+            self._models,
+            self._authenticator,
+            self._daily_usage,
+            self._certificates,
+            self._audit_log,
+            self._reload,
+        )
         written = {"auth.usage_file": self._config.auth.usage_file, "audit.file": self._config.audit.file}
         return Troubles((part.find_problem for part in parts if part is not None), written)
 
@@ -194,7 +203,7 @@ class Server:
 
     def _make_parts(self) -> list[Reloadable]:
         services = [service for _, service in self._services if isinstance(service, ChatService | ModelService)]
-        parts: list[Reloadable] = [Limits(self._worker, services), Access(self._authenticator)]
+        parts: list[Reloadable] = [Limits(self._models, services), Access(self._authenticator)]
         parts += [Rules(self._policy), LogLevel()]
         return [*parts, Certificates(self._certificates)] if self._certificates else parts
 
@@ -232,29 +241,22 @@ class Server:
     async def _load(self) -> bool:
         """Load and prove the model. Returns whether to go on: not if `stop` came first."""
         self._notifier.status(f"loading {self._config.model.name}")
-        loading = asyncio.create_task(self._worker.start())
+        loading = asyncio.create_task(self._models.start())
         stopping = asyncio.create_task(self._must_stop.wait())
         extending = asyncio.create_task(self._extend_timeout(_MAX_LOAD_SECONDS))
         try:
             await asyncio.wait((loading, stopping), return_when=asyncio.FIRST_COMPLETED)
             if not loading.done():
                 return False
-            model = await loading
+            await loading
         finally:
             await _cancel(loading, stopping, extending)
-        self._policy.add_check(lambda policy: self._check_policy(policy, model))
-        _logger.info(
-            "serving %s: %d slots, context %d, %d waiting at most",
-            model.name,
-            model.engine.num_slots,
-            model.engine.context_length,
-            self._worker.max_queued,
-        )
+        self._policy.add_check(self._check_policy)
         return True
 
-    @staticmethod
-    def _check_policy(policy: Policy, model: Model) -> None:
-        policy.check_prompts(lambda messages: len(model.tokenizer.encode_chat(messages)), model.engine.context_length)
+    def _check_policy(self, policy: Policy) -> None:
+        for model in [worker.model for worker in self._models.workers]:
+            policy.check_prompts(partial(_num_tokens, model), model.engine.context_length)
 
     async def _extend_timeout(self, longest_seconds: float) -> None:
         for _ in range(int(longest_seconds / _EXTEND_SECONDS)):
@@ -269,7 +271,7 @@ class Server:
         self._notifier.ready(self._status())
         self.is_ready.set()
         stopping = asyncio.create_task(self._must_stop.wait())
-        crashing = asyncio.create_task(self._worker.wait_until_ended())
+        crashing = asyncio.create_task(self._models.wait_until_crashed())
         reloading = asyncio.create_task(self._reload_when_asked())
         saving = asyncio.create_task(self._daily_usage.keep_saving())
         announcing = asyncio.create_task(self._announce())
@@ -315,25 +317,25 @@ class Server:
             await announce(exposed, lambda: self._certificates.fingerprint if self._certificates else None)
 
     async def _feed_watchdog(self, seconds: float) -> None:
-        await feed_watchdog(self._notifier, seconds, self._worker.ping)
+        await feed_watchdog(self._notifier, seconds, self._models.ping)
 
     async def _drain(self, crashing: "asyncio.Task[None]") -> None:
         """Let running answers finish, within the grace; fail the others."""
         grace = self._config.server.drain_grace_seconds
-        self._worker.begin_drain()
-        self._notifier.stopping(f"shutting down: {self._worker.num_chats} chats may finish within {grace:g} s")
+        self._models.begin_drain()
+        self._notifier.stopping(f"shutting down: {self._models.num_chats} chats may finish within {grace:g} s")
         self._notifier.extend_timeout(grace + 2 * CLOSE_SECONDS)
-        _logger.info("shutting down: %d chats may finish within %g s", self._worker.num_chats, grace)
+        _logger.info("shutting down: %d chats may finish within %g s", self._models.num_chats, grace)
         await self._health.end_watches()
-        idle = asyncio.create_task(self._worker.wait_until_idle())
+        idle = asyncio.create_task(self._models.wait_until_idle())
         hurry = asyncio.create_task(self._must_hurry.wait())
         try:
             await asyncio.wait((idle, hurry, crashing), timeout=grace, return_when=asyncio.FIRST_COMPLETED)
         finally:
             await _cancel(idle, hurry)
-        if self._worker.num_chats:
-            _logger.warning("%d chats did not finish within the grace", self._worker.num_chats)
-            self._worker.fail_chats(NotServingError("the daemon is shutting down; try again in a few seconds"))
+        if self._models.num_chats:
+            _logger.warning("%d chats did not finish within the grace", self._models.num_chats)
+            self._models.fail_chats(NotServingError("the daemon is shutting down; try again in a few seconds"))
 
     # Ending.
 
@@ -341,7 +343,7 @@ class Server:
         """Close connections and end the thread, within CLOSE_SECONDS or so, however far `run` has come."""
         await self._health.set_serving(False)
         await self._health.end_watches()
-        self._worker.stop()
+        self._models.stop()
         # Not `stop(None)`: chats that have just failed must still be able to say so.
         await asyncio.gather(*(server.stop(CLOSE_SECONDS / 2) for server in self._servers))
         self._tokenising.close()
@@ -350,13 +352,17 @@ class Server:
         await self._daily_usage.save()
         with suppress(TimeoutError):
             async with asyncio.timeout(CLOSE_SECONDS / 2):
-                await self._worker.wait_until_gone()
+                await self._models.wait_until_gone()
 
 
 def _open_audit_log(audit: AuditConfig) -> AuditLog | None:
     if audit.file is None:
         return None
     return AuditLog(audit.file, max_bytes=audit.max_bytes, num_old_files=audit.old_files)
+
+
+def _num_tokens(model: Model, messages: Sequence[Message]) -> int:
+    return len(model.tokenizer.encode_chat(messages))
 
 
 def _check_exposure(config: Config) -> None:

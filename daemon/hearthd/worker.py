@@ -15,7 +15,7 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Final
 
@@ -62,6 +62,10 @@ class Counts:
     prompt_tokens: int = 0
     cached_prompt_tokens: int = 0
     completion_tokens: int = 0
+
+    def __add__(self, other: "Counts") -> "Counts":
+        """Return the counts of two threads together."""
+        return Counts(**{key.name: getattr(self, key.name) + getattr(other, key.name) for key in fields(Counts)})
 
 
 class Worker:
@@ -112,6 +116,11 @@ class Worker:
             doing = "shutting down" if self.state is State.ENDED else "still loading the model"
             raise NotServingError(f"the daemon is {doing}; try again in a few seconds")
         return self._model
+
+    @property
+    def num_slots(self) -> int:
+        """Chats that can run at once; none before the model is loaded."""
+        return 0 if self._model is None else self._model.engine.num_slots
 
     @property
     def num_chats(self) -> int:

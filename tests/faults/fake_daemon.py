@@ -26,6 +26,7 @@ from typing import Any, Self
 from fakes import FakeRunner
 from hearth import Client
 from hearthd.__main__ import run_server
+from hearthd.config import Config
 from hearthd.logs import configure_logging
 from hearthd.model import Model
 from serving import PROOF_FORWARDS, make_config, make_model, make_runner
@@ -145,7 +146,7 @@ def main(directory: Path, options: dict[str, Any]) -> int:
     failure = options.pop("fail", None)
     config = make_config(directory, **options)
 
-    def load() -> Model:
+    def load(_: Config) -> Model:
         model = make_model(runner)
         if failure:
             threading.Thread(target=fail_after_proof, args=(runner, failure), daemon=True).start()

@@ -14,6 +14,7 @@ from hearthd.config import LimitsConfig
 from hearthd.convert import ChatCall, fit_to_context, read_chat, to_chat_response
 from hearthd.errors import InvalidRequestError, SlowReaderError
 from hearthd.metering import ChatMeter, Meters
+from hearthd.models.pool import ModelPool
 from hearthd.outcomes import ChatEnd, Observer, unfinished_by
 from hearthd.policy.policy_file import PolicyFile
 from hearthd.policy.screening import Screen
@@ -34,7 +35,7 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
 
     def __init__(
         self,
-        worker: Worker,
+        models: ModelPool,
         meters: Meters,
         limits: LimitsConfig,
         tokenising: Tokenising,
@@ -44,7 +45,7 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
         observers: Iterable[Observer] = (),
     ) -> None:
         """observers: are told of each chat that ends."""
-        self._worker = worker
+        self._models = models
         self._meters = meters
         self.limits = limits
         """In force; `live_parts` exchanges them."""
@@ -58,7 +59,21 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
     ) -> None:
         """Answer a conversation, message by message."""
         arrived = time.monotonic()
-        model = find_model(self._worker, request.model)
+        entry = find_model(self._models, request.model)
+        # Before the model is waited for: a caller's limits hold then, too.
+        with self._meters.admit_chat(current_caller()) as meter:
+            async with self._models.using(entry) as worker:
+                await self._answer(request, context, worker, meter, arrived)
+
+    async def _answer(
+        self,
+        request: chat_pb2.ChatRequest,
+        context: grpc.aio.ServicerContext,
+        worker: Worker,
+        meter: ChatMeter,
+        arrived: float,
+    ) -> None:
+        model = worker.model
         call = read_chat(request, model, self.limits.max_messages)
         caller = current_caller()
         rules = self._policy.current.for_role(caller.role)
@@ -68,7 +83,7 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
                 "is set; this daemon's policy screens answers, and they would tell what it hides",
             )
         screen = rules.screen_answer()
-        with self._meters.admit_chat(caller) as meter, self._worker.admit() as chat:
+        with worker.admit() as chat:
             try:
                 prompt_ids = await self._tokenising.run(current_caller().account, encoding(model, rules, call.messages))
                 seconds_left = context.time_remaining()

@@ -2,20 +2,24 @@
 
 from hearthd.caller import current_caller
 from hearthd.errors import ModelNotFoundError
-from hearthd.model import Model
-from hearthd.worker import Worker
+from hearthd.models.entry import Entry
+from hearthd.models.pool import ModelPool
 
 __all__ = ["find_model"]
 
 
-def find_model(worker: Worker, name: str) -> Model:
-    """Return the model of that name; the default one for an empty name.
+def find_model(models: ModelPool, name: str) -> Entry:
+    """Return the model of that name; the default one for an empty name. `ModelPool.using` waits until it is loaded.
 
-    Raises ModelNotFoundError; and NotPermittedError if the caller's role may not use it, whether it is there or not.
+    Raises NotServingError while the daemon loads; ModelNotFoundError; and NotPermittedError if the caller's role may
+    not use it, whether it is there or not.
     """
-    model = worker.model
-    current_caller().require_model(name or model.name)
-    if name not in ("", model.name):
+    models.require_loaded()
+    name, caller = name or models.default.name, current_caller()
+    caller.require_model(name)
+    entry = models.find(name)
+    if entry is None:
+        allowed = [each.name for each in models.entries if caller.rights.may_use(each.name)]
         # The name that was asked for is the caller's text, so it is not repeated.
-        raise ModelNotFoundError(f"there is no model of that name; this daemon serves {model.name}")
-    return model
+        raise ModelNotFoundError(f"there is no model of that name; this daemon serves {', '.join(allowed) or 'others'}")
+    return entry

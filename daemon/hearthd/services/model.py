@@ -8,12 +8,13 @@ from hearthd.config import LimitsConfig
 from hearthd.convert import read_conversation, to_sampling_options
 from hearthd.errors import InvalidRequestError
 from hearthd.model import Model
+from hearthd.models.entry import Entry
+from hearthd.models.pool import ModelPool
 from hearthd.policy.policy_file import PolicyFile
 from hearthd.sampling import MAX_STOP_STRING_CHARS, MAX_STOP_STRINGS, MAX_TOP_LOGPROBS
 from hearthd.services.chosen_model import find_model
 from hearthd.services.prompt import encoding
 from hearthd.tokenising import Tokenising
-from hearthd.worker import Worker
 
 __all__ = ["ModelService"]
 
@@ -21,8 +22,8 @@ __all__ = ["ModelService"]
 class ModelService(model_pb2_grpc.ModelServiceServicer):
     """hearth.v1.ModelService."""
 
-    def __init__(self, worker: Worker, limits: LimitsConfig, tokenising: Tokenising, policy: PolicyFile) -> None:
-        self._worker = worker
+    def __init__(self, models: ModelPool, limits: LimitsConfig, tokenising: Tokenising, policy: PolicyFile) -> None:
+        self._models = models
         self.limits = limits
         """In force; `live_parts` exchanges them."""
         self._tokenising = tokenising
@@ -33,10 +34,11 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
         request: model_pb2.ListModelsRequest,  # noqa: ARG002
         context: grpc.aio.ServicerContext,  # noqa: ARG002
     ) -> model_pb2.ListModelsResponse:
-        """List the one model."""
-        model = self._worker.model
+        """List the models, loaded or not."""
+        self._models.require_loaded()
         # What a caller may not use is not there for it.
-        models = [self._describe(model)] if current_caller().rights.may_use(model.name) else []
+        rights = current_caller().rights
+        models = [self._describe(entry) for entry in self._models.entries if rights.may_use(entry.name)]
         return model_pb2.ListModelsResponse(models=models)
 
     async def GetModel(  # noqa: N802
@@ -45,7 +47,7 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
         context: grpc.aio.ServicerContext,  # noqa: ARG002
     ) -> model_pb2.GetModelResponse:
         """Describe a model."""
-        return model_pb2.GetModelResponse(model=self._describe(find_model(self._worker, request.name)))
+        return model_pb2.GetModelResponse(model=self._describe(find_model(self._models, request.name)))
 
     async def CountTokens(  # noqa: N802
         self,
@@ -53,7 +55,10 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
         context: grpc.aio.ServicerContext,  # noqa: ARG002
     ) -> model_pb2.CountTokensResponse:
         """Count the tokens of a text or a conversation."""
-        model = find_model(self._worker, request.model)
+        async with self._models.using(find_model(self._models, request.model)) as worker:
+            return await self._count(request, worker.model)
+
+    async def _count(self, request: model_pb2.CountTokensRequest, model: Model) -> model_pb2.CountTokensResponse:
         account = current_caller().account
         match request.WhichOneof("input"):
             case "text":
@@ -70,26 +75,29 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
                 raise InvalidRequestError("input", "is not set; give text or conversation")
         return model_pb2.CountTokensResponse(token_count=len(ids))
 
-    def _describe(self, model: Model) -> model_pb2.Model:
+    def _describe(self, entry: Entry) -> model_pb2.Model:
+        facts = entry.facts
+        if facts is None:  # its bundle cannot be read
+            return model_pb2.Model(name=entry.name)
         return model_pb2.Model(
-            name=model.name,
-            architecture=model.architecture,
-            context_length=model.engine.context_length,
-            parameter_count=model.parameter_count,
-            quantization=model.quantization,
-            size_bytes=model.size_bytes,
-            license=model.license,
+            name=entry.name,
+            architecture=facts.architecture,
+            context_length=facts.context_length,
+            parameter_count=facts.parameter_count,
+            quantization=facts.quantization,
+            size_bytes=facts.size_bytes,
+            license=facts.license,
             limits=model_pb2.Limits(
-                max_total_tokens=model.engine.context_length,
+                max_total_tokens=facts.context_length,
                 default_max_tokens=self.limits.default_max_tokens,
                 max_messages=self.limits.max_messages,
                 max_request_bytes=self.limits.max_request_bytes,
                 max_stop_strings=MAX_STOP_STRINGS,
                 max_stop_string_chars=MAX_STOP_STRING_CHARS,
                 max_top_logprobs=MAX_TOP_LOGPROBS,
-                max_running=model.engine.num_slots,
-                max_queued=self._worker.max_queued,
+                max_running=facts.num_slots,
+                max_queued=self._models.max_queued,
             ),
-            default_sampling=to_sampling_options(model.default_sampling),
-            source=model.source,
+            default_sampling=to_sampling_options(facts.default_sampling),
+            source=facts.source,
         )

@@ -9,8 +9,9 @@ from typing import Final
 import grpc
 
 from hearth.v1 import status_pb2, status_pb2_grpc
+from hearthd.models.pool import ModelPool
 from hearthd.version import daemon_version
-from hearthd.worker import State, Worker
+from hearthd.worker import State
 
 __all__ = ["StatusService"]
 
@@ -25,17 +26,14 @@ _STATES: Final = {
 class StatusService(status_pb2_grpc.StatusServiceServicer):
     """hearth.v1.StatusService. Answers while the model loads, and waits for nothing."""
 
-    def __init__(
-        self, worker: Worker, *, model_name: str, max_running: int, warnings: Callable[[], Iterable[str]] = tuple
-    ) -> None:
-        """model_name, max_running: as configured, for the time before the model is there.
+    def __init__(self, models: ModelPool, *, model_name: str, warnings: Callable[[], Iterable[str]] = tuple) -> None:
+        """model_name: of the default one.
 
         warnings: what somebody should look at, in lines that every caller may read.
         """
         self._warnings = warnings
-        self._worker = worker
+        self._models = models
         self._model_name = model_name
-        self._max_running = max_running
         self._started = time.monotonic()
         self._version = daemon_version()
 
@@ -45,16 +43,16 @@ class StatusService(status_pb2_grpc.StatusServiceServicer):
         context: grpc.aio.ServicerContext,  # noqa: ARG002
     ) -> status_pb2.GetStatusResponse:
         """Describe the daemon."""
-        worker, counts = self._worker, self._worker.counts
-        num_running = min(worker.num_chats, self._max_running)
+        models, counts = self._models, self._models.counts
+        num_running = models.num_running
         return status_pb2.GetStatusResponse(
-            state=_STATES[worker.state],
+            state=_STATES[models.state],
             version=self._version,
             uptime_ms=round((time.monotonic() - self._started) * 1000),
             running_count=num_running,
-            max_running=self._max_running,
-            queued_count=worker.num_chats - num_running,
-            max_queued=worker.max_queued,
+            max_running=models.max_running,
+            queued_count=models.num_chats - num_running,
+            max_queued=models.max_queued,
             resident_bytes=_resident_bytes(),
             chats_finished_count=counts.finished,
             chats_cancelled_count=counts.cancelled,

@@ -1,0 +1,239 @@
+"""The models in memory: how one comes, who makes room for it, how one goes.
+
+    come    one at a time, in the order of asking: look at the bundle, make room, load and prove in its own thread
+    room    `models.max_bytes`; what has no room takes that of others (`room` chooses them)
+    go      nobody new may use it, its users finish, its thread ends, and its memory is given back to the system
+
+Who waits, and for what, `pool` knows, whose other half this is. Of the event loop.
+"""
+
+import asyncio
+import gc
+import logging
+import time
+from collections.abc import Callable, Coroutine
+from functools import partial
+from typing import Any, Final
+
+from hearthd.config import Config
+from hearthd.errors import ConfigError, HearthdError
+from hearthd.logs import log_incident
+from hearthd.model import Model, return_free_memory
+from hearthd.models.baton import Baton
+from hearthd.models.bell import Bell
+from hearthd.models.entry import Entry, Failure
+from hearthd.models.facts import ModelFacts, facts_of
+from hearthd.models.room import choose_leaving
+from hearthd.worker import Counts, Worker
+
+__all__ = ["Residents"]
+
+_logger = logging.getLogger(__name__)
+
+# After a load that failed: a disk that is gone is not asked again by each of many callers.
+_PAUSE_SECONDS: Final = 10.0
+
+
+class Residents:
+    """Every model that is loaded, or on its way in or out."""
+
+    def __init__(
+        self,
+        config: Config,
+        load: Callable[[Config], Model],
+        survey: Callable[[Config], ModelFacts] | None,
+        changed: Bell,
+    ) -> None:
+        """load: called in a model's inference thread. survey: in another one. Both get the model's own configuration.
+
+        changed: rung at whatever somebody may wait for.
+        """
+        self.config = config
+        """In force. `pool` exchanges it."""
+        self.entries: list[Entry] = []
+        """Those that are loaded, also such as are no longer configured and have not left yet."""
+        self.alive: list[Worker] = []
+        """All inference threads, also those of models that are not proven yet."""
+        self.retired = Counts()
+        """Of the models that have left."""
+        self.is_closed = False
+        """Nothing is loaded any more."""
+        self.crashed: asyncio.Future[None] | None = None
+        """Fails with the error of the first thread that an exception ended."""
+        self._load = load
+        self._survey = survey
+        self._changed = changed
+        self._baton = Baton()
+        self._turn = asyncio.Lock()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    # Coming.
+
+    def bring(self, entry: Entry) -> None:
+        """Let a model be loaded in its turn, unless it is loaded or on its way."""
+        if entry.bringing is None and not entry.is_usable:
+            entry.bringing = self._spawn(self._load_in_turn(entry))
+
+    async def _load_in_turn(self, entry: Entry) -> None:
+        try:
+            # A load needs more memory than what it leaves, and all cores.
+            async with self._turn:
+                while entry.worker is not None and self._is_wanted(entry):
+                    self.part_with(entry)  # it is leaving: it must have gone before it can come again
+                    await self._changed.wait()
+                if self._is_wanted(entry):
+                    await self.look_at(entry)
+                    await self._make_room(entry)
+                if self._is_wanted(entry):
+                    await self.load(entry)
+        except Exception as error:  # noqa: BLE001 - whatever it is, those who wait must hear of it
+            self.note_failure(entry, error)
+            await asyncio.to_thread(_collect)
+        finally:
+            entry.bringing = None
+            self._changed.ring()
+
+    def _is_wanted(self, entry: Entry) -> bool:
+        return not self.is_closed and not entry.is_removed and (entry.num_waiting > 0 or entry.keep)
+
+    async def look_at(self, entry: Entry) -> None:
+        """Find out what is known of a model before it is loaded. Raises what the survey raises."""
+        if self._survey is not None:
+            entry.facts = await asyncio.to_thread(self._survey, self.config.for_model(entry.name))
+
+    async def load(self, entry: Entry) -> Model:
+        """Load and prove a model. Raises whatever that raises."""
+        config, started = self.config.for_model(entry.name), time.monotonic()
+        worker = Worker(
+            partial(self._load, config),
+            max_queued=config.limits.max_queued,
+            stream_backlog_bytes=config.server.stream_backlog_bytes,
+            baton=self._baton,
+        )
+        self.alive.append(worker)
+        try:
+            model = await worker.start()
+        except Exception:
+            self.alive.remove(worker)
+            raise
+        entry.facts, entry.worker, entry.failure = facts_of(model, entry.memory_bytes), worker, None
+        self.entries.append(entry)
+        # They may have changed meanwhile.
+        limits = self.config.limits
+        worker.change_limits(max_queued=limits.max_queued, default_max_tokens=limits.default_max_tokens)
+        if self.is_closed:
+            worker.begin_drain()
+        self._spawn(self._watch(worker))
+        seconds = time.monotonic() - started
+        _logger.info(
+            "serving %s: %d slots, context %d, %d waiting at most; loaded in %.1f s",
+            model.name,
+            model.engine.num_slots,
+            model.engine.context_length,
+            worker.max_queued,
+            seconds,
+        )
+        self.rest(entry)
+        return model
+
+    def note_failure(self, entry: Entry, error: Exception) -> None:
+        """Remember, for those who ask next, that a model cannot be loaded; tell the journal why."""
+        if isinstance(error, HearthdError):
+            _logger.error("%s cannot be loaded: %s", entry.name, error)
+            why = "the daemon's journal says why"
+        else:
+            why = f"incident {log_incident(f'{entry.name} cannot be loaded', error)}, see the daemon's journal"
+        text = f"{entry.name} cannot be loaded now: {why}; it is tried again at a request after {_PAUSE_SECONDS:g} s"
+        entry.failure = Failure(text, time.monotonic() + _PAUSE_SECONDS)
+
+    async def _watch(self, worker: Worker) -> None:
+        try:
+            await worker.wait_until_ended()
+        except Exception as error:  # noqa: BLE001 - handed on
+            if self.crashed is not None and not self.crashed.done():
+                self.crashed.set_exception(error)
+
+    # Making room.
+
+    async def _make_room(self, entry: Entry) -> None:
+        """Let others go until a model fits the budget, or nobody waits for it any more."""
+        limit = self.config.models.max_bytes
+        if not limit:
+            return
+        kept = sum(other.memory_bytes for other in self.entries if other.is_kept)
+        if kept + entry.memory_bytes > limit:
+            raise ConfigError(
+                f"it takes {entry.memory_bytes} bytes, beside {kept} of models that are kept in memory; "
+                f"models.max_bytes is {limit}: raise it, or give the models fewer slots or a shorter context_length"
+            )
+        while self._is_wanted(entry) and entry.memory_bytes + sum(each.memory_bytes for each in self.entries) > limit:
+            leaving = choose_leaving(other for other in self.entries if not other.is_kept)
+            assert leaving is not None, "what is kept leaves room"
+            self.part_with(leaving)
+            while leaving.worker is not None and self._is_wanted(entry):
+                await self._changed.wait()
+            if leaving.worker is not None and not leaving.is_removed:
+                leaving.is_leaving = False  # nobody waits for its room any more
+                self._changed.ring()
+
+    # Going.
+
+    def rest(self, entry: Entry) -> None:
+        """Note that nobody uses a model now."""
+        self._changed.ring()
+        entry.stop_idling()
+        if entry.idle_seconds and not entry.keep:
+            entry.idle_timer = asyncio.get_running_loop().call_later(entry.idle_seconds, self._part_if_idle, entry)
+
+    def _part_if_idle(self, entry: Entry) -> None:
+        if entry.is_usable and not entry.num_users and not entry.keep:
+            self.part_with(entry)
+
+    def part_with(self, entry: Entry) -> None:
+        """Let a model go when those who use it have done; nobody new may use it."""
+        entry.is_leaving = True
+        if entry.parting is None and entry.worker is not None:
+            entry.parting = self._spawn(self._unload(entry, entry.worker))
+
+    async def _unload(self, entry: Entry, worker: Worker) -> None:
+        try:
+            while entry.num_users and entry.is_leaving:
+                await self._changed.wait()
+            if not entry.is_leaving:
+                return
+            worker.stop()
+            await worker.wait_until_gone()
+            self.alive.remove(worker)
+            self.entries.remove(entry)
+            self.retired += worker.counts
+            entry.worker = None
+            # In a thread: a collection takes as long as many tokens, and so does giving memory back.
+            await asyncio.to_thread(_collect)
+            _logger.info("%s is unloaded", entry.name)
+        finally:
+            entry.parting, entry.is_leaving = None, False
+            self._changed.ring()
+
+    # Ending.
+
+    async def wait_until_gone(self) -> None:
+        """Return when all threads have ended and nothing is on its way any more. After `Worker.stop` of all."""
+        for worker in self.alive:
+            await worker.wait_until_gone()
+        for entry in self.entries:
+            entry.stop_idling()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+
+def _collect() -> None:
+    # An engine and its parts refer to each other.
+    gc.collect()
+    return_free_memory()
