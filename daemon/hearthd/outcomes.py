@@ -86,6 +86,8 @@ class ChatEnd:
     model: str
     """As configured, not as the caller wrote it."""
     role: str
+    priority: str = "normal"
+    """One of the daemon's own words."""
     why: FinishReason | Unfinished
     finished: Finished | None
     """None of a chat that did not finish."""
