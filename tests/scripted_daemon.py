@@ -31,11 +31,14 @@ MODEL = model_pb2.Model(
     size_bytes=138_000_000,
     license="Apache-2.0",
     source="a test",
+    state=model_pb2.MODEL_STATE_LOADED,
+    memory_bytes=210_000_000,
     limits=model_pb2.Limits(
         max_total_tokens=64, default_max_tokens=32, max_running=2, max_queued=8, max_top_logprobs=5
     ),
     default_sampling=chat_pb2.SamplingOptions(temperature=0.5, top_k=0, top_p=0.9),
 )
+OTHER = model_pb2.Model(name="other", state=model_pb2.MODEL_STATE_FAILED)
 STATUS = daemon_status_pb2.GetStatusResponse(
     state=daemon_status_pb2.DAEMON_STATE_SERVING,
     version="1.2.3",
@@ -223,7 +226,7 @@ class ScriptedDaemon(
 
     def ListModels(self, request: Any, context: grpc.ServicerContext) -> model_pb2.ListModelsResponse:
         self._begin(context)
-        return model_pb2.ListModelsResponse(models=[MODEL, model_pb2.Model(name="other")])
+        return model_pb2.ListModelsResponse(models=[MODEL, OTHER])
 
     def GetModel(self, request: model_pb2.GetModelRequest, context: grpc.ServicerContext) -> model_pb2.GetModelResponse:
         self._begin(context)

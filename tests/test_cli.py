@@ -359,12 +359,16 @@ def test_models(daemon: peer.ScriptedDaemon) -> None:
     done = program.run("models", "--address", daemon.address)
     assert done.returncode == 0
     lines = done.stdout.decode().splitlines()
-    assert lines[0].split() == ["NAME", "ARCHITECTURE", "PARAMETERS", "WEIGHTS", "CONTEXT", "SIZE", "LICENCE"]
-    assert lines[1].split() == ["tiny", "LlamaForCausalLM", "135", "M", "int8", "64", "138", "MB", "Apache-2.0"]
-    assert lines[2].startswith("other")
+    assert [" ".join(line.split()) for line in lines] == [
+        "NAME STATE ARCHITECTURE PARAMETERS WEIGHTS CONTEXT SIZE MEMORY LICENCE",
+        "tiny loaded LlamaForCausalLM 135 M int8 64 138 MB 210 MB Apache-2.0",
+        # Of a model whose bundle cannot be read nothing is known but its name.
+        "other failed - - - - - - -",
+    ]
     printed = json.loads(program.run("models", "--json", "--address", daemon.address).stdout)
     assert [model["name"] for model in printed["models"]] == ["tiny", "other"]
     assert printed["models"][0]["default_sampling"]["min_p"] is None
+    assert [model["state"] for model in printed["models"]] == ["loaded", "failed"]
 
 
 def test_help_is_quick_and_says_what_a_script_needs() -> None:

@@ -25,6 +25,12 @@ _STATES = {
     status_pb2.DAEMON_STATE_SERVING: values.DaemonState.SERVING,
     status_pb2.DAEMON_STATE_DRAINING: values.DaemonState.DRAINING,
 }
+_MODEL_STATES = {
+    model_pb2.MODEL_STATE_LOADABLE: values.ModelState.LOADABLE,
+    model_pb2.MODEL_STATE_LOADING: values.ModelState.LOADING,
+    model_pb2.MODEL_STATE_LOADED: values.ModelState.LOADED,
+    model_pb2.MODEL_STATE_FAILED: values.ModelState.FAILED,
+}
 # grpc.health.v1.HealthCheckResponse.ServingStatus
 _HEALTH = {1: values.Health.SERVING, 2: values.Health.NOT_SERVING}
 
@@ -136,6 +142,8 @@ def _model(model: model_pb2.Model) -> values.ModelInfo:
         size_bytes=model.size_bytes,
         license=model.license,
         source=model.source,
+        state=_MODEL_STATES.get(model.state, values.ModelState.UNKNOWN),
+        memory_bytes=model.memory_bytes,
         limits=values.Limits(
             max_total_tokens=limits.max_total_tokens,
             default_max_tokens=limits.default_max_tokens,

@@ -181,6 +181,18 @@ class SamplingDefaults:
     frequency_penalty: float | None
 
 
+class ModelState(enum.StrEnum):
+    """Where a model is. All but FAILED answer requests; LOADABLE and LOADING make them wait first."""
+
+    LOADABLE = "loadable"
+    LOADING = "loading"
+    LOADED = "loaded"
+    FAILED = "failed"
+    """It could not be loaded; it is tried again after some seconds. Maybe only its name is known."""
+    UNKNOWN = "unknown"
+    """The daemon did not say, or in a word that this version does not know."""
+
+
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
     """A model that the daemon serves."""
@@ -195,6 +207,9 @@ class ModelInfo:
     source: str
     limits: Limits
     default_sampling: SamplingDefaults
+    state: ModelState
+    memory_bytes: int
+    """What it takes when it is loaded and all its slots are full, as the daemon reckons it; 0: not known."""
 
 
 class DaemonState(enum.StrEnum):

@@ -11,7 +11,7 @@ from hearth._values import ModelInfo
 from hearth.cli.connection import open_client
 from hearth.cli.terminal import Screen, neutralise_line
 
-_HEADINGS = ("NAME", "ARCHITECTURE", "PARAMETERS", "WEIGHTS", "CONTEXT", "SIZE", "LICENCE")
+_HEADINGS = ("NAME", "STATE", "ARCHITECTURE", "PARAMETERS", "WEIGHTS", "CONTEXT", "SIZE", "MEMORY", "LICENCE")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -30,16 +30,23 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _amount(number: int, unit: str) -> str:
+    # A daemon knows nothing but the name of a model that it cannot read.
+    return f"{number / 1e6:.0f} {unit}" if number else "-"
+
+
 def _row(model: ModelInfo) -> tuple[str, ...]:
     return tuple(
         neutralise_line(cell)
         for cell in (
             model.name,
-            model.architecture,
-            f"{model.num_parameters / 1e6:.0f} M",
-            model.quantization,
-            str(model.context_length),
-            f"{model.size_bytes / 1e6:.0f} MB",
-            model.license,
+            model.state.value,
+            model.architecture or "-",
+            _amount(model.num_parameters, "M"),
+            model.quantization or "-",
+            str(model.context_length or "-"),
+            _amount(model.size_bytes, "MB"),
+            _amount(model.memory_bytes, "MB"),
+            model.license or "-",
         )
     )

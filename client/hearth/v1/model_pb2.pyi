@@ -1,5 +1,6 @@
 from hearth.v1 import chat_pb2 as _chat_pb2
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from collections.abc import Iterable as _Iterable, Mapping as _Mapping
@@ -7,8 +8,21 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class ModelState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    MODEL_STATE_UNSPECIFIED: _ClassVar[ModelState]
+    MODEL_STATE_LOADABLE: _ClassVar[ModelState]
+    MODEL_STATE_LOADING: _ClassVar[ModelState]
+    MODEL_STATE_LOADED: _ClassVar[ModelState]
+    MODEL_STATE_FAILED: _ClassVar[ModelState]
+MODEL_STATE_UNSPECIFIED: ModelState
+MODEL_STATE_LOADABLE: ModelState
+MODEL_STATE_LOADING: ModelState
+MODEL_STATE_LOADED: ModelState
+MODEL_STATE_FAILED: ModelState
+
 class Model(_message.Message):
-    __slots__ = ("name", "architecture", "context_length", "parameter_count", "quantization", "size_bytes", "license", "limits", "default_sampling", "source")
+    __slots__ = ("name", "architecture", "context_length", "parameter_count", "quantization", "size_bytes", "license", "limits", "default_sampling", "source", "state", "memory_bytes")
     NAME_FIELD_NUMBER: _ClassVar[int]
     ARCHITECTURE_FIELD_NUMBER: _ClassVar[int]
     CONTEXT_LENGTH_FIELD_NUMBER: _ClassVar[int]
@@ -19,6 +33,8 @@ class Model(_message.Message):
     LIMITS_FIELD_NUMBER: _ClassVar[int]
     DEFAULT_SAMPLING_FIELD_NUMBER: _ClassVar[int]
     SOURCE_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
     name: str
     architecture: str
     context_length: int
@@ -29,7 +45,9 @@ class Model(_message.Message):
     limits: Limits
     default_sampling: _chat_pb2.SamplingOptions
     source: str
-    def __init__(self, name: _Optional[str] = ..., architecture: _Optional[str] = ..., context_length: _Optional[int] = ..., parameter_count: _Optional[int] = ..., quantization: _Optional[str] = ..., size_bytes: _Optional[int] = ..., license: _Optional[str] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., default_sampling: _Optional[_Union[_chat_pb2.SamplingOptions, _Mapping]] = ..., source: _Optional[str] = ...) -> None: ...
+    state: ModelState
+    memory_bytes: int
+    def __init__(self, name: _Optional[str] = ..., architecture: _Optional[str] = ..., context_length: _Optional[int] = ..., parameter_count: _Optional[int] = ..., quantization: _Optional[str] = ..., size_bytes: _Optional[int] = ..., license: _Optional[str] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., default_sampling: _Optional[_Union[_chat_pb2.SamplingOptions, _Mapping]] = ..., source: _Optional[str] = ..., state: _Optional[_Union[ModelState, str]] = ..., memory_bytes: _Optional[int] = ...) -> None: ...
 
 class Limits(_message.Message):
     __slots__ = ("max_total_tokens", "default_max_tokens", "max_messages", "max_request_bytes", "max_stop_strings", "max_stop_string_chars", "max_top_logprobs", "max_running", "max_queued")

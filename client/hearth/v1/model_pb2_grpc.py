@@ -61,15 +61,15 @@ class ModelServiceServicer(object):
     """
 
     def ListModels(self, request, context):
-        """Lists the models that this daemon serves and the caller's role may use, the default one first. One response; no
-        further status.
+        """Lists the models that this daemon serves and the caller's role may use, the default one first, loaded or not. Loads
+        none. One response; no further status.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetModel(self, request, context):
-        """Describes one model. One response.
+        """Describes one model. Does not load it. One response.
 
         Statuses:
         NOT_FOUND         there is no model of that name.
@@ -81,9 +81,11 @@ class ModelServiceServicer(object):
 
     def CountTokens(self, request, context):
         """Counts the tokens of a text, or of a whole conversation as Chat would send it to the model, with what the owner's
-        policy adds. One response. Nothing is generated, and the call waits in no queue.
+        policy adds. One response. Nothing is generated, and the call waits in no queue; but a model that is not loaded is
+        loaded for it.
 
         Statuses:
+        UNAVAILABLE       as in ChatService; the model cannot be loaded, or not in time.
         INVALID_ARGUMENT  neither is given, or the conversation is malformed. Details: google.rpc.BadRequest.
         NOT_FOUND         there is no model of that name.
         PERMISSION_DENIED the caller's role may not use the model, or the owner's policy forbids the conversation, as in

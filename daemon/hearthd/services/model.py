@@ -1,5 +1,7 @@
 """hearth.v1.ModelService: which models there are, what they can do, how long a text is in their tokens."""
 
+from typing import Final
+
 import grpc
 
 from hearth.v1 import model_pb2, model_pb2_grpc
@@ -8,7 +10,7 @@ from hearthd.config import LimitsConfig
 from hearthd.convert import read_conversation, to_sampling_options
 from hearthd.errors import InvalidRequestError
 from hearthd.model import Model
-from hearthd.models.entry import Entry
+from hearthd.models.entry import Entry, ModelState
 from hearthd.models.pool import ModelPool
 from hearthd.policy.policy_file import PolicyFile
 from hearthd.sampling import MAX_STOP_STRING_CHARS, MAX_STOP_STRINGS, MAX_TOP_LOGPROBS
@@ -17,6 +19,13 @@ from hearthd.services.prompt import encoding
 from hearthd.tokenising import Tokenising
 
 __all__ = ["ModelService"]
+
+_STATES: Final = {
+    ModelState.LOADABLE: model_pb2.MODEL_STATE_LOADABLE,
+    ModelState.LOADING: model_pb2.MODEL_STATE_LOADING,
+    ModelState.LOADED: model_pb2.MODEL_STATE_LOADED,
+    ModelState.FAILED: model_pb2.MODEL_STATE_FAILED,
+}
 
 
 class ModelService(model_pb2_grpc.ModelServiceServicer):
@@ -78,7 +87,7 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
     def _describe(self, entry: Entry) -> model_pb2.Model:
         facts = entry.facts
         if facts is None:  # its bundle cannot be read
-            return model_pb2.Model(name=entry.name)
+            return model_pb2.Model(name=entry.name, state=_STATES[entry.state])
         return model_pb2.Model(
             name=entry.name,
             architecture=facts.architecture,
@@ -100,4 +109,6 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
             ),
             default_sampling=to_sampling_options(facts.default_sampling),
             source=facts.source,
+            state=_STATES[entry.state],
+            memory_bytes=facts.memory_bytes,
         )
