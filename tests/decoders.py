@@ -35,6 +35,7 @@ def tiny_runner(
     *,
     num_slots: int = 4,
     kv_scales: KVScales | None = None,
+    kv_bytes: int = 0,
 ) -> OnnxRunner:
     """Write the checkpoint's graph by a recipe and load it; with kv_scales its cache is int8."""
     spec = DecoderSpec.from_config(checkpoint.config)
@@ -43,7 +44,7 @@ def tiny_runner(
     options = GraphOptions(CONTEXT, int8_embedding=bool(recipe.matmuls))
     path = write_graph(directory, spec, weights, recipe, options, kv_scales=kv_scales)
     shape = DecoderShape(spec.num_layers, spec.num_kv_heads, spec.padded_head_dim, spec.vocab_size)
-    return OnnxRunner(path, shape, num_slots=num_slots, context_length=CONTEXT, num_threads=1)
+    return OnnxRunner(path, shape, num_slots=num_slots, context_length=CONTEXT, num_threads=1, kv_bytes=kv_bytes)
 
 
 def scales_of(runner: OnnxRunner, token_ids: Sequence[int]) -> KVScales:

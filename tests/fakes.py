@@ -1,8 +1,9 @@
 """A runner without a model, strict about everything that the real one takes on trust.
 
-It keeps the token id of every position of every slot, refuses any call that would read a position that was not
-written, and makes logits out of a slot's WHOLE history of tokens. So one wrong position, one row of another slot, or
-one swap too few changes the answer. `expected_tokens` says what the answer is without slots, chunks and batches.
+It keeps the token id of every position of every slot, refuses any call that would read a position that was not written
+or fill more memory than the budget has, and makes logits out of a slot's WHOLE history of tokens. So one wrong
+position, one row of another slot, or one swap too few changes the answer. `expected_tokens` says what the answer is
+without slots, chunks and batches.
 """
 
 import hashlib
@@ -12,6 +13,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from hearthd.kv.budget import KVBudget
 from hearthd.kv_cache import RunTerminated
 from hearthd.sampling import Sampler, SamplingParams
 
@@ -75,10 +77,15 @@ class FakeRunner:
         min_run: int = 1,
         logits_after: Logits | None = None,
         is_gated: bool = False,
+        kv_budget: KVBudget | None = None,
     ) -> None:
-        """logits_after: from a slot's history; `hashed_logits` if None. is_gated: each forward waits for `allow`."""
+        """logits_after: from a slot's history; `hashed_logits` if None. is_gated: each forward waits for `allow`.
+
+        kv_budget: None for as much as all slots need, and the reading of a prompt.
+        """
         self.num_slots = num_slots
-        self.context_length = context_length
+        self.kv_budget = kv_budget or KVBudget(4, (num_slots + 4) * -(-context_length // 4), 4)
+        self.context_length = min(context_length, self.kv_budget.context_length)
         self.vocab_size = vocab_size
         self.preset_tokens = preset_tokens
         self.min_run = min_run
@@ -89,6 +96,10 @@ class FakeRunner:
         self.slots: list[list[int]] = [[] for _ in range(num_slots)]
         self.calls: list[tuple[int, int, int]] = []
         """(first slot, B, S) of every forward that was begun."""
+        self.most_blocks = 0
+        """That were in use at any moment."""
+        self._touched = [0] * num_slots
+        self._prompt_touched = 0
         self.num_copied = 0
         """Positions that were swapped or copied."""
         self._logits = np.zeros((0, vocab_size), np.float32)
@@ -145,8 +156,12 @@ class FakeRunner:
             assert _GARBAGE not in written[:past], f"slot {first_slot + row} is read where its KV is garbage"
             assert past + length <= self.context_length, "a run beyond the slot's end"
             histories.append([*written[:past], *token_ids[row].tolist()])
+            self._touch(first_slot + row, past + length)
+            if length > 1:
+                self._prompt_touched = max(self._prompt_touched, past + length)
             # Until the run has ended well, nobody knows what stands behind the past length.
             self.slots[first_slot + row] = [*written[:past], *[_GARBAGE] * length]
+        self._count_blocks()
         self._pass_gate((first_slot, num_rows, length))
         if self.fail_next is not None:
             error, self.fail_next = self.fail_next, None
@@ -177,15 +192,42 @@ class FakeRunner:
     def load_preset(self, slot: int) -> None:
         assert self.preset_tokens
         self.slots[slot] = list(self.preset_tokens)
+        self._touch(slot, len(self.preset_tokens))
 
-    def swap_slots(self, a: int, b: int, num_tokens: int) -> None:
+    def swap_slots(self, a: int, b: int, num_a: int, num_b: int) -> None:
         assert a != b
-        self.num_copied += 2 * num_tokens
-        # What lies beyond stays where it is, and belongs to neither.
-        self.slots[a], self.slots[b] = self.slots[b][:num_tokens], self.slots[a][:num_tokens]
+        self.num_copied += num_a + num_b
+        self.give_back(a, num_a)
+        self.give_back(b, num_b)
+        self.slots[a], self.slots[b] = self.slots[b][:num_b], self.slots[a][:num_a]
+        self._touched[a], self._touched[b] = self._touched[b], self._touched[a]
 
     def copy_slot(self, source: int, target: int, num_tokens: int) -> None:
         assert source != target
         assert num_tokens <= len(self.slots[source])
         self.num_copied += num_tokens
         self.slots[target] = self.slots[source][:num_tokens]
+        self._touch(target, num_tokens)
+        self._count_blocks()
+
+    def give_back(self, slot: int, num_tokens: int) -> None:
+        if self.kv_budget.blocks(num_tokens) < self.kv_budget.blocks(self._touched[slot]):
+            self._touched[slot] = self.kv_budget.blocks(num_tokens) * self.kv_budget.block_tokens
+            # The rest of the last block is still there.
+            self.slots[slot] = self.slots[slot][: self._touched[slot]]
+
+    def give_back_prompt(self, num_tokens: int) -> None:
+        self._prompt_touched = min(self._prompt_touched, num_tokens)
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks that are in use."""
+        budget = self.kv_budget
+        return sum(map(budget.blocks, self._touched)) + budget.prompt_blocks(self._prompt_touched)
+
+    def _touch(self, slot: int, end: int) -> None:
+        self._touched[slot] = max(self._touched[slot], end)
+
+    def _count_blocks(self) -> None:
+        self.most_blocks = max(self.most_blocks, self.num_blocks)
+        assert self.num_blocks <= self.kv_budget.num_blocks, "more KV than the budget has"

@@ -18,8 +18,14 @@ def fill(cache: KVCache, runner: FakeRunner, slot: int, token_ids: list[int]) ->
     cache.extend(slot, token_ids)
 
 
+def acquire(cache: KVCache, tokens: list[int], identity: str, num_answer: int = 8) -> Place:
+    place = cache.acquire(tokens, identity, len(tokens) + num_answer)
+    assert place is not None
+    return place
+
+
 def run(cache: KVCache, runner: FakeRunner, tokens: list[int], identity: str = "a") -> Place:
-    place = cache.acquire(tokens, identity)
+    place = acquire(cache, tokens, identity)
     fill(cache, runner, place.slot, tokens[place.num_past :])
     return place
 
@@ -35,14 +41,14 @@ def cache(runner: FakeRunner) -> KVCache:
 
 
 def test_empty_slot_has_nothing_to_reuse(cache: KVCache) -> None:
-    assert cache.acquire([1, 2, 3], "a") == Place(slot=0, num_past=0, num_cached=0)
+    assert acquire(cache, [1, 2, 3], "a") == Place(slot=0, num_past=0, num_cached=0)
 
 
 def test_next_turn_goes_on_in_its_slot(cache: KVCache, runner: FakeRunner) -> None:
     place = run(cache, runner, [1, 2, 3])
     fill(cache, runner, place.slot, [4, 5])
     cache.release(place.slot)
-    assert cache.acquire([1, 2, 3, 4, 5, 6, 7], "a") == Place(slot=place.slot, num_past=5, num_cached=5)
+    assert acquire(cache, [1, 2, 3, 4, 5, 6, 7], "a") == Place(slot=place.slot, num_past=5, num_cached=5)
     assert runner.num_copied == 0
 
 
@@ -51,25 +57,25 @@ def test_longest_common_prefix_is_kept_and_the_rest_is_not(cache: KVCache, runne
         run(cache, runner, [1, 2, 3, 4])
     for slot in range(3):
         cache.release(slot)
-    place = cache.acquire([1, 2, 9, 4], "a")
+    place = acquire(cache, [1, 2, 9, 4], "a")
     assert (place.num_past, place.num_cached) == (2, 2)
     assert cache.num_tokens(place.slot) == 2
 
 
 def test_one_token_of_the_prompt_is_left_to_run(cache: KVCache, runner: FakeRunner) -> None:
     cache.release(run(cache, runner, [1, 2, 3]).slot)
-    assert cache.acquire([1, 2, 3], "a").num_past == 2
+    assert acquire(cache, [1, 2, 3], "a").num_past == 2
 
 
 def test_other_identity_gets_nothing(cache: KVCache, runner: FakeRunner) -> None:
     cache.release(run(cache, runner, [1, 2, 3], "alice").slot)
-    assert cache.acquire([1, 2, 3, 4], "bob") == Place(slot=1, num_past=0, num_cached=0)
-    assert cache.acquire([1, 2, 3, 4], "alice") == Place(slot=0, num_past=3, num_cached=3)
+    assert acquire(cache, [1, 2, 3, 4], "bob") == Place(slot=1, num_past=0, num_cached=0)
+    assert acquire(cache, [1, 2, 3, 4], "alice") == Place(slot=0, num_past=3, num_cached=3)
 
 
 def test_beginning_shared_with_a_running_sequence_is_copied(cache: KVCache, runner: FakeRunner) -> None:
     run(cache, runner, [1, 2, 3, 4])
-    assert cache.acquire([1, 2, 3, 9], "a") == Place(slot=1, num_past=3, num_cached=3)
+    assert acquire(cache, [1, 2, 3, 9], "a") == Place(slot=1, num_past=3, num_cached=3)
     assert runner.slots[1] == [1, 2, 3]
     assert runner.slots[0] == [1, 2, 3, 4]
 
@@ -79,7 +85,7 @@ def test_other_conversation_keeps_its_slot_while_another_is_worth_less(cache: KV
     place = run(cache, runner, [1, 2, 8])
     assert place == Place(slot=1, num_past=2, num_cached=2)
     cache.release(place.slot)
-    assert cache.acquire([1, 2, 3, 4, 5, 6], "a") == Place(slot=0, num_past=5, num_cached=5)
+    assert acquire(cache, [1, 2, 3, 4, 5, 6], "a") == Place(slot=0, num_past=5, num_cached=5)
 
 
 def test_least_recently_used_slot_is_taken(cache: KVCache, runner: FakeRunner) -> None:
@@ -87,14 +93,14 @@ def test_least_recently_used_slot_is_taken(cache: KVCache, runner: FakeRunner) -
     assert not cache.has_idle_slot
     for slot in (slots[1], slots[2], slots[0]):
         cache.release(slot)
-    assert [cache.acquire([99], "a").slot for _ in range(3)] == [slots[1], slots[2], slots[0]]
+    assert [acquire(cache, [99], "a").slot for _ in range(3)] == [slots[1], slots[2], slots[0]]
 
 
 def test_failed_run_leaves_nothing_to_reuse(cache: KVCache, runner: FakeRunner) -> None:
     place = run(cache, runner, [1, 2, 3])
     cache.forget(place.slot)
     cache.release(place.slot)
-    assert cache.acquire([1, 2, 3, 4], "a").num_past == 0
+    assert acquire(cache, [1, 2, 3, 4], "a").num_past == 0
 
 
 class TestDecodedTokensOfOtherBits:
@@ -110,12 +116,12 @@ class TestDecodedTokensOfOtherBits:
             fill(cache, runner, place.slot, [token])
         assert cache.num_tokens(place.slot) == 5
         cache.release(place.slot)
-        assert cache.acquire([1, 2, 3, 4, 5, 6, 7], "a") == Place(slot=place.slot, num_past=3, num_cached=3)
+        assert acquire(cache, [1, 2, 3, 4, 5, 6, 7], "a") == Place(slot=place.slot, num_past=3, num_cached=3)
 
     def test_are_not_copied_from_a_running_sequence(self, cache: KVCache, runner: FakeRunner) -> None:
         place = run(cache, runner, [1, 2, 3])
         fill(cache, runner, place.slot, [4])
-        assert cache.acquire([1, 2, 3, 4, 5, 6], "a") == Place(slot=1, num_past=3, num_cached=3)
+        assert acquire(cache, [1, 2, 3, 4, 5, 6], "a") == Place(slot=1, num_past=3, num_cached=3)
         assert runner.slots[1] == [1, 2, 3]
 
     def test_hide_what_was_prefilled_behind_them(self, cache: KVCache, runner: FakeRunner) -> None:
@@ -123,7 +129,7 @@ class TestDecodedTokensOfOtherBits:
         fill(cache, runner, place.slot, [4])
         fill(cache, runner, place.slot, [5, 6])
         cache.release(place.slot)
-        assert cache.acquire([1, 2, 3, 4, 5, 6, 7, 8], "a").num_past == 3
+        assert acquire(cache, [1, 2, 3, 4, 5, 6, 7, 8], "a").num_past == 3
 
 
 class TestPreset:
@@ -132,22 +138,22 @@ class TestPreset:
         return FakeRunner(num_slots=2, preset_tokens=(1, 2))
 
     def test_is_loaded_and_not_counted_as_cached(self, cache: KVCache, runner: FakeRunner) -> None:
-        assert cache.acquire([1, 2, 3], "a") == Place(slot=0, num_past=2, num_cached=0)
+        assert acquire(cache, [1, 2, 3], "a") == Place(slot=0, num_past=2, num_cached=0)
         assert runner.slots[0] == [1, 2]
 
     def test_is_not_for_a_prompt_that_begins_otherwise(self, cache: KVCache) -> None:
-        assert cache.acquire([1, 3, 2], "a").num_past == 0
+        assert acquire(cache, [1, 3, 2], "a").num_past == 0
 
     def test_leaves_one_token_to_run(self, cache: KVCache) -> None:
-        assert cache.acquire([1, 2], "a") == Place(slot=0, num_past=1, num_cached=0)
+        assert acquire(cache, [1, 2], "a") == Place(slot=0, num_past=1, num_cached=0)
 
     def test_longer_cached_beginning_wins(self, cache: KVCache, runner: FakeRunner) -> None:
         cache.release(run(cache, runner, [1, 2, 3]).slot)
-        assert cache.acquire([1, 2, 3, 4], "a") == Place(slot=0, num_past=3, num_cached=3)
+        assert acquire(cache, [1, 2, 3, 4], "a") == Place(slot=0, num_past=3, num_cached=3)
 
     def test_is_preferred_to_an_equally_long_cached_one(self, cache: KVCache, runner: FakeRunner) -> None:
         cache.release(run(cache, runner, [1, 2, 3]).slot)
-        assert cache.acquire([1, 2, 4], "a") == Place(slot=1, num_past=2, num_cached=0)
+        assert acquire(cache, [1, 2, 4], "a") == Place(slot=1, num_past=2, num_cached=0)
 
 
 class TestSwap:
@@ -158,7 +164,7 @@ class TestSwap:
         assert (runner.slots[0], runner.slots[1]) == ([7, 8], [1, 2, 3])
         assert (cache.num_tokens(0), cache.num_tokens(1)) == (2, 3)
         cache.release(1)
-        assert cache.acquire([1, 2, 3, 4], "a") == Place(slot=1, num_past=3, num_cached=3)
+        assert acquire(cache, [1, 2, 3, 4], "a") == Place(slot=1, num_past=3, num_cached=3)
 
     def test_with_an_empty_slot_copies_once(self, cache: KVCache, runner: FakeRunner) -> None:
         run(cache, runner, [1, 2, 3])
@@ -188,7 +194,7 @@ class Books(RuleBasedStateMachine):
     def acquire(self, prompt: list[int], identity: str) -> None:
         if not self.cache.has_idle_slot:
             return
-        place = self.cache.acquire(prompt, identity)
+        place = acquire(self.cache, prompt, identity)
         assert place.slot not in self.tokens
         assert 0 <= place.num_past < len(prompt)
         assert place.num_cached in (0, place.num_past)

@@ -210,7 +210,7 @@ def test_swapped_slots_continue_as_if_they_had_stayed(runner: OnnxRunner) -> Non
     first, second = list(PROMPTS[0]), list(PROMPTS[2])
     expected = [continue_alone(runner, 0, first, 1)[1], continue_alone(runner, 0, second, 1)[1]]
     tokens = [int(prefill(runner, 0, first).argmax()), int(prefill(runner, 2, second).argmax())]
-    runner.swap_slots(0, 2, len(second))
+    runner.swap_slots(0, 2, len(first), len(second))
     for slot, prompt, token, logits in ((2, first, tokens[0], expected[0]), (0, second, tokens[1], expected[1])):
         found = runner.forward(np.asarray([[token]]), slot, np.asarray([len(prompt)], np.int32))
         np.testing.assert_array_equal(found[0], logits)

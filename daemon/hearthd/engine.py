@@ -201,10 +201,13 @@ class Engine:
             return False
         try:
             self._collector.begin(sequence)
-            place = self._cache.acquire(sequence.prompt_ids, sequence.cache_identity)
+            num_tokens = min(len(sequence.prompt_ids) + sequence.params.max_tokens, self.context_length)
+            place = self._cache.acquire(sequence.prompt_ids, sequence.cache_identity, num_tokens)
         except Exception as error:  # noqa: BLE001 - of this sequence alone; the others go on
             self._collector.fail(sequence, error)
             return True
+        if place is None:
+            return False
         self._make_place()
         sequence.slot = place.slot
         sequence.num_cached = place.num_cached
@@ -288,6 +291,8 @@ class Engine:
         if unread is None:
             return
         slot, chunk = unread
+        if not self._cache.make_room_to_read(slot, len(chunk)):
+            return
         try:
             self._run([chunk], slot, [self._cache.num_tokens(slot)])
         except RunTerminated:

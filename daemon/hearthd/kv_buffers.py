@@ -1,5 +1,8 @@
 """The memory behind the KV slots: int8 numbers for as long as a sequence lives, float32 while its prompt is read.
 
+Address space is for every position of every slot; memory only for those that were written to, block by block
+(`kv/budget.py`), until it is given back.
+
 The graph's attention over float32 is the fast one for many tokens at once, the one over int8 for a single one
 (`build/decoder/attention.py`). Both see the same numbers, so that a slot can be read into float32 buffers at any
 moment. There is one set of those: prompts are read one at a time.
@@ -17,10 +20,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from hearthd.errors import ShortOfMemoryError
+from hearthd.kv.budget import KVBudget, block_tokens
+
 __all__ = ["DecoderShape", "KVSlots", "PromptBuffers"]
 
 # Below so many tokens the memory is kept: to give it back and take it again costs more than it is worth.
 _WORTH_GIVING_BACK = 16
+# asm-generic/mman-common.h; Python's `mmap` has no name for it.
+_MAP_NORESERVE = 0x4000
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,46 +49,114 @@ class _Memory:
     """
 
     def __init__(self, num_arrays: int, shape: tuple[int, ...], dtype: type[np.generic]) -> None:
-        # Whole pages each: ONNX Runtime wants its buffers aligned, and neighbours stay out of each other's pages.
+        """shape: (slots, heads, positions, head_dim); a head's positions are whole pages."""
         num_items = int(np.prod(shape))
-        size = -(-num_items * np.dtype(dtype).itemsize // mmap.PAGESIZE) * mmap.PAGESIZE
-        self._mapped = mmap.mmap(-1, num_arrays * size)
+        self._array_bytes = num_items * np.dtype(dtype).itemsize
+        self._row_bytes = shape[-1] * np.dtype(dtype).itemsize
+        assert shape[-2] * self._row_bytes % mmap.PAGESIZE == 0, "neighbours in one page"
+        # Private: what is given back of a shared mapping goes out of this process's sight, and stays in memory.
+        # Without a reserve: most of the slots never fill.
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
+        try:
+            self._mapped = mmap.mmap(-1, num_arrays * self._array_bytes, flags)
+        except OSError as error:
+            raise ShortOfMemoryError(
+                f"the system gives no address space of {num_arrays * self._array_bytes >> 20} MB for KV "
+                f"({error.strerror}); lower engine.slots or engine.context_length, or allow overcommitting"
+            ) from error
         if hasattr(mmap, "MADV_NOHUGEPAGE"):
             self._mapped.madvise(mmap.MADV_NOHUGEPAGE)
         self.arrays = tuple(
-            np.frombuffer(self._mapped, dtype, num_items, index * size).reshape(shape) for index in range(num_arrays)
+            np.frombuffer(self._mapped, dtype, num_items, index * self._array_bytes).reshape(shape)
+            for index in range(num_arrays)
         )
 
-    def give_back(self) -> None:
-        """Return the memory to the system; the arrays are zeros again."""
-        self._mapped.madvise(mmap.MADV_DONTNEED)
+    def give_back(self, index: int, slot: int, start: int, end: int) -> None:
+        """Return the memory of positions of a slot in one array to the system; they are zeros again.
+
+        start, end: whole pages.
+        """
+        _, num_heads, num_positions, _ = self.arrays[index].shape
+        head_bytes = num_positions * self._row_bytes
+        offset = index * self._array_bytes + slot * num_heads * head_bytes
+        if start == 0:
+            # The heads stand behind each other, and what of them is not in use is not there.
+            self._mapped.madvise(mmap.MADV_DONTNEED, offset, num_heads * head_bytes)
+            return
+        for head in range(num_heads):
+            first = offset + head * head_bytes + start * self._row_bytes
+            self._mapped.madvise(mmap.MADV_DONTNEED, first, (end - start) * self._row_bytes)
 
 
 class KVSlots:
     """`num_slots` static buffers of `context_length` positions for each layer's keys and values.
 
-    arrays: for layer n, keys at 2 n and values at 2 n + 1, each (num_slots, kv_heads, context_length, head_dim).
+    arrays: for layer n, keys at 2 n and values at 2 n + 1, each (num_slots, kv_heads, positions, head_dim), where
+    positions are those of whole blocks, `context_length` at least.
     """
 
     def __init__(self, shape: DecoderShape, *, num_slots: int, context_length: int, dtype: type[np.generic]) -> None:
-        size = (num_slots, shape.num_kv_heads, context_length, shape.head_dim)
-        self.arrays: tuple[NDArray[Any], ...] = _Memory(2 * shape.num_layers, size, dtype).arrays
+        row_bytes = shape.head_dim * np.dtype(dtype).itemsize
+        self.block_tokens = block_tokens(row_bytes, mmap.PAGESIZE)
+        self._block_bytes = 2 * shape.num_layers * shape.num_kv_heads * self.block_tokens * row_bytes
+        size = (num_slots, shape.num_kv_heads, self._whole(context_length), shape.head_dim)
+        self._memory = _Memory(2 * shape.num_layers, size, dtype)
+        self.arrays: tuple[NDArray[Any], ...] = self._memory.arrays
+        # Positions of each slot, whole blocks, whose memory may be in use.
+        self._touched = [0] * num_slots
+
+    def budget(self, kv_bytes: int, num_full: int, prompt_factor: int) -> KVBudget:
+        """Return what so many bytes hold; if 0, what `num_full` full slots and a full prompt buffer need."""
+        num_blocks = kv_bytes // self._block_bytes
+        if not kv_bytes:
+            num_blocks = (num_full + prompt_factor) * self.arrays[0].shape[2] // self.block_tokens
+        return KVBudget(self.block_tokens, num_blocks, prompt_factor)
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block: of its positions in all arrays."""
+        return self._block_bytes
+
+    def touch(self, slot: int, end: int) -> None:
+        """Note that positions before `end` are being written to."""
+        self._touched[slot] = max(self._touched[slot], self._whole(end))
+
+    def give_back(self, slot: int, num_tokens: int) -> None:
+        """Return the memory behind the blocks of the first num_tokens positions to the system."""
+        start, end = self._whole(num_tokens), self._touched[slot]
+        if start < end:
+            for index in range(len(self.arrays)):
+                self._memory.give_back(index, slot, start, end)
+            self._touched[slot] = start
 
     def write(self, slot: int, start: int, kv: Sequence[NDArray[Any]]) -> None:
         """Write positions from `start` on. kv: as `arrays`, each (kv_heads, positions, head_dim)."""
         end = start + kv[0].shape[1]
+        self.touch(slot, end)
         for array, values in zip(self.arrays, kv, strict=True):
             array[slot, :, start:end] = values
 
-    def swap(self, a: int, b: int, num_tokens: int) -> None:
-        """Exchange the first num_tokens positions of two slots."""
-        for array in self.arrays:
-            kept = array[a, :, :num_tokens].copy()
-            array[a, :, :num_tokens] = array[b, :, :num_tokens]
-            array[b, :, :num_tokens] = kept
+    def swap(self, a: int, b: int, num_a: int, num_b: int) -> None:
+        """Exchange the first num_a positions of one slot and the first num_b of another; there is no more in them.
+
+        Memory that one of them no longer needs goes back array by array: the two together never have more than before,
+        but for one array.
+        """
+        (longer, num_longer), (shorter, num_shorter) = sorted(((a, num_a), (b, num_b)), key=lambda each: -each[1])
+        self.give_back(longer, num_longer)
+        self.give_back(shorter, num_shorter)
+        start, end = self._touched[shorter], self._touched[longer]
+        for index, array in enumerate(self.arrays):
+            kept = array[shorter, :, :num_shorter].copy()
+            array[shorter, :, :num_longer] = array[longer, :, :num_longer]
+            array[longer, :, :num_shorter] = kept
+            if start < end:
+                self._memory.give_back(index, longer, start, end)
+        self._touched[shorter], self._touched[longer] = end, start
 
     def copy(self, source: int, target: int, num_tokens: int) -> None:
         """Copy the first num_tokens positions of a slot to another."""
+        self.touch(target, num_tokens)
         for array in self.arrays:
             array[target, :, :num_tokens] = array[source, :, :num_tokens]
 
@@ -88,6 +164,9 @@ class KVSlots:
         """Return a copy of a slot's first positions, (layers, 2, kv_heads, num_tokens, head_dim)."""
         stacked = np.stack([array[slot, :, :num_tokens] for array in self.arrays])
         return stacked.reshape(-1, 2, *stacked.shape[1:])
+
+    def _whole(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.block_tokens) * self.block_tokens
 
 
 class PromptBuffers:
@@ -106,6 +185,11 @@ class PromptBuffers:
         # Positions whose memory may be in use.
         self._num_touched = 0
 
+    @property
+    def factor(self) -> int:
+        """How many times as much memory a position takes here as in its slot."""
+        return self.arrays[0].itemsize // self._slots.arrays[0].itemsize
+
     def hold(self, slot: int, num_tokens: int, num_new: int) -> None:
         """Make the buffers hold a slot's first num_tokens positions, before a run that writes num_new more."""
         if slot != self._slot:
@@ -120,9 +204,21 @@ class PromptBuffers:
         """Note that the run has written positions of the same slot, up to num_tokens, here and there."""
         self._num_tokens = num_tokens
 
-    def forget(self) -> None:
-        """Note that slots may have changed."""
-        self._slot, self._num_tokens = None, 0
+    def forget(self, *slots: int) -> None:
+        """Note that these slots may have changed; without any, that what is held is of no use."""
+        if not slots or self._slot in slots:
+            self._slot, self._num_tokens = None, 0
+
+    def give_back(self, num_tokens: int) -> None:
+        """Keep the memory of so many positions at most."""
+        size = self._slots.block_tokens
+        start, end = (-(-number // size) * size for number in (num_tokens, self._num_touched))
+        if start < end:
+            for index in range(len(self.arrays)):
+                self._memory.give_back(index, 0, start, end)
+            self._num_touched = start
+            if self._num_tokens > start:
+                self.forget()
 
     def release_unless_reading(self, first_slot: int, num_slots: int) -> bool:
         """Give the memory back before these slots are written to, unless the prompt of another one is being read.
@@ -138,6 +234,5 @@ class PromptBuffers:
         self.forget()
         if self._num_touched < _WORTH_GIVING_BACK:
             return False
-        self._memory.give_back()
-        self._num_touched = 0
+        self.give_back(0)
         return True

@@ -2,18 +2,25 @@
 
 A slot that no sequence holds keeps its tokens, so that the next turn of a conversation finds them; but none whose KV
 differs in a bit from what a prefill would write, so that a cache changes no answer. Those that an answer wrote are
-remembered as unread: the engine reads them while nobody waits. Reuse is bound to an identity: by
-the time that a prompt takes, a caller could otherwise learn what others have asked.
+remembered as unread: the engine reads them while nobody waits. Reuse is bound to an identity: by the time that a
+prompt takes, a caller could otherwise learn what others have asked.
+
+There are more slots than can be full at once. Who takes one reserves blocks of the budget for all that prompt and
+answer may come to; idle tokens give way to that (`kv/eviction.py`). docs/prefix-cache.md is the whole story.
 
 Knows no scheduling; moves KV only through `Runner`, the engine's view of a model. Called by `engine`.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+from hearthd.kv.budget import KVBudget
+from hearthd.kv.eviction import Eviction, loss_of, num_usable, plan_eviction
+from hearthd.kv.slot import Slot, num_shared
 
 __all__ = ["KVCache", "Place", "RunTerminated", "Runner"]
 
@@ -30,7 +37,11 @@ class Runner(Protocol):
 
     @property
     def num_slots(self) -> int:
-        """KV slots, each of `context_length` positions."""
+        """KV slots, each of `context_length` positions; they need not all fit the memory at once."""
+
+    @property
+    def kv_budget(self) -> KVBudget:
+        """What the slots, and the reading of a prompt, may take of memory."""
 
     @property
     def context_length(self) -> int:
@@ -67,11 +78,17 @@ class Runner(Protocol):
     def rest(self) -> None:
         """Give back memory that only a run needs: there will be none for a while, perhaps."""
 
-    def swap_slots(self, a: int, b: int, num_tokens: int) -> None:
-        """Exchange the first num_tokens positions of two slots."""
+    def swap_slots(self, a: int, b: int, num_a: int, num_b: int) -> None:
+        """Exchange two slots, of which so many positions are in use."""
 
     def copy_slot(self, source: int, target: int, num_tokens: int) -> None:
         """Copy the first num_tokens positions of one slot to another."""
+
+    def give_back(self, slot: int, num_tokens: int) -> None:
+        """Give back the memory of a slot behind its first num_tokens positions."""
+
+    def give_back_prompt(self, num_tokens: int) -> None:
+        """Give back what is there for the reading of prompts of more than so many tokens."""
 
     def terminate(self) -> None:
         """Stop the forward that runs now, from any thread; it raises RunTerminated. The next forward works."""
@@ -88,16 +105,18 @@ class Place:
     """Those of them that an earlier sequence computed; the others came with the bundle."""
 
 
-@dataclass(slots=True)
-class _Slot:
-    tokens: list[int] = field(default_factory=list)
-    num_reusable: int = 0
-    """The first of them, whose KV is what a prefill of the same tokens writes, bit for bit."""
-    unread: list[int] = field(default_factory=list)
-    """Of an idle slot: the tokens of an answer that came behind those, without KV that can be reused."""
-    identity: str = ""
-    is_held: bool = False
-    last_used: int = 0
+# To copy the KV of so many tokens takes as long as to read one (11.5 kB each, default model).
+_COPIES_FOR_A_TOKEN = 200
+
+
+@dataclass(frozen=True, slots=True)
+class _Choice:
+    """A slot for a prompt, and what must be thrown away for it."""
+
+    target: int
+    is_source: bool
+    eviction: Eviction
+    loss: float
 
 
 class KVCache:
@@ -105,48 +124,68 @@ class KVCache:
 
     def __init__(self, runner: Runner) -> None:
         self._runner = runner
-        self._slots = [_Slot() for _ in range(runner.num_slots)]
-        self._num_releases = 0
+        self._budget = runner.kv_budget
+        self._slots = [Slot() for _ in range(runner.num_slots)]
+        # Blocks that the prompt buffers may have in use.
+        self._prompt_blocks = 0
+        # Counts acquisitions and releases: the time by which uses grow old.
+        self._clock = 0
 
     @property
     def has_idle_slot(self) -> bool:
-        """Whether `acquire` can give one."""
+        """Whether any slot is idle; whether the memory suffices, `acquire` finds out."""
         return any(not slot.is_held for slot in self._slots)
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of the budget that are in use or reserved."""
+        return sum(self._budget.blocks(slot.num_positions) for slot in self._slots) + self._prompt_blocks
 
     def num_tokens(self, slot: int) -> int:
         """Positions of a slot that hold a token's KV."""
         return len(self._slots[slot].tokens)
 
-    def acquire(self, prompt_ids: Sequence[int], identity: str) -> Place:
+    def acquire(self, prompt_ids: Sequence[int], identity: str, num_tokens: int) -> Place | None:
         """Take an idle slot, with as much of the prompt's KV in it as can be had without computing.
 
-        At least `Runner.min_run` tokens of the prompt are left to run, if it has as many. There must be an idle slot.
+        num_tokens: prompt and answer at most; memory for them is set aside. At least `Runner.min_run` tokens of the
+        prompt are left to run, if it has as many. None if no slot or not enough memory is left beside those that are
+        held. What the runner's context_length allows always fits when nothing is held.
         """
-        source, num_shared = self._longest_shared(prompt_ids, identity)
-        target = self._least_valuable()
+        prompt = list(prompt_ids)
+        source, shared = self._longest_shared(prompt, identity)
         preset = self._runner.preset_tokens
-        num_preset = min(len(preset), self._reusable(prompt_ids)) if tuple(prompt_ids[: len(preset)]) == preset else 0
-        num_cached = 0
-        if num_shared > num_preset:
-            num_past = num_cached = num_shared
-            num_lost = self.num_tokens(source) - num_shared
-            if not self._slots[source].is_held and num_lost <= self.num_tokens(target):
-                target = source  # going on there throws away less than copying over another slot would
-            else:
-                self.forget(target)
-                self._runner.copy_slot(source, target, num_shared)
+        num_preset = min(len(preset), self._reusable(prompt)) if tuple(prompt[: len(preset)]) == preset else 0
+        if shared <= num_preset:
+            source, shared = None, 0
+        num_reserved = max(num_tokens, len(prompt))
+        choice = self._choose(source, shared, num_reserved, prompt)
+        if choice is None:
+            return None
+        self._clock += 1
+        self._carry_out(choice.eviction, self._prompt_blocks_with(len(prompt)))
+        target = self._slots[choice.target]
+        if source is not None:
+            self._slots[source].use(shared, self._clock)
+            if not choice.is_source:
+                self.forget(choice.target)
+                self._runner.copy_slot(source, choice.target, shared)
+                target.parts = self._slots[source].beginning(shared)
+            target.cut(shared)
         else:
-            num_past = num_preset
-            self.forget(target)
+            self.forget(choice.target)
             if num_preset:
-                self._runner.load_preset(target)
-        slot = self._slots[target]
-        slot.tokens = list(prompt_ids[:num_past])
-        slot.num_reusable = num_past
-        slot.unread = []
-        slot.identity = identity
-        slot.is_held = True
-        return Place(target, num_past, num_cached)
+                self._runner.load_preset(choice.target)
+        num_past = shared or num_preset
+        self._runner.give_back(choice.target, num_reserved)
+        target.tokens = prompt[:num_past]
+        target.num_reusable = num_past
+        target.unread = []
+        target.identity = identity
+        target.is_held = True
+        target.num_reserved = num_reserved
+        target.prompt_length = len(prompt)
+        return Place(choice.target, num_past, shared)
 
     def _reusable(self, prompt_ids: Sequence[int]) -> int:
         """How many of a prompt's tokens need not be run."""
@@ -161,18 +200,17 @@ class KVCache:
 
     def release(self, slot: int) -> None:
         """Let a slot go idle. It keeps its reusable tokens for prompts of the same identity."""
-        self._num_releases += 1
+        self._clock += 1
         released = self._slots[slot]
         released.unread = released.tokens[released.num_reusable :]
         del released.tokens[released.num_reusable :]
         released.is_held = False
-        released.last_used = self._num_releases
+        released.settle(self._clock)
 
     def forget(self, slot: int) -> None:
         """Note that a slot holds nothing of use: a run over it failed."""
-        self._slots[slot].tokens = []
-        self._slots[slot].num_reusable = 0
-        self._slots[slot].unread = []
+        self._slots[slot].cut(0)
+        self._runner.give_back(slot, 0)
 
     def next_unread(self, most: int) -> tuple[int, list[int]] | None:
         """Return the idle slot that was used last of those with unread tokens, and the next of them, `most` or so."""
@@ -185,6 +223,18 @@ class KVCache:
         # A rest that is too small for a run of its own goes along.
         return number, unread[: len(unread) if len(unread) - size < min_run else size]
 
+    def make_room_to_read(self, slot: int, num_new: int) -> bool:
+        """Set memory aside for a run over so many unread tokens of an idle slot; False if there is none."""
+        idle = self._slots[slot]
+        prompt_blocks = self._prompt_blocks_with(len(idle.tokens) + num_new)
+        shortage = self.num_blocks - self._prompt_blocks + prompt_blocks - self._budget.num_blocks
+        eviction = plan_eviction(self._slots, shortage, self._budget, self._clock, {slot: idle.num_kept})
+        if eviction is None:
+            idle.unread = []
+            return False
+        self._carry_out(eviction, prompt_blocks)
+        return True
+
     def note_read(self, slot: int, num_tokens: int) -> None:
         """Note that the next unread tokens of an idle slot were run."""
         idle = self._slots[slot]
@@ -194,34 +244,68 @@ class KVCache:
 
     def swap(self, a: int, b: int) -> None:
         """Exchange two slots, with all that is known of them."""
-        num_a, num_b = self.num_tokens(a), self.num_tokens(b)
-        if num_a and num_b:
-            self._runner.swap_slots(a, b, max(num_a, num_b))
-        elif num_a:
-            self._runner.copy_slot(a, b, num_a)
-        elif num_b:
-            self._runner.copy_slot(b, a, num_b)
+        self._runner.swap_slots(a, b, self.num_tokens(a), self.num_tokens(b))
         self._slots[a], self._slots[b] = self._slots[b], self._slots[a]
 
-    def _longest_shared(self, prompt_ids: Sequence[int], identity: str) -> tuple[int, int]:
+    def _longest_shared(self, prompt: list[int], identity: str) -> tuple[int | None, int]:
         """Find the slot that shares most tokens with a prompt's beginning; also one that runs, which can be copied."""
-        best, most = 0, 0
+        best, most = None, 0
         for number, slot in enumerate(self._slots):
-            if slot.identity == identity:
-                num_shared = min(_num_shared(slot.tokens, prompt_ids), slot.num_reusable)
-                # Equal ones: rather one that can be taken as it is.
-                if num_shared > most or (num_shared == most and self._slots[best].is_held):
-                    best, most = number, num_shared
-        return best, min(most, self._reusable(prompt_ids))
+            found = num_usable(slot, prompt, identity, 0)
+            # Equal ones: rather one that can be taken as it is.
+            if found > most or (best is not None and found == most and self._slots[best].is_held):
+                best, most = number, found
+        return best, min(most, self._reusable(prompt))
 
-    def _least_valuable(self) -> int:
-        """Choose the idle slot that is empty, or else was used least recently."""
-        idle = [number for number, slot in enumerate(self._slots) if not slot.is_held]
-        return min(idle, key=lambda number: (bool(self._slots[number].tokens), self._slots[number].last_used))
+    def _choose(self, source: int | None, shared: int, num_reserved: int, prompt: list[int]) -> _Choice | None:
+        """Choose the slot that costs least of what is cached; None if the memory does not suffice."""
+        choices = []
+        if source is not None and not self._slots[source].is_held:
+            # Going on there loses what comes behind, but for what the prompt has as well.
+            slot = self._slots[source]
+            lost = loss_of(self._slots, source, num_shared([*slot.tokens, *slot.unread], prompt), self._clock)
+            choices.append(self._choice(source, lost, num_reserved, len(prompt), {source: shared}))
+        idle = [number for number, slot in enumerate(self._slots) if not slot.is_held and number != source]
+        if idle:
+            losses = {number: loss_of(self._slots, number, 0, self._clock) for number in idle}
+            target = min(idle, key=lambda number: (losses[number], self._slots[number].num_kept))
+            kept = {target: self._slots[target].num_kept}
+            if source is not None:
+                kept[source] = shared
+            lost = losses[target] + shared / _COPIES_FOR_A_TOKEN
+            choices.append(self._choice(target, lost, num_reserved, len(prompt), kept, is_source=False))
+        possible = [choice for choice in choices if choice is not None]
+        return min(possible, key=lambda choice: choice.loss, default=None)
 
+    def _choice(
+        self,
+        target: int,
+        lost: float,
+        num_reserved: int,
+        prompt_length: int,
+        kept: dict[int, int],
+        *,
+        is_source: bool = True,
+    ) -> _Choice | None:
+        blocks = self._budget.blocks
+        before = blocks(self._slots[target].num_positions) + self._prompt_blocks
+        after = blocks(num_reserved) + self._prompt_blocks_with(prompt_length)
+        shortage = self.num_blocks - before + after - self._budget.num_blocks
+        # What stands in the target is counted with it.
+        kept = {**kept, target: self._slots[target].num_kept}
+        eviction = plan_eviction(self._slots, shortage, self._budget, self._clock, kept)
+        return None if eviction is None else _Choice(target, is_source, eviction, lost + eviction.loss)
 
-def _num_shared(a: Sequence[int], b: Sequence[int]) -> int:
-    for place, (left, right) in enumerate(zip(a, b, strict=False)):
-        if left != right:
-            return place
-    return min(len(a), len(b))
+    def _prompt_blocks_with(self, prompt_length: int) -> int:
+        """Return the blocks that prompts need which are being read, a new one of this length among them."""
+        longest = max((slot.prompt_length for slot in self._slots if slot.is_reading), default=0)
+        return self._budget.prompt_blocks(max(longest, prompt_length))
+
+    def _carry_out(self, eviction: Eviction, prompt_blocks: int) -> None:
+        """Give memory back, so that the books hold."""
+        for number, length in eviction.lengths.items():
+            self._slots[number].cut(length)
+            self._runner.give_back(number, len(self._slots[number].tokens))
+        if prompt_blocks < self._prompt_blocks:
+            self._runner.give_back_prompt(prompt_blocks // self._budget.prompt_factor * self._budget.block_tokens)
+        self._prompt_blocks = prompt_blocks

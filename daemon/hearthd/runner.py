@@ -17,7 +17,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from hearthd.bundle import Bundle
-from hearthd.errors import BundleError, ShortOfMemoryError
+from hearthd.errors import BundleError, ConfigError, ShortOfMemoryError
 from hearthd.kv_buffers import DecoderShape, KVSlots, PromptBuffers
 from hearthd.kv_cache import RunTerminated
 from hearthd.plain_attention import choose_plain_attention
@@ -95,11 +95,15 @@ class OnnxRunner:
         num_threads: int,
         preset_tokens: tuple[int, ...] = (),
         preset: NDArray[Any] | None = None,
+        kv_bytes: int = 0,
+        num_full: int | None = None,
     ) -> None:
         """Load the graph. num_threads: at least 1, set explicitly, since ONNX Runtime ignores a CPU mask.
 
         preset: KV of `preset_tokens` as the slots hold it, (layers, 2, kv_heads, tokens, head_dim).
-        Raises BundleError if ONNX Runtime refuses the graph.
+        kv_bytes: what KV may take at most, which may shorten the context; 0 for what `num_full` full slots (all, if
+        None) and the reading of a full prompt need.
+        Raises BundleError if ONNX Runtime refuses the graph, ConfigError if kv_bytes is too little to say anything.
         """
         options = ort.SessionOptions()
         options.intra_op_num_threads = num_threads
@@ -119,7 +123,6 @@ class OnnxRunner:
                 ) from error
             raise BundleError(f"ONNX Runtime cannot load {model_path}: {str(error).splitlines()[0]}") from error
         self.num_slots = num_slots
-        self.context_length = context_length
         self.vocab_size = shape.vocab_size
         self.preset_tokens = preset_tokens
         self._preset = preset
@@ -134,6 +137,15 @@ class OnnxRunner:
             dtype=np.int8 if has_int8_cache else np.float32,
         )
         self._prompt = PromptBuffers(self._slots) if has_int8_cache else None
+        prompt_factor = self._prompt.factor if self._prompt else 0
+        self.kv_budget = self._slots.budget(kv_bytes, num_slots if num_full is None else num_full, prompt_factor)
+        if not self.kv_budget.context_length:
+            least = (1 + prompt_factor) * self._slots.block_bytes
+            raise ConfigError(
+                f"engine.kv_bytes is {kv_bytes}; this model needs {least} bytes for {self.kv_budget.block_tokens} "
+                "tokens, and more for a conversation"
+            )
+        self.context_length = min(context_length, self.kv_budget.context_length)
         self._bindings: dict[tuple[int, int, int], _Binding] = {}
         # Of prompts in an int8 cache, by length, the last used at the end: each has KV of its own for so many tokens.
         self._prompt_bindings: dict[int, _Binding] = {}
@@ -159,8 +171,17 @@ class OnnxRunner:
         return self._has_num_logits and self._prompt is not None
 
     @classmethod
-    def from_bundle(cls, bundle: Bundle, *, num_slots: int, context_length: int, num_threads: int) -> OnnxRunner:
-        """Load a bundle's graph; context_length is at most the bundle's."""
+    def from_bundle(
+        cls,
+        bundle: Bundle,
+        *,
+        num_slots: int,
+        context_length: int,
+        num_threads: int,
+        kv_bytes: int = 0,
+        num_full: int | None = None,
+    ) -> OnnxRunner:
+        """Load a bundle's graph; context_length is at most the bundle's. The rest is as of `__init__`."""
         manifest = bundle.manifest
         shape = DecoderShape(manifest.num_layers, manifest.num_kv_heads, manifest.head_dim, manifest.vocab_size)
         return cls(
@@ -171,6 +192,8 @@ class OnnxRunner:
             num_threads=num_threads,
             preset_tokens=manifest.preset_tokens,
             preset=bundle.preset(),
+            kv_bytes=kv_bytes,
+            num_full=num_full,
         )
 
     def forward(
@@ -196,6 +219,8 @@ class OnnxRunner:
             self._prompt.hold(first_slot, past, length)
         else:
             self._release_prompt(first_slot, num_rows, run_options)
+            for row, past_length in enumerate(past_lengths.tolist()):
+                self._slots.touch(first_slot + row, past_length + length)
         self._run(binding, run_options)
         if self._prompt is not None and length > 1:
             self._slots.write(first_slot, past, [array[0] for array in binding.new])
@@ -218,6 +243,7 @@ class OnnxRunner:
         run_options = ort.RunOptions()
         run_options.log_severity_level = 4
         self._release_prompt(slot, 1, run_options)
+        self._slots.touch(slot, num_past + len(token_ids))
         self._run(binding, run_options)
         return binding.logits[0]
 
@@ -316,23 +342,33 @@ class OnnxRunner:
     def load_preset(self, slot: int) -> None:
         """Write the KV of `preset_tokens` to the slot's first positions."""
         if self._preset is not None:
-            self._slots_change()
+            self._slots_change(slot)
             self._slots.write(slot, 0, list(self._preset.reshape(-1, *self._preset.shape[2:])))
 
-    def swap_slots(self, a: int, b: int, num_tokens: int) -> None:
-        """Exchange the first num_tokens positions of two slots."""
-        self._slots_change()
-        self._slots.swap(a, b, num_tokens)
+    def swap_slots(self, a: int, b: int, num_a: int, num_b: int) -> None:
+        """Exchange two slots, of which so many positions are in use."""
+        self._slots_change(a, b)
+        self._slots.swap(a, b, num_a, num_b)
 
     def copy_slot(self, source: int, target: int, num_tokens: int) -> None:
         """Copy the first num_tokens positions of a slot to another."""
-        self._slots_change()
+        self._slots_change(target)
         self._slots.copy(source, target, num_tokens)
+
+    def give_back(self, slot: int, num_tokens: int) -> None:
+        """Give back the memory of a slot behind its first num_tokens positions."""
+        self._slots_change(slot)
+        self._slots.give_back(slot, num_tokens)
+
+    def give_back_prompt(self, num_tokens: int) -> None:
+        """Give back what the prompt buffers have for more than so many positions."""
+        if self._prompt is not None:
+            self._prompt.give_back(num_tokens)
 
     def read_slot(self, slot: int, num_tokens: int) -> NDArray[Any]:
         """Return a copy of a slot's first positions, (layers, 2, kv_heads, num_tokens, head_dim)."""
         return self._slots.read(slot, num_tokens)
 
-    def _slots_change(self) -> None:
+    def _slots_change(self, *slots: int) -> None:
         if self._prompt is not None:
-            self._prompt.forget()
+            self._prompt.forget(*slots)

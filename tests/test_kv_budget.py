@@ -1,0 +1,278 @@
+"""KV stays within its budget: in the books of a fake, and in the kernel's own accounts of a real runner's memory."""
+
+from pathlib import Path
+from typing import Any
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from numpy.typing import NDArray
+
+import tiny_tokenizers as tiny
+from decoders import scales_of, tiny_checkpoint, tiny_runner
+from fakes import FakeRunner, expected_tokens
+from hearthd.build.decoder.recipe import Recipe
+from hearthd.engine import Engine, Failed, Sequence
+from hearthd.errors import ConfigError
+from hearthd.kv.budget import KVBudget, block_tokens
+from hearthd.kv.eviction import loss_of
+from hearthd.kv.slot import Slot, num_shared
+from hearthd.kv_buffers import DecoderShape, KVSlots, PromptBuffers
+from hearthd.kv_cache import KVCache
+from hearthd.sampling import SamplingParams
+
+TOKENIZER = tiny.chat_tokenizer("byte_per_token")
+PAGE = 4096
+
+
+def asked(prompt: list[int], max_tokens: int, identity: str = "a") -> Sequence:
+    params = SamplingParams(max_tokens=max_tokens, temperature=0.0)
+    return Sequence(request_id="r", prompt_ids=tuple(prompt), params=params, cache_identity=identity, arrived=0.0)
+
+
+def test_a_block_is_whole_pages_and_64_positions_at_least() -> None:
+    assert block_tokens(64, PAGE) == 64
+    assert block_tokens(128, PAGE) == 64
+    assert block_tokens(96, PAGE) == 128
+    assert block_tokens(64, 16384) == 256
+
+
+def test_the_context_is_what_a_prompt_can_be_read_in() -> None:
+    budget = KVBudget(64, 10, 4)
+    assert budget.context_length == 128
+    assert (budget.blocks(128), budget.prompt_blocks(128)) == (2, 8)
+
+
+@given(st.lists(st.integers(0, 2), max_size=40), st.lists(st.integers(0, 2), max_size=40))
+def test_num_shared_counts_as_one_by_one(a: list[int], b: list[int]) -> None:
+    by_hand = next((at for at, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    assert num_shared(a, b) == by_hand
+
+
+class TestWaiting:
+    """Slots there are enough; it is memory that they wait for."""
+
+    @pytest.fixture
+    def cache(self) -> KVCache:
+        return KVCache(FakeRunner(num_slots=6, kv_budget=KVBudget(4, 20, 4)))
+
+    def test_a_reservation_that_does_not_fit_beside_others_waits(self, cache: KVCache) -> None:
+        assert cache.acquire([1] * 8, "a", 16) is not None  # 4 blocks, and 8 to read it
+        assert cache.acquire([2] * 8, "a", 40) is None  # 10 blocks more
+        assert cache.acquire([2] * 8, "a", 32) is not None  # 8 blocks more; the prompt buffers are shared
+        assert cache.num_blocks == 20
+
+    def test_what_is_released_makes_room(self, cache: KVCache) -> None:
+        first = cache.acquire([1] * 8, "a", 48)
+        assert first is not None
+        assert cache.acquire([2] * 8, "a", 16) is None
+        cache.release(first.slot)
+        assert cache.acquire([2] * 8, "a", 16) is not None
+
+    def test_the_longest_that_the_context_allows_fits_an_empty_cache(self, cache: KVCache) -> None:
+        place = cache.acquire([1] * 15, "a", 16)
+        assert place is not None
+        cache.extend(place.slot, [1] * 15)
+        cache.release(place.slot)
+        # Nothing is left of the other one: it is all needed.
+        assert cache.acquire([2] * 15, "a", 16) is not None
+
+
+class TestEviction:
+    """Conversations that share a system prompt; blocks of 4 tokens."""
+
+    def end(self, cache: KVCache, runner: FakeRunner, prompt: list[int], identity: str = "a") -> int:
+        place = cache.acquire(prompt, identity, len(prompt) + 1)
+        assert place is not None
+        new = prompt[place.num_past :]
+        runner.slots[place.slot] = [*runner.slots[place.slot][: place.num_past], *new]
+        cache.extend(place.slot, new)
+        cache.release(place.slot)
+        return place.num_cached
+
+    def test_ends_go_before_what_conversations_share(self) -> None:
+        runner = FakeRunner(num_slots=8, kv_budget=KVBudget(4, 16, 0))
+        cache = KVCache(runner)
+        system = list(range(100, 116))
+        for number in range(3):
+            self.end(cache, runner, [*system, number, number, number, number])
+        # Something else needs 11 of 16 blocks: one copy of the system prompt is all that can stay, and it does.
+        self.end(cache, runner, [1] * 43, identity="b")
+        assert self.end(cache, runner, [*system, 9, 9, 9, 9]) == 16
+
+    def test_one_place_serves_conversations_that_share_a_system_prompt(self) -> None:
+        runner = FakeRunner(num_slots=1, kv_budget=KVBudget(4, 16, 0))
+        cache = KVCache(runner)
+        system = list(range(100, 116))
+        self.end(cache, runner, [*system, 0, 0, 0, 0])
+        assert [self.end(cache, runner, [*system, number, 0, 0, 0]) for number in (1, 2, 3)] == [16, 16, 16]
+
+    def test_what_is_used_often_outlives_what_came_last(self) -> None:
+        runner = FakeRunner(num_slots=8, kv_budget=KVBudget(4, 16, 0))
+        cache = KVCache(runner)
+        system = list(range(100, 116))
+        for number in range(6):
+            self.end(cache, runner, [*system, number])
+        self.end(cache, runner, [1] * 15, identity="b")
+        self.end(cache, runner, [2] * 39, identity="c")
+        assert self.end(cache, runner, [*system, 50]) == 16
+        assert self.end(cache, runner, [1] * 15, identity="b") <= 4
+
+    def test_a_copy_is_thrown_away_before_what_stands_only_once(self) -> None:
+        slots = [Slot(tokens=[1] * 8, num_reusable=8, identity="a") for _ in range(2)]
+        slots.append(Slot(tokens=[2] * 8, num_reusable=8, identity="a"))
+        for slot in slots:
+            slot.settle(1)
+        assert [loss_of(slots, number, 0, 2) > 0 for number in range(3)] == [False, False, True]
+
+
+loads = st.lists(
+    st.tuples(
+        st.lists(st.integers(1, 3), min_size=1, max_size=24),
+        st.integers(1, 12),
+        st.sampled_from("ab"),
+        st.integers(0, 6),
+    ),
+    min_size=1,
+    max_size=12,
+)
+
+
+@given(loads, st.integers(1, 5), st.integers(10, 40), st.integers(0, 4), st.integers(1, 2))
+@settings(max_examples=200)
+def test_any_load_stays_within_any_budget_and_every_answer_is_right(
+    load: list[tuple[list[int], int, str, int]], num_slots: int, num_blocks: int, factor: int, min_run: int
+) -> None:
+    """The runner counts what is touched at each run, and refuses more; nobody waits for ever."""
+    runner = FakeRunner(num_slots=num_slots, min_run=min_run, kv_budget=KVBudget(4, num_blocks, factor))
+    engine = Engine(runner, TOKENIZER, prefill_chunk=5)
+    sequences = []
+    for prompt, max_tokens, identity, num_steps in load:
+        if len(prompt) < engine.context_length:
+            sequences.append(asked(prompt, max_tokens, identity))
+            engine.add(sequences[-1])
+        for _ in range(num_steps):
+            assert not any(isinstance(event, Failed) for _, event in engine.step())
+    for _ in range(2000):
+        if not engine.has_work:
+            break
+        assert not any(isinstance(event, Failed) for _, event in engine.step())
+    assert not engine.has_work
+    for sequence in sequences:
+        assert sequence.output_ids == expected_tokens(
+            runner.logits_after,
+            sequence.prompt_ids,
+            sequence.params,
+            eos_ids=TOKENIZER.eos_ids,
+            context_length=engine.context_length,
+        )
+
+
+def resident_bytes(*arrays: NDArray[Any]) -> int:
+    """Count the pages of arrays that are in memory, by the kernel's page map."""
+    total = 0
+    with open("/proc/self/pagemap", "rb", buffering=0) as pagemap:
+        for array in arrays:
+            start = array.__array_interface__["data"][0]
+            pagemap.seek(start // PAGE * 8)
+            entries = np.frombuffer(pagemap.read(array.nbytes // PAGE * 8), np.uint64)
+            # Present, or swapped out.
+            total += int(((entries >> np.uint64(62)) != 0).sum()) * PAGE
+    return total
+
+
+class TestMemory:
+    SHAPE = DecoderShape(num_layers=2, num_kv_heads=3, head_dim=64, vocab_size=8)
+
+    def filled(self, num_slots: int = 3) -> KVSlots:
+        slots = KVSlots(self.SHAPE, num_slots=num_slots, context_length=1000, dtype=np.int8)
+        for slot, num_tokens in enumerate((1000, 300, 65)[:num_slots]):
+            slots.write(slot, 0, [np.full((3, num_tokens, 64), 1 + slot, np.int8)] * 4)
+        return slots
+
+    def test_blocks_are_what_the_kernel_counts(self) -> None:
+        slots = self.filled()
+        blocks = 16 + 5 + 2
+        assert slots.block_bytes == 12 * PAGE
+        assert resident_bytes(*slots.arrays) == blocks * slots.block_bytes
+
+    def test_what_is_given_back_is_gone(self) -> None:
+        slots = self.filled()
+        slots.give_back(0, 130)
+        assert resident_bytes(*slots.arrays) == (3 + 5 + 2) * slots.block_bytes
+        assert (slots.read(0, 130) == 1).all()
+        slots.give_back(0, 0)
+        assert resident_bytes(*slots.arrays) == (5 + 2) * slots.block_bytes
+        assert (slots.read(1, 300) == 2).all()
+
+    @pytest.mark.parametrize(("num_a", "num_b"), [(1000, 65), (65, 1000), (1000, 0), (0, 65)])
+    def test_a_swap_needs_no_more_than_there_was(self, num_a: int, num_b: int) -> None:
+        slots = KVSlots(self.SHAPE, num_slots=2, context_length=1000, dtype=np.int8)
+        for slot, num in ((0, num_a), (1, num_b)):
+            if num:
+                slots.write(slot, 0, [np.full((3, num, 64), 1 + slot, np.int8)] * 4)
+        before = resident_bytes(*slots.arrays)
+        slots.swap(0, 1, num_a, num_b)
+        assert not num_a or (slots.read(1, num_a) == 1).all()
+        assert not num_b or (slots.read(0, num_b) == 2).all()
+        assert resident_bytes(*slots.arrays) == before
+
+    def test_prompt_buffers_shrink_to_what_is_asked(self) -> None:
+        slots = self.filled()
+        prompt = PromptBuffers(slots)
+        assert prompt.factor == 4
+        prompt.hold(0, 960, 0)
+        assert resident_bytes(*prompt.arrays) == 4 * 15 * slots.block_bytes
+        prompt.give_back(100)
+        assert resident_bytes(*prompt.arrays) == 4 * 2 * slots.block_bytes
+        prompt.hold(0, 1000, 0)
+        assert all((array[:, :, :1000] == 1).all() for array in prompt.arrays)
+
+
+def test_a_real_runner_stays_within_its_bytes_at_every_step(tmp_path: Path) -> None:
+    """Random conversations on more slots than fit; after each step the kernel is asked."""
+    checkpoint = tiny_checkpoint(tmp_path)
+    plain = tiny_runner(tmp_path / "float32", checkpoint, Recipe.reference())
+    long = [(17 * place * place + 5 * place + 3) % 250 for place in range(60)]
+    scales = scales_of(plain, long)
+    free = tiny_runner(tmp_path / "free", checkpoint, Recipe.reference(), kv_scales=scales, num_slots=6)
+    one = free.kv_budget.num_blocks // (6 + 4)
+    block_bytes = free._slots.block_bytes
+    runner = tiny_runner(
+        tmp_path / "int8",
+        checkpoint,
+        Recipe.reference(),
+        kv_scales=scales,
+        num_slots=6,
+        kv_bytes=(one * 4 + 3) * block_bytes,
+    )
+    cap = runner.kv_budget.num_blocks * block_bytes
+    alone = Engine(free, TOKENIZER)
+    engine = Engine(runner, TOKENIZER, prefill_chunk=16)
+    chance = np.random.default_rng(3)
+    sequences = []
+    most = 0
+    for turn in range(24):
+        prompt = [*long[: int(chance.integers(2, 50))], *map(int, chance.integers(0, 250, int(chance.integers(1, 20))))]
+        sequences.append(asked(prompt, int(chance.integers(1, 20)), str(turn % 2)))
+        engine.add(sequences[-1])
+        for _ in range(int(chance.integers(0, 12))):
+            engine.step()
+            most = max(most, resident_bytes(*runner._slots.arrays, *runner._prompt.arrays))
+    while engine.has_work:
+        engine.step()
+        most = max(most, resident_bytes(*runner._slots.arrays, *runner._prompt.arrays))
+    assert cap // 2 < most <= cap
+    for sequence in sequences:
+        again = asked(list(sequence.prompt_ids), sequence.params.max_tokens, "other")
+        alone.add(again)
+        while alone.has_work:
+            alone.step()
+        assert sequence.output_ids == again.output_ids
+
+
+def test_a_budget_too_small_for_one_block_is_one_clear_line(tmp_path: Path) -> None:
+    checkpoint = tiny_checkpoint(tmp_path)
+    with pytest.raises(ConfigError, match=r"engine\.kv_bytes is 100; this model needs \d+ bytes for \d+ tokens"):
+        tiny_runner(tmp_path / "graph", checkpoint, Recipe.reference(), kv_bytes=100)
