@@ -3,7 +3,7 @@
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test lint arm64 board bench faults soak bundle deb deb-lock deb-test protos constraints clean setup-daemon setup-dev setup-protos setup-emulator setup-packages setup-export
+.PHONY: help demo test lint arm64 board bench bench-serve faults soak bundle deb deb-lock deb-test protos constraints clean setup-daemon setup-dev setup-protos setup-emulator setup-packages setup-export
 
 MODEL := smollm2-135m
 STATE := $(CURDIR)/.cache/state
@@ -12,7 +12,7 @@ BUNDLE := .cache/state/models/$(MODEL)/manifest.json
 BUILDER := $(shell find daemon/hearthd/build -type f -not -path '*/__pycache__/*') daemon/hearthd/manifest.py
 
 help: ## show these lines
-	@sed -n 's/^\([a-z0-9]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 22
+	@sed -n 's/^\([a-z0-9-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 22
 
 demo: setup-daemon $(BUNDLE) ## install what is missing, build the default model, ask it a question
 	@deploy/dev/demo.sh "$(STATE)"
@@ -33,6 +33,9 @@ board: setup-dev setup-packages setup-board $(BUNDLE) ## install the packages on
 
 bench: setup-daemon $(BUNDLE) ## the engine beside its peers, which it installs (ARGS="--rounds 1 --only hearth")
 	.venv/bin/python benchmarks/compare.py --bundle "$(dir $(BUNDLE))" $(ARGS)
+
+bench-serve: setup-daemon $(BUNDLE) ## a daemon under load, its targets, and llama-cpp-python's server beside it (ARGS="--only flood")
+	.venv/bin/python benchmarks/serve.py --bundle "$(dir $(BUNDLE))" $(ARGS)
 
 faults: setup-dev ## kill, cut the power and break the disk, 200 times each: docs/faults.md
 	HEARTH_FAULT_ROUNDS=200 HEARTH_STORE_KILLS=500 .venv/bin/python -m pytest tests/faults tests/test_store.py $(ARGS)

@@ -60,6 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         slots=options.slots,
         seed=options.seed,
         scale=options.scale,
+        rates=options.rates,
         peer=peer,
     )
     # Before anything runs: what else this machine was doing.
@@ -137,6 +138,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=_positive, default=min(2, len(os.sched_getaffinity(0))))
     parser.add_argument("--slots", type=_positive, default=4, help="answers that the daemon runs at once")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--rates", type=_rates, default=(1.0, 2.5), help="of the open loop, requests a second: 1,2.5")
     parser.add_argument("--skip-peer", action="store_true", help="leave llama-cpp-python's server out")
     options = parser.parse_args(arguments)
     if options.skip_peer and options.only is None:
@@ -149,6 +151,13 @@ def _names(text: str) -> tuple[str, ...]:
     if unknown := set(names) - SCENARIOS.keys():
         raise argparse.ArgumentTypeError(f"no scenario {', '.join(sorted(unknown))}; there are {', '.join(SCENARIOS)}")
     return names
+
+
+def _rates(text: str) -> tuple[float, ...]:
+    rates = tuple(float(rate) for rate in text.split(","))
+    if not all(0 < rate <= 1000 for rate in rates):
+        raise argparse.ArgumentTypeError(f"{text}: each must be more than 0 and at most 1000")
+    return rates
 
 
 def _positive(text: str) -> int:

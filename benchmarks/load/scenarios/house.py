@@ -1,4 +1,4 @@
-"""Open-loop arrivals as in a house: many callers, short and urgent, long and in no hurry; at two rates.
+"""Open-loop arrivals as in a house: many callers, short and urgent, long and in no hurry, at two rates.
 
 The peer's scenario, `peer`, is offered the same.
 """
@@ -19,8 +19,6 @@ from load.summary import summarise
 from load.targets import Result
 
 CALLERS = tuple(f"caller-{number}" for number in range(6))
-# Requests a second. On two cores of 2026 the first is well below what one after the other can do, the second beyond it.
-RATES = (1.0, 2.5)
 SECONDS = 45.0
 PATIENCE_SECONDS = 120.0
 _SYSTEM_WORDS = 60
@@ -58,7 +56,7 @@ def curves(outcomes: list[Outcome]) -> dict[str, list[float]]:
 async def run(bench: Bench) -> Result:
     """Offer both rates to the daemon."""
     figures: dict[str, Any] = {}
-    for rate in RATES:
+    for rate in bench.rates:
         with bench.server("house", callers=CALLERS) as server:
             callers = {name: server.caller(name) for name in CALLERS}
             await asyncio.gather(*(caller.channel.channel_ready() for caller in callers.values()))

@@ -10,7 +10,7 @@ from load.llama_server import LlamaServer
 from load.open_loop import offer
 from load.openai_http import ask as ask_over_http
 from load.outcome import Outcome
-from load.scenarios.house import PATIENCE_SECONDS, RATES, arrivals, curves, name_of, texts
+from load.scenarios.house import PATIENCE_SECONDS, arrivals, curves, name_of, texts
 from load.server_process import ServerError
 from load.summary import summarise
 from load.targets import Result
@@ -22,7 +22,7 @@ async def run(bench: Bench) -> Result:
         raise ServerError("llama-cpp-python's server was left out")
     python, model = bench.peer()
     figures: dict[str, Any] = {}
-    settings = [(rate, False) for rate in RATES] + [(RATES[0], True)]
+    settings = [(rate, False) for rate in bench.rates] + [(bench.rates[0], True)]
     for rate, interrupts in settings:
         server = LlamaServer(
             python,
