@@ -59,8 +59,8 @@ STATUS = daemon_status_pb2.GetStatusResponse(
 )
 
 
-def queued(position: int) -> chat_pb2.ChatResponse:
-    return chat_pb2.ChatResponse(queued=chat_pb2.Queued(position=position))
+def queued(position: int, expected_wait_ms: float | None = None) -> chat_pb2.ChatResponse:
+    return chat_pb2.ChatResponse(queued=chat_pb2.Queued(position=position, expected_wait_ms=expected_wait_ms))
 
 
 def delta(text: str, *logprobs: chat_pb2.TokenLogprob) -> chat_pb2.ChatResponse:

@@ -16,12 +16,13 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from fakes import FakeRunner
-from hearth.v1 import model_pb2, model_pb2_grpc
+from hearth.v1 import chat_pb2, model_pb2, model_pb2_grpc
 from hearth.v1 import status_pb2 as hearth_status_pb2
 from hearth.v1 import status_pb2_grpc as hearth_status_pb2_grpc
 from hearthd import auth
 from hearthd.errors import ConfigError
 from hearthd.roles import BUILT_IN, METHODS, OPEN_METHODS, Role
+from hearthd.scheduling.priority import Priority
 from hearthd.server import Server
 from hearthd.tokens import create_token, revoke_token
 from serving import (
@@ -370,6 +371,31 @@ def quota_refusal(error: grpc.aio.AioRpcError) -> tuple[str, str, float]:
     assert violation.subject == "caller:phone"
     assert retry.retry_delay.ToMilliseconds() == int(trailers["grpc-retry-pushback-ms"]) > 0
     return error.details() or "", violation.description, retry.retry_delay.ToMilliseconds() / 1000
+
+
+@asynchronous
+async def test_a_role_says_how_urgent_its_requests_are_and_may_be(tmp_path: Path) -> None:
+    roles = {"script": Role(max_priority="normal", default_priority="background"), "guest": Role(max_priority="normal")}
+    phone = bearer(create_token(tmp_path / "tokens", "phone", role="user"))
+    script = bearer(create_token(tmp_path / "tokens", "script", role="script"))
+    async with daemon(tmp_path, roles=roles) as (channel, _):
+        request = chat_request()
+        for priority, may in (("INTERACTIVE", False), ("NORMAL", True), ("BACKGROUND", True), ("UNSPECIFIED", True)):
+            request.priority = chat_pb2.Priority.Value(f"PRIORITY_{priority}")
+            await answer(channel, request, metadata=phone)
+            if may:
+                await answer(channel, request, metadata=script)
+            else:
+                error = await refusal(answer(channel, request, metadata=script))
+                assert error.code() is grpc.StatusCode.PERMISSION_DENIED
+                assert error.details() == (
+                    "role script may not ask for priority interactive; the most urgent one that it may ask for is "
+                    "normal"
+                )
+    assert roles["script"].priority(None) is Priority.BACKGROUND
+    assert roles["guest"].priority(None) is Priority.NORMAL
+    # The default is never more urgent than what may be asked for.
+    assert Role(max_priority="background").priority(None) is Priority.BACKGROUND
 
 
 @asynchronous

@@ -120,6 +120,7 @@ def test_ask_json_is_one_object(daemon: peer.ScriptedDaemon) -> None:
             "time_to_first_token_seconds": 0.025,
             "decode_seconds": 0.05,
             "decode_tokens_per_second": 40.0,
+            "paused_seconds": 0.0,
         },
         "request_id": "r-1",
         "model": "tiny",
@@ -260,10 +261,11 @@ def test_an_error_in_mid_answer_stands_on_its_own_line(daemon: peer.ScriptedDaem
 
 
 def test_waiting_is_told_to_a_person_only(daemon: peer.ScriptedDaemon) -> None:
-    daemon.script = lambda *_: [peer.queued(2), peer.delta("at last"), peer.final()]
+    daemon.script = lambda *_: [peer.queued(2), peer.queued(1, 3400.0), peer.delta("at last"), peer.final()]
     assert program.run("ask", "--address", daemon.address, "?").stderr == b""
     with program.Terminal("ask", "--address", daemon.address, "?") as terminal:
         terminal.expect("waiting; 2 before this one\n")
+        terminal.expect("waiting; 1 before this one, about 3 s\n")
         terminal.expect("at last\n")
         assert terminal.wait() == 0
 

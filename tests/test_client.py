@@ -107,7 +107,7 @@ def test_every_option_reaches_the_daemon(daemon: peer.ScriptedDaemon, connect: C
 
 def test_options_and_protocol_name_the_same_things() -> None:
     in_protocol = {field.name for field in chat_pb2.SamplingOptions.DESCRIPTOR.fields}
-    assert set(hearth.ChatOptions.__annotations__) == in_protocol | {"model", "request_id"}
+    assert set(hearth.ChatOptions.__annotations__) == in_protocol | {"model", "request_id", "priority"}
 
 
 def test_a_stream_gives_piece_after_piece_and_then_the_answer(daemon: peer.ScriptedDaemon, connect: Connect) -> None:
@@ -116,19 +116,19 @@ def test_a_stream_gives_piece_after_piece_and_then_the_answer(daemon: peer.Scrip
     entry = chat_pb2.TokenLogprob(chosen=chosen, top=[chosen, other])
     daemon.script = lambda *_: [
         peer.queued(2),
-        peer.queued(0),
+        peer.queued(0, 1500.0),
         peer.delta("", entry),
         peer.delta("🔥", entry),
         peer.final(finish_reason=chat_pb2.FINISH_REASON_LENGTH),
     ]
-    positions: list[int] = []
+    places: list[hearth.Queued] = []
     with connect(daemon.address) as client:
-        stream = client.stream("?", top_logprobs=1, on_queued=positions.append)
+        stream = client.stream("?", top_logprobs=1, on_queued=places.append)
         assert daemon.requests == []
         with pytest.raises(RuntimeError, match="not complete"):
             _ = stream.answer
         first = next(stream)
-        assert positions == [2, 0]
+        assert places == [hearth.Queued(2, None), hearth.Queued(0, 1.5)]
         assert stream.text == ""
         rest = list(stream)
         assert list(stream) == []

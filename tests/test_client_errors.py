@@ -291,7 +291,7 @@ def test_a_callback_that_raises_ends_the_call(daemon: peer.ScriptedDaemon, conne
 
     daemon.script = script
 
-    def give_up(position: int) -> None:
+    def give_up(place: hearth.Queued) -> None:
         raise LookupError("too many")
 
     with connect(daemon.address) as client:

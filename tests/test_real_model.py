@@ -24,6 +24,7 @@ from hearth import (
     FinishReason,
     InvalidRequestError,
     Message,
+    Queued,
     QueueFullError,
     UnavailableError,
 )
@@ -268,11 +269,11 @@ def test_what_does_not_fit_is_refused_with_the_counts(client: Client) -> None:
 
 
 def test_a_full_queue_refuses_at_once_and_a_cancel_lets_the_next_one_in(client: Client) -> None:
-    positions: list[int] = []
+    places: list[Queued] = []
     queued = threading.Event()
 
-    def on_queued(position: int) -> None:
-        positions.append(position)
+    def on_queued(place: Queued) -> None:
+        places.append(place)
         queued.set()
 
     def first_of_queued() -> str:
@@ -292,7 +293,7 @@ def test_a_full_queue_refuses_at_once_and_a_cancel_lets_the_next_one_in(client: 
         assert not waiting.done()
         running[0].close()
         assert waiting.result(timeout=30)
-    assert positions[0] == 0
+    assert places[0].position == 0
     running[1].close()
     # Every slot is free again: as many chats as there are slots start without waiting.
     for _ in range(SLOTS):

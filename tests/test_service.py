@@ -366,6 +366,27 @@ async def test_a_full_queue_is_told_at_once_in_both_languages(tmp_path: Path) ->
 
 
 @asynchronous
+async def test_an_urgent_chat_is_put_before_one_that_came_earlier(tmp_path: Path) -> None:
+    runner = make_runner(is_gated=True, num_slots=1)
+    async with daemon(tmp_path, runner, engine={"slots": 1}) as (channel, _):
+        calls = [start_chat(channel, chat_request(max_tokens=100))]
+        await asyncio.to_thread(runner.wait_for_forwards, PROOF_FORWARDS + 1)
+        for priority in (chat_pb2.PRIORITY_BACKGROUND, chat_pb2.PRIORITY_INTERACTIVE):
+            request = chat_request(max_tokens=2)
+            request.priority = priority
+            calls.append(start_chat(channel, request))
+            assert (await let_pass_until(runner, calls[-1].read())).queued.position == 0
+        assert (await calls[1].read()).queued.position == 1
+        runner.open_gate()
+        for call in calls:
+            last = None
+            while (response := await call.read()) is not grpc.aio.EOF:
+                last = response
+            assert last is not None
+            assert last.HasField("final")
+
+
+@asynchronous
 async def test_grpcs_own_retry_policy_waits_as_it_is_told(tmp_path: Path) -> None:
     """The trailer is what a stock client obeys: it comes again by itself and is answered."""
     runner = make_runner(is_gated=True, num_slots=1)

@@ -20,6 +20,7 @@ from hearthd.errors import (
 from hearthd.events import Delta, Event, Finished, FinishReason, Queued
 from hearthd.model import Model
 from hearthd.sampling import SamplingParams
+from hearthd.scheduling.priority import Priority
 from hearthd.sequence import Sequence
 from hearthd.worker import State, Worker
 from serving import PROOF_FORWARDS, asynchronous, make_model, make_runner
@@ -97,6 +98,19 @@ async def test_a_full_queue_refuses_at_once_and_says_when_to_come_again() -> Non
         with worker.admit(), chats[1], chats[2]:
             pass
         assert worker.num_chats == 0
+
+
+@asynchronous
+async def test_a_queue_full_of_less_urgent_chats_keeps_nobody_out() -> None:
+    async with working(make_runner(is_gated=True), max_queued=1) as worker:
+        for priority in (Priority.BACKGROUND, Priority.NORMAL, Priority.INTERACTIVE):
+            for _ in range(3):
+                worker.admit(priority)
+            # And one that is full of more urgent ones keeps all others out.
+            for other in (each for each in Priority if each >= priority):
+                with pytest.raises(QueueFullError, match="2 chats run and 1 wait"):
+                    worker.admit(other)
+        assert worker.num_chats == 9
 
 
 @asynchronous

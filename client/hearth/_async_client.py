@@ -25,7 +25,7 @@ from hearth._patience import Patience
 from hearth._requests import chat_request
 from hearth._settings import check_seconds, read_settings
 from hearth._translate import translate
-from hearth._values import Answer, ChatOptions, ClientOptions, DaemonStatus, Delta, Health, Message, ModelInfo
+from hearth._values import Answer, ChatOptions, ClientOptions, DaemonStatus, Delta, Health, Message, ModelInfo, Queued
 
 _T = TypeVar("_T")
 
@@ -90,12 +90,12 @@ class AsyncClient:
         messages: str | Iterable[Message],
         *,
         timeout: float | None = None,
-        on_queued: Callable[[int], None] | None = None,
+        on_queued: Callable[[Queued], None] | None = None,
         **options: Unpack[ChatOptions],
     ) -> "AsyncChatStream":
         """Answer a conversation piece by piece. The call starts, and its time runs, when the first piece is asked for.
 
-        `on_queued` hears how many chats are before this one while it waits.
+        `on_queued` hears the chat's place in the queue while it waits, at each change.
         """
         request = chat_request(messages, options).SerializeToString()
         seconds = self._settings.timeout if timeout is None else check_seconds("timeout", timeout)

@@ -7,15 +7,15 @@ from collections.abc import Callable
 
 from hearth._errors import HearthError, ProtocolError
 from hearth._patience import Patience
-from hearth._responses import decode, parse_answer, parse_delta
-from hearth._values import Answer, Delta, TokenLogprob
+from hearth._responses import decode, parse_answer, parse_delta, parse_queued
+from hearth._values import Answer, Delta, Queued, TokenLogprob
 from hearth.v1 import chat_pb2
 
 
 class ChatProgress:
     """Takes a chat's responses one by one, and ends with the answer."""
 
-    def __init__(self, patience: Patience, on_queued: Callable[[int], None] | None) -> None:
+    def __init__(self, patience: Patience, on_queued: Callable[[Queued], None] | None) -> None:
         self._patience = patience
         self._on_queued = on_queued
         self._has_started = False
@@ -41,7 +41,7 @@ class ChatProgress:
         match response.WhichOneof("event"):
             case "queued":
                 if self._on_queued is not None:
-                    self._on_queued(response.queued.position)
+                    self._on_queued(parse_queued(response.queued))
             case "delta":
                 delta = parse_delta(response.delta)
                 self._texts.append(delta.text)

@@ -15,6 +15,11 @@ _ROLES = {
     "user": chat_pb2.ROLE_USER,
     "assistant": chat_pb2.ROLE_ASSISTANT,
 }
+_PRIORITIES = {
+    "interactive": chat_pb2.PRIORITY_INTERACTIVE,
+    "normal": chat_pb2.PRIORITY_NORMAL,
+    "background": chat_pb2.PRIORITY_BACKGROUND,
+}
 _NOT_SAMPLING = frozenset({"model", "request_id"})
 
 
@@ -32,6 +37,8 @@ def chat_request(messages: str | Iterable[Message], options: ChatOptions) -> cha
             continue
         if name in _NOT_SAMPLING:
             _set(request, name, value, field=name)
+        elif name == "priority":
+            _set_priority(request, value)
         elif name == "stop":
             _set_stop(request.sampling, value)
         else:
@@ -71,6 +78,12 @@ def _add_messages(target: Any, messages: Iterable[Message]) -> None:
             )
         turn = target.add(role=_ROLES[message.role])
         _set(turn, "content", message.content, field=f"messages[{index}].content")
+
+
+def _set_priority(request: chat_pb2.ChatRequest, value: Any) -> None:
+    if value not in _PRIORITIES:
+        raise InvalidRequestError(f"priority is {value!r}; there are {', '.join(_PRIORITIES)}", field="priority")
+    request.priority = _PRIORITIES[value]
 
 
 def _set_stop(sampling: chat_pb2.SamplingOptions, value: Any) -> None:

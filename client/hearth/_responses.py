@@ -103,6 +103,12 @@ def parse_delta(delta: chat_pb2.TextDelta) -> values.Delta:
     )
 
 
+def parse_queued(queued: chat_pb2.Queued) -> values.Queued:
+    """Queued -> the same."""
+    wait = queued.expected_wait_ms / 1000 if queued.HasField("expected_wait_ms") else None
+    return values.Queued(queued.position, wait)
+
+
 def parse_answer(final: chat_pb2.Final, text: str, token_logprobs: tuple[values.TokenLogprob, ...]) -> values.Answer:
     """Final, with what the deltas added up to -> the whole answer."""
     usage, timings = final.usage, final.timings
@@ -116,6 +122,7 @@ def parse_answer(final: chat_pb2.Final, text: str, token_logprobs: tuple[values.
             time_to_first_token_seconds=timings.time_to_first_token_ms / 1000,
             decode_seconds=timings.decode_ms / 1000,
             decode_tokens_per_second=timings.decode_tokens_per_second,
+            paused_seconds=timings.paused_ms / 1000,
         ),
         request_id=final.request_id,
         model=final.model,

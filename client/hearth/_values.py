@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias, TypedDict
 
 Role: TypeAlias = Literal["system", "user", "assistant"]
+Priority: TypeAlias = Literal["interactive", "normal", "background"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +46,8 @@ class ChatOptions(TypedDict, total=False):
     """Set: each delta carries log probabilities, with so many alternatives at each token; 0: the chosen ones only."""
     request_id: str | None
     """Names the request in the daemon's journal."""
+    priority: Priority | None
+    """How urgent it is; the daemon may not allow every one. Not set: the daemon decides."""
 
 
 class ClientOptions(TypedDict, total=False):
@@ -101,6 +104,16 @@ class Delta:
     token_logprobs: tuple[TokenLogprob, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class Queued:
+    """A chat waits for its turn."""
+
+    position: int
+    """How many chats are before it."""
+    expected_wait_seconds: float | None
+    """By the daemon's estimate; None if it has none yet."""
+
+
 class FinishReason(enum.StrEnum):
     """Why an answer ended."""
 
@@ -136,6 +149,8 @@ class Timings:
     time_to_first_token_seconds: float
     decode_seconds: float
     decode_tokens_per_second: float
+    paused_seconds: float = 0.0
+    """While more urgent requests ran in its place; in none of the others."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ from typing import Final
 
 from hearthd.errors import NotPermittedError
 from hearthd.roles import Role
+from hearthd.scheduling.priority import Priority
 
 __all__ = ["Caller", "current_caller", "set_caller"]
 
@@ -33,6 +34,17 @@ class Caller:
             raise NotPermittedError(
                 f"role {self.role} may not use that model; it may use {', '.join(self.rights.models)}"
             )
+
+    def choose_priority(self, asked: Priority | None) -> Priority:
+        """Return the priority of a request that asks for one, or for none. Raises NotPermittedError."""
+        priority = self.rights.priority(asked)
+        if priority is None and asked is not None:
+            raise NotPermittedError(
+                f"role {self.role} may not ask for priority {asked.word}; the most urgent one that it may ask for is "
+                f"{self.rights.max_priority}"
+            )
+        assert priority is not None
+        return priority
 
 
 # Set for one call: gRPC runs interceptors and handler of a call in one task, and each call in a task of its own.

@@ -16,6 +16,7 @@ from hearthd.errors import InvalidRequestError
 from hearthd.events import Delta, Event, Finished, FinishReason, Queued, TokenLogprob
 from hearthd.model import Model
 from hearthd.sampling import SamplingParams, validate
+from hearthd.scheduling.priority import Priority
 
 __all__ = [
     "ChatCall",
@@ -32,6 +33,12 @@ _ROLES: Final[dict[int, Role]] = {
     chat_pb2.ROLE_SYSTEM: "system",
     chat_pb2.ROLE_USER: "user",
     chat_pb2.ROLE_ASSISTANT: "assistant",
+}
+_PRIORITIES: Final[dict[int, Priority | None]] = {
+    chat_pb2.PRIORITY_UNSPECIFIED: None,
+    chat_pb2.PRIORITY_INTERACTIVE: Priority.INTERACTIVE,
+    chat_pb2.PRIORITY_NORMAL: Priority.NORMAL,
+    chat_pb2.PRIORITY_BACKGROUND: Priority.BACKGROUND,
 }
 _FINISH_REASONS: Final = {
     FinishReason.END_OF_TURN: chat_pb2.FINISH_REASON_END_OF_TURN,
@@ -62,6 +69,8 @@ class ChatCall:
     messages: tuple[Message, ...]
     params: SamplingParams
     sets_max_tokens: bool
+    priority: Priority | None
+    """None: the caller's role decides."""
 
 
 def read_chat(request: chat_pb2.ChatRequest, model: Model, max_messages: int) -> ChatCall:
@@ -75,6 +84,12 @@ def read_chat(request: chat_pb2.ChatRequest, model: Model, max_messages: int) ->
     params = _read_sampling(request.sampling, model, problems)
     if fault := _find_request_id_fault(request.request_id):
         problems.append(InvalidRequestError("request_id", fault))
+    if request.priority not in _PRIORITIES:
+        problems.append(
+            InvalidRequestError(
+                "priority", f"is {request.priority}; give PRIORITY_INTERACTIVE, PRIORITY_NORMAL or PRIORITY_BACKGROUND"
+            )
+        )
     if problems:
         raise InvalidRequestError.of(problems)
     return ChatCall(
@@ -82,6 +97,7 @@ def read_chat(request: chat_pb2.ChatRequest, model: Model, max_messages: int) ->
         messages=messages,
         params=params,
         sets_max_tokens=request.sampling.HasField("max_tokens"),
+        priority=_PRIORITIES[request.priority],
     )
 
 
@@ -167,7 +183,9 @@ def to_chat_response(event: Event, request_id: str, model_name: str) -> chat_pb2
     """Return what the caller sees of an event. A Failed is no response, and must not come here."""
     match event:
         case Queued():
-            return chat_pb2.ChatResponse(queued=chat_pb2.Queued(position=event.position))
+            wait = event.expected_wait_seconds
+            queued = chat_pb2.Queued(position=event.position, expected_wait_ms=None if wait is None else wait * 1000)
+            return chat_pb2.ChatResponse(queued=queued)
         case Delta():
             return chat_pb2.ChatResponse(
                 delta=chat_pb2.TextDelta(text=event.text, token_logprobs=map(_to_logprob, event.token_logprobs))
@@ -203,6 +221,7 @@ def _to_final(event: Finished, request_id: str, model_name: str) -> chat_pb2.Fin
             time_to_first_token_ms=event.time_to_first_token_seconds * 1000,
             decode_ms=event.decode_seconds * 1000,
             decode_tokens_per_second=decoded / event.decode_seconds if decoded > 0 and event.decode_seconds > 0 else 0,
+            paused_ms=event.paused_seconds * 1000,
         ),
         request_id=request_id,
         model=model_name,

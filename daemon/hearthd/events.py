@@ -48,10 +48,12 @@ class TokenLogprob:
 
 @dataclass(frozen=True, slots=True)
 class Queued:
-    """The sequence waits for a slot."""
+    """The sequence waits for its turn."""
 
     position: int
     """How many sequences start before this one; 0 is the next to start."""
+    expected_wait_seconds: float | None = None
+    """Until it starts; None while nothing was measured yet."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Annotated, Final
 
-from hearthd.setting import Strings, Whole, Words
+from hearthd.scheduling.priority import Priority
+from hearthd.setting import Strings, Whole, Word, Words
 
 __all__ = [
     "BUILT_IN",
@@ -50,6 +51,7 @@ them. Without that, they are like methods that are not there."""
 ENDLESS_METHODS: Final = frozenset({METHODS[HEALTH][-1], *METHODS["reflection"]})
 """They go on until the caller leaves, so whether it still has the right is asked again meanwhile."""
 _EACH: Final = tuple(method for methods in METHODS.values() for method in methods)
+PRIORITIES: Final = tuple(priority.word for priority in Priority)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,6 +66,10 @@ class Role:
     tokens_per_minute: Annotated[int, Whole(0, 10**9)] = 0
     tokens_per_day: Annotated[int, Whole(0, 10**12)] = 0
     max_concurrent_chats: Annotated[int, Whole(0, 1024)] = 0
+    max_priority: Annotated[str, Word(PRIORITIES)] = Priority.INTERACTIVE.word
+    """The most urgent one that a caller may ask for."""
+    default_priority: Annotated[str, Word(PRIORITIES)] = Priority.NORMAL.word
+    """Of requests that ask for none; never more urgent than `max_priority`."""
 
     def may_call(self, method: str) -> bool:
         """Whether the role has the right to a method. method: `package.Service/Method`."""
@@ -74,6 +80,13 @@ class Role:
     def may_use(self, model: str) -> bool:
         """Whether the role may use a model."""
         return not self.models or model in self.models
+
+    def priority(self, asked: Priority | None) -> Priority | None:
+        """Return the priority of a request that asks for one, or for none; None if the role may not."""
+        most = Priority.of(self.max_priority)
+        if asked is None:
+            return max(Priority.of(self.default_priority), most)
+        return asked if asked >= most else None
 
 
 BUILT_IN: Final[Mapping[str, Role]] = MappingProxyType(

@@ -11,6 +11,7 @@ from typing import Final, Self
 
 from hearthd.errors import SlowReaderError
 from hearthd.events import Delta, Event, Failed, Finished
+from hearthd.scheduling.priority import Priority
 from hearthd.sequence import Sequence
 
 __all__ = ["ChatStream"]
@@ -28,12 +29,14 @@ class ChatStream:
 
     def __init__(
         self,
+        priority: Priority,
         *,
         max_backlog_bytes: int,
         submit: Callable[["ChatStream", Sequence], None],
         leave: Callable[["ChatStream"], None],
     ) -> None:
         """submit: hands the sequence to the inference thread. leave: takes the chat out of the worker's books."""
+        self.priority = priority
         self._max_backlog_bytes = max_backlog_bytes
         self._submit = submit
         self._leave = leave

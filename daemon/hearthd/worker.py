@@ -24,6 +24,7 @@ from hearthd.events import Event, Failed, Finished
 from hearthd.logs import log_incident
 from hearthd.model import Model, prove
 from hearthd.models.baton import Baton
+from hearthd.scheduling.priority import Priority
 from hearthd.sequence import Sequence
 from hearthd.stream import ChatStream
 
@@ -132,8 +133,11 @@ class Worker:
         """Chats that may wait."""
         return self._max_queued
 
-    def admit(self) -> ChatStream:
+    def admit(self, priority: Priority = Priority.NORMAL) -> ChatStream:
         """Give a chat a place, or refuse it at once.
+
+        Chats that are less urgent do not count: a queue that is full of them keeps nobody else out. So there are at
+        most as many times the limit as there are priorities.
 
         Raises QueueFullError with a time to wait, NotServingError while loading and draining.
         """
@@ -141,13 +145,15 @@ class Worker:
         if self.state is not State.SERVING:
             raise NotServingError("the daemon is shutting down; try again in a few seconds, or ask another one")
         limit = model.engine.num_slots + self._max_queued
-        if len(self._chats) >= limit:
+        if sum(chat.priority <= priority for chat in self._chats) >= limit:
             self.counts.refused += 1
             raise QueueFullError(
                 f"the queue is full: {model.engine.num_slots} chats run and {self._max_queued} wait; try again later",
                 self._retry_seconds(model.engine.num_slots),
             )
-        chat = ChatStream(max_backlog_bytes=self._stream_backlog_bytes, submit=self._submit, leave=self._leave)
+        chat = ChatStream(
+            priority, max_backlog_bytes=self._stream_backlog_bytes, submit=self._submit, leave=self._leave
+        )
         self._chats.add(chat)
         self._no_chats.clear()
         return chat

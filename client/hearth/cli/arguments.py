@@ -138,6 +138,9 @@ def _add_chat_options(command: argparse.ArgumentParser) -> None:
     group.add_argument("--frequency-penalty", type=float, metavar="X", help="over 0: leave what was said often")
     group.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same answer")
     group.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; may be given again")
+    group.add_argument(
+        "--priority", choices=("interactive", "normal", "background"), help="how urgent it is, among other callers"
+    )
     if command.prog.endswith("ask"):
         group.add_argument(
             "--top-logprobs", type=int, metavar="N", help="with --json: log probabilities, with N alternatives each"

@@ -16,6 +16,7 @@ from hearth._values import Answer, FinishReason, Message, TokenProbability
 from hearth.cli.connection import chat_options, open_client
 from hearth.cli.interrupt import closing_on_interrupt
 from hearth.cli.terminal import Screen
+from hearth.cli.waiting import in_words
 
 EXIT_INTERRUPTED = 130
 # A daemon takes far less (`limits.max_request_bytes`); this only keeps an endless input from filling the memory.
@@ -33,7 +34,7 @@ def run(arguments: argparse.Namespace) -> int:
     with open_client(arguments, screen) as client:
         stream = client.stream(
             messages,
-            on_queued=lambda position: screen.note(f"waiting; {position} before this one"),
+            on_queued=lambda place: screen.note(in_words(place)),
             **chat_options(arguments),
         )
         with closing_on_interrupt(stream) as interrupt:

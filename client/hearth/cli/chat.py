@@ -18,6 +18,7 @@ from hearth.cli.echo import without_echo
 from hearth.cli.interrupt import closing_on_interrupt
 from hearth.cli.line_input import read_turn
 from hearth.cli.terminal import Screen
+from hearth.cli.waiting import in_words
 
 _HELP = """\
 /system TEXT   instructions for the model from now on; alone: shows them; /system -: none
@@ -103,7 +104,7 @@ class Session:
     def _ask(self, question: str) -> None:
         stream = self._client.stream(
             self._conversation.with_question(question),
-            on_queued=lambda position: self._screen.note(f"waiting; {position} before this one"),
+            on_queued=lambda place: self._screen.note(in_words(place)),
             **self._options,
         )
         with closing_on_interrupt(stream) as interrupt, without_echo():

@@ -24,39 +24,41 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14hearth/v1/chat.proto\x12\thearth.v1\"9\n\x07Message\x12\x1d\n\x04role\x18\x01 \x01(\x0e\x32\x0f.hearth.v1.Role\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"\xb5\x03\n\x0fSamplingOptions\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_k\x18\x02 \x01(\x05H\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x02H\x03\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x05 \x01(\x02H\x04\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x06 \x01(\x02H\x05\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x07 \x01(\x02H\x06\x88\x01\x01\x12\x11\n\x04seed\x18\x08 \x01(\x04H\x07\x88\x01\x01\x12\x17\n\nmax_tokens\x18\t \x01(\x05H\x08\x88\x01\x01\x12\x0c\n\x04stop\x18\n \x03(\t\x12\x19\n\x0ctop_logprobs\x18\x0b \x01(\x05H\t\x88\x01\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x07\n\x05_seedB\r\n\x0b_max_tokensB\x0f\n\r_top_logprobs\"\x84\x01\n\x0b\x43hatRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12$\n\x08messages\x18\x02 \x03(\x0b\x32\x12.hearth.v1.Message\x12,\n\x08sampling\x18\x03 \x01(\x0b\x32\x1a.hearth.v1.SamplingOptions\x12\x12\n\nrequest_id\x18\x04 \x01(\t\"\x86\x01\n\x0c\x43hatResponse\x12#\n\x06queued\x18\x01 \x01(\x0b\x32\x11.hearth.v1.QueuedH\x00\x12%\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x14.hearth.v1.TextDeltaH\x00\x12!\n\x05\x66inal\x18\x03 \x01(\x0b\x32\x10.hearth.v1.FinalH\x00\x42\x07\n\x05\x65vent\"\x1a\n\x06Queued\x12\x10\n\x08position\x18\x01 \x01(\x05\"J\n\tTextDelta\x12\x0c\n\x04text\x18\x01 \x01(\t\x12/\n\x0etoken_logprobs\x18\x02 \x03(\x0b\x32\x17.hearth.v1.TokenLogprob\"e\n\x0cTokenLogprob\x12+\n\x06\x63hosen\x18\x01 \x01(\x0b\x32\x1b.hearth.v1.TokenProbability\x12(\n\x03top\x18\x02 \x03(\x0b\x32\x1b.hearth.v1.TokenProbability\"C\n\x10TokenProbability\x12\x10\n\x08token_id\x18\x01 \x01(\x05\x12\x0c\n\x04text\x18\x02 \x01(\x0c\x12\x0f\n\x07logprob\x18\x03 \x01(\x02\"\xa0\x01\n\x05\x46inal\x12.\n\rfinish_reason\x18\x01 \x01(\x0e\x32\x17.hearth.v1.FinishReason\x12\x1f\n\x05usage\x18\x02 \x01(\x0b\x32\x10.hearth.v1.Usage\x12#\n\x07timings\x18\x03 \x01(\x0b\x32\x12.hearth.v1.Timings\x12\x12\n\nrequest_id\x18\x04 \x01(\t\x12\r\n\x05model\x18\x05 \x01(\t\"W\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\x05\x12\x1c\n\x14\x63\x61\x63hed_prompt_tokens\x18\x02 \x01(\x05\x12\x19\n\x11\x63ompletion_tokens\x18\x03 \x01(\x05\"\x84\x01\n\x07Timings\x12\x10\n\x08queue_ms\x18\x01 \x01(\x02\x12\x12\n\nprefill_ms\x18\x02 \x01(\x02\x12\x1e\n\x16time_to_first_token_ms\x18\x03 \x01(\x02\x12\x11\n\tdecode_ms\x18\x04 \x01(\x02\x12 \n\x18\x64\x65\x63ode_tokens_per_second\x18\x05 \x01(\x02*P\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\x0f\n\x0bROLE_SYSTEM\x10\x01\x12\r\n\tROLE_USER\x10\x02\x12\x12\n\x0eROLE_ASSISTANT\x10\x03*\xbd\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x1d\n\x19\x46INISH_REASON_END_OF_TURN\x10\x01\x12\x1d\n\x19\x46INISH_REASON_STOP_STRING\x10\x02\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x03\x12\x1c\n\x18\x46INISH_REASON_TIME_LIMIT\x10\x04\x12\x18\n\x14\x46INISH_REASON_POLICY\x10\x05\x32H\n\x0b\x43hatService\x12\x39\n\x04\x43hat\x12\x16.hearth.v1.ChatRequest\x1a\x17.hearth.v1.ChatResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14hearth/v1/chat.proto\x12\thearth.v1\"9\n\x07Message\x12\x1d\n\x04role\x18\x01 \x01(\x0e\x32\x0f.hearth.v1.Role\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"\xb5\x03\n\x0fSamplingOptions\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_k\x18\x02 \x01(\x05H\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x02H\x03\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x05 \x01(\x02H\x04\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x06 \x01(\x02H\x05\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x07 \x01(\x02H\x06\x88\x01\x01\x12\x11\n\x04seed\x18\x08 \x01(\x04H\x07\x88\x01\x01\x12\x17\n\nmax_tokens\x18\t \x01(\x05H\x08\x88\x01\x01\x12\x0c\n\x04stop\x18\n \x03(\t\x12\x19\n\x0ctop_logprobs\x18\x0b \x01(\x05H\t\x88\x01\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x07\n\x05_seedB\r\n\x0b_max_tokensB\x0f\n\r_top_logprobs\"\xab\x01\n\x0b\x43hatRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12$\n\x08messages\x18\x02 \x03(\x0b\x32\x12.hearth.v1.Message\x12,\n\x08sampling\x18\x03 \x01(\x0b\x32\x1a.hearth.v1.SamplingOptions\x12\x12\n\nrequest_id\x18\x04 \x01(\t\x12%\n\x08priority\x18\x05 \x01(\x0e\x32\x13.hearth.v1.Priority\"\x86\x01\n\x0c\x43hatResponse\x12#\n\x06queued\x18\x01 \x01(\x0b\x32\x11.hearth.v1.QueuedH\x00\x12%\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x14.hearth.v1.TextDeltaH\x00\x12!\n\x05\x66inal\x18\x03 \x01(\x0b\x32\x10.hearth.v1.FinalH\x00\x42\x07\n\x05\x65vent\"N\n\x06Queued\x12\x10\n\x08position\x18\x01 \x01(\x05\x12\x1d\n\x10\x65xpected_wait_ms\x18\x02 \x01(\x02H\x00\x88\x01\x01\x42\x13\n\x11_expected_wait_ms\"J\n\tTextDelta\x12\x0c\n\x04text\x18\x01 \x01(\t\x12/\n\x0etoken_logprobs\x18\x02 \x03(\x0b\x32\x17.hearth.v1.TokenLogprob\"e\n\x0cTokenLogprob\x12+\n\x06\x63hosen\x18\x01 \x01(\x0b\x32\x1b.hearth.v1.TokenProbability\x12(\n\x03top\x18\x02 \x03(\x0b\x32\x1b.hearth.v1.TokenProbability\"C\n\x10TokenProbability\x12\x10\n\x08token_id\x18\x01 \x01(\x05\x12\x0c\n\x04text\x18\x02 \x01(\x0c\x12\x0f\n\x07logprob\x18\x03 \x01(\x02\"\xa0\x01\n\x05\x46inal\x12.\n\rfinish_reason\x18\x01 \x01(\x0e\x32\x17.hearth.v1.FinishReason\x12\x1f\n\x05usage\x18\x02 \x01(\x0b\x32\x10.hearth.v1.Usage\x12#\n\x07timings\x18\x03 \x01(\x0b\x32\x12.hearth.v1.Timings\x12\x12\n\nrequest_id\x18\x04 \x01(\t\x12\r\n\x05model\x18\x05 \x01(\t\"W\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\x05\x12\x1c\n\x14\x63\x61\x63hed_prompt_tokens\x18\x02 \x01(\x05\x12\x19\n\x11\x63ompletion_tokens\x18\x03 \x01(\x05\"\x97\x01\n\x07Timings\x12\x10\n\x08queue_ms\x18\x01 \x01(\x02\x12\x12\n\nprefill_ms\x18\x02 \x01(\x02\x12\x1e\n\x16time_to_first_token_ms\x18\x03 \x01(\x02\x12\x11\n\tdecode_ms\x18\x04 \x01(\x02\x12 \n\x18\x64\x65\x63ode_tokens_per_second\x18\x05 \x01(\x02\x12\x11\n\tpaused_ms\x18\x06 \x01(\x02*P\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\x0f\n\x0bROLE_SYSTEM\x10\x01\x12\r\n\tROLE_USER\x10\x02\x12\x12\n\x0eROLE_ASSISTANT\x10\x03*l\n\x08Priority\x12\x18\n\x14PRIORITY_UNSPECIFIED\x10\x00\x12\x18\n\x14PRIORITY_INTERACTIVE\x10\x01\x12\x13\n\x0fPRIORITY_NORMAL\x10\x02\x12\x17\n\x13PRIORITY_BACKGROUND\x10\x03*\xbd\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x1d\n\x19\x46INISH_REASON_END_OF_TURN\x10\x01\x12\x1d\n\x19\x46INISH_REASON_STOP_STRING\x10\x02\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x03\x12\x1c\n\x18\x46INISH_REASON_TIME_LIMIT\x10\x04\x12\x18\n\x14\x46INISH_REASON_POLICY\x10\x05\x32H\n\x0b\x43hatService\x12\x39\n\x04\x43hat\x12\x16.hearth.v1.ChatRequest\x1a\x17.hearth.v1.ChatResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'hearth.v1.chat_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ROLE']._serialized_start=1469
-  _globals['_ROLE']._serialized_end=1549
-  _globals['_FINISHREASON']._serialized_start=1552
-  _globals['_FINISHREASON']._serialized_end=1741
+  _globals['_ROLE']._serialized_start=1579
+  _globals['_ROLE']._serialized_end=1659
+  _globals['_PRIORITY']._serialized_start=1661
+  _globals['_PRIORITY']._serialized_end=1769
+  _globals['_FINISHREASON']._serialized_start=1772
+  _globals['_FINISHREASON']._serialized_end=1961
   _globals['_MESSAGE']._serialized_start=35
   _globals['_MESSAGE']._serialized_end=92
   _globals['_SAMPLINGOPTIONS']._serialized_start=95
   _globals['_SAMPLINGOPTIONS']._serialized_end=532
   _globals['_CHATREQUEST']._serialized_start=535
-  _globals['_CHATREQUEST']._serialized_end=667
-  _globals['_CHATRESPONSE']._serialized_start=670
-  _globals['_CHATRESPONSE']._serialized_end=804
-  _globals['_QUEUED']._serialized_start=806
-  _globals['_QUEUED']._serialized_end=832
-  _globals['_TEXTDELTA']._serialized_start=834
-  _globals['_TEXTDELTA']._serialized_end=908
-  _globals['_TOKENLOGPROB']._serialized_start=910
-  _globals['_TOKENLOGPROB']._serialized_end=1011
-  _globals['_TOKENPROBABILITY']._serialized_start=1013
-  _globals['_TOKENPROBABILITY']._serialized_end=1080
-  _globals['_FINAL']._serialized_start=1083
-  _globals['_FINAL']._serialized_end=1243
-  _globals['_USAGE']._serialized_start=1245
-  _globals['_USAGE']._serialized_end=1332
-  _globals['_TIMINGS']._serialized_start=1335
-  _globals['_TIMINGS']._serialized_end=1467
-  _globals['_CHATSERVICE']._serialized_start=1743
-  _globals['_CHATSERVICE']._serialized_end=1815
+  _globals['_CHATREQUEST']._serialized_end=706
+  _globals['_CHATRESPONSE']._serialized_start=709
+  _globals['_CHATRESPONSE']._serialized_end=843
+  _globals['_QUEUED']._serialized_start=845
+  _globals['_QUEUED']._serialized_end=923
+  _globals['_TEXTDELTA']._serialized_start=925
+  _globals['_TEXTDELTA']._serialized_end=999
+  _globals['_TOKENLOGPROB']._serialized_start=1001
+  _globals['_TOKENLOGPROB']._serialized_end=1102
+  _globals['_TOKENPROBABILITY']._serialized_start=1104
+  _globals['_TOKENPROBABILITY']._serialized_end=1171
+  _globals['_FINAL']._serialized_start=1174
+  _globals['_FINAL']._serialized_end=1334
+  _globals['_USAGE']._serialized_start=1336
+  _globals['_USAGE']._serialized_end=1423
+  _globals['_TIMINGS']._serialized_start=1426
+  _globals['_TIMINGS']._serialized_end=1577
+  _globals['_CHATSERVICE']._serialized_start=1963
+  _globals['_CHATSERVICE']._serialized_end=2035
 # @@protoc_insertion_point(module_scope)

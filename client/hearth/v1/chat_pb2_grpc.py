@@ -34,7 +34,8 @@ class ChatServiceStub(object):
     whether or not it exists.
     PERMISSION_DENIED   the caller's role may not call the method, whether or not it exists.
     UNAVAILABLE         the daemon is still loading the model, or is shutting down. Try again later.
-    DEADLINE_EXCEEDED   the caller's own deadline passed. Work on the answer has stopped.
+    DEADLINE_EXCEEDED   the caller's own deadline passed. Work on the answer has stopped. Or, told at once: the answer
+    would not begin before the deadline; the message says when it would.
     RESOURCE_EXHAUSTED  the request, serialised, has more than `limits.max_request_bytes`, or its metadata more than 8 KiB.
     The transport itself says so: there are no details, and to send the same again does not help.
     Or: the caller has used up its role's calls of a minute. Details: google.rpc.RetryInfo and
@@ -66,7 +67,8 @@ class ChatServiceServicer(object):
     whether or not it exists.
     PERMISSION_DENIED   the caller's role may not call the method, whether or not it exists.
     UNAVAILABLE         the daemon is still loading the model, or is shutting down. Try again later.
-    DEADLINE_EXCEEDED   the caller's own deadline passed. Work on the answer has stopped.
+    DEADLINE_EXCEEDED   the caller's own deadline passed. Work on the answer has stopped. Or, told at once: the answer
+    would not begin before the deadline; the message says when it would.
     RESOURCE_EXHAUSTED  the request, serialised, has more than `limits.max_request_bytes`, or its metadata more than 8 KiB.
     The transport itself says so: there are no details, and to send the same again does not help.
     Or: the caller has used up its role's calls of a minute. Details: google.rpc.RetryInfo and
@@ -99,15 +101,16 @@ class ChatServiceServicer(object):
         context length. Details: google.rpc.BadRequest, a violation for each wrong field, at most 16.
         Nothing is ever cut short silently.
         NOT_FOUND           there is no model of that name.
-        PERMISSION_DENIED   the caller's role may not use the model, whether or not there is one of that name. Or: a rule
-        of the owner's policy forbids what was sent, or what the model was about to write; then what
-        came before stays said. Details: google.rpc.ErrorInfo, reason POLICY_RULE, with the rule's
-        name. To send the same again does not help.
-        RESOURCE_EXHAUSTED  the queue is full. Details: google.rpc.RetryInfo; trailer `grpc-retry-pushback-ms` holds the
-        same delay. Or: the caller has used up its role's tokens of a minute or of the day, or has as
-        many chats as its role may have at once; details and trailer as for its calls of a minute.
-        Prompt and answer count, as in `final.usage`, what came from the cache too; a chat that has
-        begun is finished. Or: the caller reads its stream too slowly.
+        PERMISSION_DENIED   the caller's role may not use the model, whether or not there is one of that name, or may not
+        ask for that priority. Or: a rule of the owner's policy forbids what was sent, or what the
+        model was about to write; then what came before stays said. Details: google.rpc.ErrorInfo,
+        reason POLICY_RULE, with the rule's name. To send the same again does not help.
+        RESOURCE_EXHAUSTED  the queue is full of requests that are as urgent or more. Details: google.rpc.RetryInfo; trailer
+        `grpc-retry-pushback-ms` holds the same delay. Or: the caller has used up its role's
+        tokens of a minute or of the day, or has as many chats as its role may have at once; details
+        and trailer as for its calls of a minute. Prompt and answer count, as in `final.usage`, what
+        came from the cache too; a chat that has begun is finished. Or: the caller reads its stream
+        too slowly.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -138,7 +141,8 @@ class ChatService(object):
     whether or not it exists.
     PERMISSION_DENIED   the caller's role may not call the method, whether or not it exists.
     UNAVAILABLE         the daemon is still loading the model, or is shutting down. Try again later.
-    DEADLINE_EXCEEDED   the caller's own deadline passed. Work on the answer has stopped.
+    DEADLINE_EXCEEDED   the caller's own deadline passed. Work on the answer has stopped. Or, told at once: the answer
+    would not begin before the deadline; the message says when it would.
     RESOURCE_EXHAUSTED  the request, serialised, has more than `limits.max_request_bytes`, or its metadata more than 8 KiB.
     The transport itself says so: there are no details, and to send the same again does not help.
     Or: the caller has used up its role's calls of a minute. Details: google.rpc.RetryInfo and

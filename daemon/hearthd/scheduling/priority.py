@@ -18,3 +18,8 @@ class Priority(enum.IntEnum):
     def word(self) -> str:
         """Its name in configuration and messages."""
         return self.name.lower()
+
+    @classmethod
+    def of(cls, word: str) -> "Priority":
+        """Return the one of that name."""
+        return cls[word.upper()]

@@ -76,6 +76,7 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
         model = worker.model
         call = read_chat(request, model, self.limits.max_messages)
         caller = current_caller()
+        priority = caller.choose_priority(call.priority)
         rules = self._policy.current.for_role(caller.role)
         if rules.has_output_rules and call.params.top_logprobs is not None:
             raise InvalidRequestError(
@@ -83,7 +84,7 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
                 "is set; this daemon's policy screens answers, and they would tell what it hides",
             )
         screen = rules.screen_answer()
-        with worker.admit() as chat:
+        with worker.admit(priority) as chat:
             try:
                 prompt_ids = await self._tokenising.run(current_caller().account, encoding(model, rules, call.messages))
                 seconds_left = context.time_remaining()
@@ -94,6 +95,8 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
                         params=fit_to_context(call, len(prompt_ids), model.engine.context_length),
                         cache_identity=caller.identity,
                         arrived=arrived,
+                        priority=priority,
+                        account=caller.account,
                         deadline=None if seconds_left is None else time.monotonic() + seconds_left,
                         screen=screen,
                     )
