@@ -6,6 +6,7 @@ from typing import Any
 
 import tiny_tokenizers as tiny
 from fakes import FakeRunner, Logits, expected_tokens, hashed_logits, scripted
+from hearthd.drafts.drafting import Drafting
 from hearthd.engine import Delta, Engine, Event, Failed, Finished, Queued, Sequence, TokenLogprob
 from hearthd.sampling import SamplingParams
 from hearthd.scheduling.priority import Priority
@@ -38,6 +39,7 @@ class Bench:
     prefill_chunk: int = 8
     solo_prefill_chunk: int | None = None
     max_answer_seconds: float = 600.0
+    drafting: Drafting | None = None
     clock: Clock = field(default_factory=Clock)
     events: list[tuple[Sequence, Event]] = field(default_factory=list)
 
@@ -49,6 +51,7 @@ class Bench:
             prefill_chunk=self.prefill_chunk,
             solo_prefill_chunk=self.solo_prefill_chunk,
             max_answer_seconds=self.max_answer_seconds,
+            drafting=self.drafting,
             clock=self.clock,
         )
 

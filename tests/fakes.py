@@ -102,6 +102,9 @@ class FakeRunner:
         self._prompt_touched = 0
         self.num_copied = 0
         """Positions that were swapped or copied."""
+        self.can_verify = True
+        self.verified: list[int] = []
+        """Tokens of every run to verify; each of them is a forward in the other books."""
         self._logits = np.zeros((0, vocab_size), np.float32)
         self._is_gated = is_gated
         self._num_allowed = 0
@@ -171,6 +174,17 @@ class FakeRunner:
         # The real one uses its buffers again, so logits that somebody kept must change.
         self._logits[:] = np.nan
         self._logits = np.stack([self.logits_after(history) for history in histories])
+        return self._logits
+
+    def verify(self, token_ids: NDArray[np.int64], slot: int, num_past: int) -> NDArray[np.float32]:
+        assert self.can_verify
+        self.verified.append(len(token_ids))
+        positions = np.arange(num_past, num_past + len(token_ids), dtype=np.int32)
+        rows = [
+            self.forward(np.asarray([[token_id]]), slot, positions[at : at + 1])[0].copy()
+            for at, token_id in enumerate(token_ids.tolist())
+        ]
+        self._logits = np.stack(rows)
         return self._logits
 
     def _pass_gate(self, call: tuple[int, int, int]) -> None:

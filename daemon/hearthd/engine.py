@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from hearthd.batch import Batch
 from hearthd.collector import Collector
+from hearthd.drafts.drafting import Drafting
 from hearthd.errors import InvalidRequestError
 from hearthd.events import (
     Delta,
@@ -65,6 +66,7 @@ class Engine:
         prefill_chunk: int = 64,
         solo_prefill_chunk: int | None = None,
         max_answer_seconds: float = 600.0,
+        drafting: Drafting | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """num_slots: sequences that run at once; the runner has more slots if others can be paused. None: all of them.
@@ -74,6 +76,7 @@ class Engine:
         solo_prefill_chunk: the most of them while nobody decodes, so that no answer waits for the run, as far as the
         machine runs them within a second; None for the same size.
         max_answer_seconds: from the slot to the end.
+        drafting: guesses further tokens where that is faster; only with `Runner.can_verify`.
         """
         self._runner = runner
         self._max_answer_seconds = max_answer_seconds
@@ -84,6 +87,7 @@ class Engine:
         self._scheduler = Scheduler(self._num_slots)
         self._batch = Batch(self._cache, runner.num_slots)
         self._collector = Collector(tokenizer, context_length=runner.context_length, clock=clock, remove=self.remove)
+        self._drafting = drafting
         self._in_prefill: Sequence | None = None
 
     @property
@@ -264,12 +268,21 @@ class Engine:
             self._collector.take_token(sequence, logits[0], sequence.prefilled)
 
     def _decode(self, batch: list[Sequence]) -> None:
-        """Run the last token of the sequences that decoded before this step, in one batch."""
+        """Run the last token of the sequences that decoded before this step, in one batch.
+
+        If that is a single one, what may follow can go along.
+        """
         if not batch:
             return
+        draft = [] if self._drafting is None else self._drafting.draft(batch)
         lengths = [self._cache.num_tokens(sequence.slot) for sequence in batch]
+        started = self._clock()
         try:
-            logits = self._run([sequence.output_ids[-1:] for sequence in batch], batch[0].slot, lengths)
+            if draft:
+                token_ids = np.array([batch[0].output_ids[-1], *draft], np.int64)
+                logits = self._runner.verify(token_ids, batch[0].slot, lengths[0])
+            else:
+                logits = self._run([sequence.output_ids[-1:] for sequence in batch], batch[0].slot, lengths)
         except RunTerminated:
             raise
         except Exception as error:  # noqa: BLE001 - of these sequences; the engine goes on
@@ -278,12 +291,37 @@ class Engine:
             for sequence in batch:
                 self._collector.fail(sequence, error)
             return
-        for sequence in batch:
-            self._cache.extend(sequence.slot, sequence.output_ids[-1:])
-            self._scheduler.note_written(sequence, 1)
         now = self._clock()
-        for row, sequence in enumerate(batch):
-            self._collector.take_token(sequence, logits[row], now)
+        if draft:
+            num_taken = self._take_drafted(batch[0], draft, logits, now)
+        else:
+            num_taken = 1
+            for sequence in batch:
+                self._note_run(sequence)
+            for row, sequence in enumerate(batch):
+                self._collector.take_token(sequence, logits[row], now)
+        if self._drafting is not None:
+            self._drafting.note(batch, len(draft), num_taken, now - started)
+
+    def _take_drafted(self, sequence: Sequence, draft: list[int], logits: NDArray[np.float32], now: float) -> int:
+        """Choose token after token as in as many steps, as long as each is the one that was run. logits: (S, V).
+
+        The KV of what comes behind that stays where it is, and counts as not there. Returns the number of tokens.
+        """
+        num_before = sequence.num_accepted
+        sequence.num_drafted += len(draft)
+        for row, drafted in zip(logits, [*draft, None], strict=True):
+            self._note_run(sequence)
+            self._collector.take_token(sequence, row, now)
+            if sequence.state is not SequenceState.DECODING or sequence.output_ids[-1] != drafted:
+                break
+            sequence.num_accepted += 1
+        return sequence.num_accepted - num_before + 1
+
+    def _note_run(self, sequence: Sequence) -> None:
+        """Note that the KV of a sequence's last token is written: always one at a time, whatever a run had."""
+        self._cache.extend(sequence.slot, sequence.output_ids[-1:])
+        self._scheduler.note_written(sequence, 1)
 
     def _read_answers(self) -> None:
         """Read a chunk of what was written: only KV that a prompt's run wrote can be reused."""

@@ -86,6 +86,10 @@ class Finished:
     """From the first token to the last, without pauses."""
     paused_seconds: float = 0.0
     """While more urgent ones ran in its place."""
+    drafted_tokens: int = 0
+    """Tokens of the answer that were guessed and run together with the ones before."""
+    accepted_tokens: int = 0
+    """Those of them behind which the answer went on: each saved a step."""
 
 
 @dataclass(frozen=True, slots=True)

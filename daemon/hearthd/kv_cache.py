@@ -75,6 +75,18 @@ class Runner(Protocol):
         Raises RunTerminated if `terminate` stopped it.
         """
 
+    @property
+    def can_verify(self) -> bool:
+        """Whether `verify` can be called."""
+
+    def verify(self, token_ids: NDArray[np.int64], slot: int, num_past: int) -> NDArray[np.float32]:
+        """Run S tokens of one slot as S steps would; return the logits after each of them.
+
+        token_ids: int64 (S,); their KV is written from position num_past on. Returns float32 (S, V), valid until the
+        next call; logits and KV are those of S calls of `forward`, bit for bit. Raises RunTerminated if `terminate`
+        stopped it.
+        """
+
     def rest(self) -> None:
         """Give back memory that only a run needs: there will be none for a while, perhaps."""
 

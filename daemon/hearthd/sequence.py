@@ -7,6 +7,7 @@ import enum
 from dataclasses import dataclass, field
 
 from hearthd.answer import Answer
+from hearthd.drafts.drafter import Drafter
 from hearthd.events import Finished, FinishReason
 from hearthd.policy.screening import Screen
 from hearthd.sampling import Sampler, SamplingParams
@@ -59,6 +60,12 @@ class Sequence:
     output_ids: list[int] = field(init=False, default_factory=list)
     num_cached: int = field(init=False, default=0)
     """Prompt tokens whose KV came from an earlier sequence."""
+    drafter: Drafter | None = field(init=False, default=None)
+    """Guesses what comes next; made when the sequence first decodes alone."""
+    num_drafted: int = field(init=False, default=0)
+    """Tokens of the answer that were guessed and run."""
+    num_accepted: int = field(init=False, default=0)
+    """Those of them behind which the answer went on."""
     admitted: float | None = field(init=False, default=None)
     prefilled: float | None = field(init=False, default=None)
     first_token: float | None = field(init=False, default=None)
@@ -112,6 +119,8 @@ class Sequence:
             prompt_tokens=len(self.prompt_ids),
             cached_prompt_tokens=self.num_cached,
             completion_tokens=len(self.output_ids),
+            drafted_tokens=self.num_drafted,
+            accepted_tokens=self.num_accepted,
             queue_seconds=(now if self.admitted is None else self.admitted) - self.arrived,
             prefill_seconds=prefill_seconds,
             time_to_first_token_seconds=time_to_first_token,
