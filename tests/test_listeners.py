@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hearthd.config import AuthConfig, ServerConfig, TlsConfig
+from hearthd.config import AuthConfig, MetricsConfig, ServerConfig, TlsConfig
 from hearthd.errors import ConfigError
-from hearthd.listeners import Listener, find_listeners
+from hearthd.listeners import Listener, find_listeners, find_metrics_listeners
 
 NO_TLS, TLS = TlsConfig(), TlsConfig(certificate=Path("/c.pem"), key=Path("/k.pem"))
 NO_TOKENS, TOKENS = AuthConfig(), AuthConfig(token_file=Path("/tokens"))
@@ -126,3 +126,15 @@ def test_a_unix_socket_is_never_exposed() -> None:
     assert not listener.is_exposed
     assert listener.text == "unix:///run/hearth/a b%41.sock"
     assert listener.target == "unix:/run/hearth/a%20b%2541.sock"
+
+
+def test_metrics_are_for_this_machine_unless_somebody_means_otherwise() -> None:
+    assert find_metrics_listeners(MetricsConfig()) == ()
+    (found,) = find_metrics_listeners(MetricsConfig(address="127.0.0.1:9464"))
+    assert (found.target, found.is_exposed) == ("127.0.0.1:9464", False)
+    for address in ("0.0.0.0:9464", "[::]:9464", "192.168.1.7:9464"):
+        with pytest.raises(ConfigError, match=r"metrics\.address is .* asks for no credential.*allow_lan = true"):
+            find_metrics_listeners(MetricsConfig(address=address))
+        assert find_metrics_listeners(MetricsConfig(address=address, allow_lan=True))[0].is_exposed
+    with pytest.raises(ConfigError, match=r"metrics\.address has '9464'; write host:port"):
+        find_metrics_listeners(MetricsConfig(address="9464"))

@@ -74,7 +74,6 @@ class Board:
         self.governor = Governor(
             Sensors(Path("/nonexistent")),
             max_celsius,
-            lambda throttle: self.applied.append(throttle.level),
             clock=lambda: self.now,
         )
 
@@ -82,7 +81,10 @@ class Board:
         """Be so warm for so long, looked at each second; return the level after it."""
         for _ in range(seconds):
             self.now += 1
+            before = self.governor.throttle.level
             self.governor.judge(BoardReading(celsius, flags))
+            if self.governor.throttle.level != before:
+                self.applied.append(self.governor.throttle.level)
         return self.governor.throttle.level
 
 

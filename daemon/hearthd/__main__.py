@@ -227,7 +227,7 @@ def run_server(
 
 
 def _check_config(parsed: argparse.Namespace) -> None:
-    from hearthd.listeners import find_listeners
+    from hearthd.listeners import find_listeners, find_metrics_listeners
     from hearthd.policy.policy_file import PolicyFile
     from hearthd.store import Store
     from hearthd.tls import find_exposure, find_files, read_certificate
@@ -239,6 +239,7 @@ def _check_config(parsed: argparse.Namespace) -> None:
     if not parsed.quiet:
         print(f"configuration: {file or 'no file, the defaults'}", flush=True)
     listeners = find_listeners(config.server, config.tls, config.auth)
+    find_metrics_listeners(config.metrics)
     if files := find_files(config.tls):
         read_certificate(files)
         if exposure := find_exposure(files.key):

@@ -45,6 +45,8 @@ class AuditLog:
         self._max_bytes = max_bytes
         self._num_old_files = num_old_files
         self._waiting: queue.Queue[Line | None] = queue.Queue(_MAX_WAITING)
+        self.num_lost = 0
+        """Lines since the start that could not be written."""
         self._num_lost = 0
         self._trouble: str | None = None
         self._descriptor: int | None = None
@@ -72,6 +74,7 @@ class AuditLog:
             self._waiting.put_nowait(line)
         except queue.Full:
             self._num_lost += 1
+            self.num_lost += 1
 
     def close(self) -> None:
         """Write what waits, and end; within two seconds, whatever the disk does."""
@@ -121,7 +124,9 @@ class AuditLog:
                 _append(descriptor, b"".join(written[:num]))
                 del written[:num]
         except OSError as error:
-            self._num_lost += lost + len(written) - (1 if lost else 0)
+            num_new = len(written) - (1 if lost else 0)
+            self._num_lost += lost + num_new
+            self.num_lost += max(num_new, 0)
             before, self._trouble = self._trouble, error.strerror or "unknown"
             if before is None:
                 _logger.error("audit file %s cannot be written, calls go on: %s", self._path, error.strerror)

@@ -27,11 +27,13 @@ from hearthd.config_sections import (
     EngineConfig,
     LimitsConfig,
     LogConfig,
+    MetricsConfig,
     ModelConfig,
     ModelOptions,
     ModelsConfig,
     PolicyConfig,
     ServerConfig,
+    ThermalConfig,
     TlsConfig,
 )
 from hearthd.errors import ConfigError
@@ -46,11 +48,13 @@ __all__ = [
     "EngineConfig",
     "LimitsConfig",
     "LogConfig",
+    "MetricsConfig",
     "ModelConfig",
     "ModelOptions",
     "ModelsConfig",
     "PolicyConfig",
     "ServerConfig",
+    "ThermalConfig",
     "TlsConfig",
     "choose_file",
     "load_config",
@@ -87,6 +91,8 @@ class Config:
     limits: LimitsConfig = field(default_factory=LimitsConfig)
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     audit: AuditConfig = field(default_factory=AuditConfig)
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
+    thermal: ThermalConfig = field(default_factory=ThermalConfig)
     log: LogConfig = field(default_factory=LogConfig)
     models: ModelsConfig = field(default_factory=ModelsConfig)
     roles: Mapping[str, Role] = field(default_factory=lambda: BUILT_IN)

@@ -22,11 +22,13 @@ __all__ = [
     "EngineConfig",
     "LimitsConfig",
     "LogConfig",
+    "MetricsConfig",
     "ModelConfig",
     "ModelOptions",
     "ModelsConfig",
     "PolicyConfig",
     "ServerConfig",
+    "ThermalConfig",
     "TlsConfig",
 ]
 
@@ -160,6 +162,21 @@ class AuditConfig:
     file: Annotated[Path | None, Place()] = None
     max_bytes: Annotated[int, Whole(64 * 1024, 2**30)] = 4 * 2**20
     old_files: Annotated[int, Whole(0, 99)] = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MetricsConfig:
+    """Where Prometheus finds the metrics."""
+
+    address: Annotated[str, Text(r"[!-~]{0,300}", 'host:port, or "" for none')] = ""
+    allow_lan: Annotated[bool, Flag()] = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ThermalConfig:
+    """How hot the processor may become."""
+
+    max_celsius: Annotated[float, Number(0.0, 150.0)] = 78.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

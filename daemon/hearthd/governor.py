@@ -5,7 +5,8 @@ daemon steps down by itself: fewer chats at once, then fewer threads too, then p
 at a time, so that a step can take effect before the next; two degrees beyond the limit the next one comes at once. It
 steps back when the board has been cool for a while.
 
-Knows no engine: `server` hands each `Throttle` to the workers. The clock and the sensors are given.
+Knows no engine: the inference threads look at `Governor.throttle` before each step. Clock and sensors are given. Made
+by `observation`.
 """
 
 import asyncio
@@ -62,15 +63,13 @@ class Governor:
         self,
         sensors: Sensors,
         max_celsius: float,
-        apply: Callable[[Throttle], object],
         *,
         clock: Callable[[], float] = time.monotonic,
         poll_seconds: float = _POLL_SECONDS,
     ) -> None:
-        """max_celsius: 0 to watch, and hold nothing back. apply: is called when the level changes."""
+        """max_celsius: 0 to watch, and hold nothing back."""
         self._sensors = sensors
         self._max_celsius = max_celsius
-        self._apply = apply
         self._clock = clock
         self._poll_seconds = poll_seconds
         self._changed = clock() - _DOWN_SECONDS
@@ -78,7 +77,7 @@ class Governor:
         self.reading = BoardReading()
         """The last one."""
         self.throttle = FULL
-        """In force."""
+        """In force. For any thread to read."""
 
     async def run(self) -> NoReturn:
         """Look at the board for ever; cancel to end."""
@@ -121,4 +120,3 @@ class Governor:
             self._max_celsius,
             f"; the firmware reports {flags}" if flags else "",
         )
-        self._apply(self.throttle)

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Final
 from urllib.parse import quote
 
-from hearthd.config import AuthConfig, ServerConfig, TlsConfig
+from hearthd.config import AuthConfig, MetricsConfig, ServerConfig, TlsConfig
 from hearthd.errors import ConfigError
 from hearthd.tls import find_files
 
-__all__ = ["Listener", "find_listeners"]
+__all__ = ["Listener", "find_listeners", "find_metrics_listeners"]
 
 # More than the longest host name (RFC 1035) with all around it; an error quotes an address.
 _MAX_CHARACTERS: Final = 300
@@ -59,10 +59,27 @@ def find_listeners(server: ServerConfig, tls: TlsConfig, auth: AuthConfig) -> tu
     if server.tls_socket:
         listeners.append(replace(_unix_listener(server.tls_socket), is_exposed=True))
     # A name and its address may both be given; the second bind would fail.
-    tcp = {listener.target: listener for address in server.tcp for listener in _tcp_listeners(address)}
+    tcp = {listener.target: listener for address in server.tcp for listener in _tcp_listeners("server.tcp", address)}
     listeners.extend(tcp.values())
     _refuse_exposure(listeners, server, tls, auth)
     return tuple(listeners)
+
+
+def find_metrics_listeners(metrics: MetricsConfig) -> tuple[Listener, ...]:
+    """Resolve the address of the metrics; none if there is none.
+
+    Raises ConfigError for an address that cannot be used, and for one that other machines can reach unless
+    `allow_lan` says that this is meant: the page asks for no credential.
+    """
+    listeners = _tcp_listeners("metrics.address", metrics.address) if metrics.address else []
+    exposed = next((listener for listener in listeners if listener.is_exposed), None)
+    if exposed and not metrics.allow_lan:
+        raise ConfigError(
+            f"metrics.address is {exposed.text}, which other machines can reach, and the page asks for no credential: "
+            "give an address of 127.0.0.1, or set metrics.allow_lan = true to let everybody on the network read the "
+            "figures"
+        )
+    return tuple({listener.target: listener for listener in listeners}.values())
 
 
 def _refuse_exposure(listeners: Sequence[Listener], server: ServerConfig, tls: TlsConfig, auth: AuthConfig) -> None:
@@ -96,19 +113,19 @@ def _unix_listener(path: Path) -> Listener:
     return Listener(f"unix://{path}", f"unix:{quote(os.fsencode(path))}", socket_path=path)
 
 
-def _tcp_listeners(address: str) -> list[Listener]:
+def _tcp_listeners(key: str, address: str) -> list[Listener]:
     if len(address) > _MAX_CHARACTERS:
-        raise ConfigError(f"server.tcp has an address of {len(address)} characters; {_FORMS}")
+        raise ConfigError(f"{key} has an address of {len(address)} characters; {_FORMS}")
     match = re.fullmatch(r"(?:\[(?P<ipv6>[^\[\]]+)\]|(?P<host>[^\[\]:/]+)):(?P<port>[0-9]{1,5})", address)
     if not match or int(match["port"]) > 65535:
-        raise ConfigError(f"server.tcp has {address!r}; {_FORMS}")
+        raise ConfigError(f"{key} has {address!r}; {_FORMS}")
     host, port = match["ipv6"] or match["host"], int(match["port"])
     flags = socket.AI_PASSIVE | (socket.AI_NUMERICHOST if match["ipv6"] else 0)
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=flags)
     except (OSError, UnicodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is no host name"
-        raise ConfigError(f"server.tcp has {address!r}, whose host cannot be resolved: {reason}; {_FORMS}") from None
+        raise ConfigError(f"{key} has {address!r}, whose host cannot be resolved: {reason}; {_FORMS}") from None
     listeners = []
     for _, _, _, _, sockaddr in found:
         literal = str(sockaddr[0])

@@ -6,10 +6,10 @@ hear that it is loading. Called by `__main__`.
 
 import asyncio
 import logging
-import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
 from functools import partial
+from pathlib import Path
 from typing import Any, Final
 
 import grpc
@@ -21,13 +21,14 @@ from hearthd.announcing import announce
 from hearthd.audit import AuditInterceptor
 from hearthd.audit_log import AuditLog
 from hearthd.auth import AccessInterceptor, Authenticator
+from hearthd.binding import bind
 from hearthd.chat_template import Message
 from hearthd.config import AuditConfig, Config
 from hearthd.daily_usage import DailyUsage
-from hearthd.errors import AddressInUseError, NotServingError
+from hearthd.errors import NotServingError
 from hearthd.health import HealthService
 from hearthd.instance_lock import hold_socket
-from hearthd.listeners import Listener, find_listeners
+from hearthd.listeners import find_listeners
 from hearthd.live_parts import Access, Certificates, Limits, LogLevel, Rules
 from hearthd.logs import describe_exception
 from hearthd.metering import Meters
@@ -35,6 +36,7 @@ from hearthd.model import Model
 from hearthd.models.facts import ModelFacts
 from hearthd.models.pool import ModelPool
 from hearthd.notify import Notifier, feed_watchdog
+from hearthd.observation import Observation
 from hearthd.pairing.gate import PairingGate
 from hearthd.policy.policy_file import PolicyFile
 from hearthd.policy.rules import Policy
@@ -76,11 +78,12 @@ class Server:
         notifier: Notifier | None = None,
         load_again: Callable[[], Config] | None = None,
         survey: Callable[[Config], ModelFacts] | None = None,
+        root: Path = Path("/"),
     ) -> None:
         """load: called in a model's inference thread, with the configuration as that model has it.
 
         load_again: reads what stands in the configuration file by then.
-        survey: says what is known of a model before it is loaded.
+        survey: says what is known of a model before it is loaded. root: where the board's `sys` is.
         Raises ConfigError if the configuration cannot be used.
         """
         self._config = config
@@ -92,11 +95,15 @@ class Server:
         self._daily_usage = DailyUsage(config.auth.usage_file)
         self._meters = Meters(self._daily_usage)
         self._pairing = PairingGate(config.auth.token_file)
+        self._observation = Observation(config, root)
         self._models = ModelPool(config, load, survey)
         self._policy = PolicyFile(config.policy.file, config.roles)
         self._audit_log = _open_audit_log(config.audit)
         self._health = HealthService((*_SERVICES, _HEALTH))
         self._tokenising = Tokenising()
+        self._status_service = StatusService(
+            models=self._models, observation=self._observation, model_name=config.model.name, warnings=self._warnings
+        )
         self._services = self._make_services()
         self._reload = Reload(config, load_again or (lambda: config), self._make_parts(), _check_exposure)
         self._troubles = self._make_troubles()
@@ -114,6 +121,11 @@ class Server:
             self._must_hurry.set()
         self._must_stop.set()
 
+    @property
+    def metrics_addresses(self) -> list[str]:
+        """Where the metrics are, `host:port`, once it serves them."""
+        return self._observation.metrics_addresses
+
     def reload(self) -> None:
         """Read the configuration again, as soon as the model is there. Of the event loop."""
         self._must_reload.set()
@@ -130,6 +142,10 @@ class Server:
                 for server in self._servers:
                     await server.start()
                 _logger.info("listening on %s", ", ".join(self.addresses))
+                audit_log = self._audit_log
+                await self._observation.start(
+                    self._status_service.describe, lambda: audit_log.num_lost if audit_log else 0
+                )
                 self._warn()
                 if await self._load():
                     await self._serve()
@@ -153,13 +169,15 @@ class Server:
             for listener in listeners:
                 if listener.socket_path:
                     held.enter_context(hold_socket(listener.socket_path))
-                self._add_address(server, listener)
+                secret = self._certificates.credentials() if self._certificates and not listener.is_local else None
+                mode = self._config.server.unix_socket_mode
+                self.addresses.append(bind(server, listener, unix_socket_mode=mode, credentials=secret))
 
     def _make_server(self, *, is_unix: bool) -> grpc.aio.Server:
         access = AccessInterceptor(self._authenticator, self._meters, is_unix=is_unix)
         audit = [AuditInterceptor(self._audit_log)] if self._audit_log else []
         server = grpc.aio.server(
-            interceptors=[*audit, ErrorBoundary(), self._pairing, access],
+            interceptors=[*audit, ErrorBoundary(self._observation.observers), self._pairing, access],
             options=transport_options(self._config.server, self._config.limits),
         )
         for add, servicer in self._services:
@@ -176,9 +194,10 @@ class Server:
             tokenising,
             self._policy,
             write_timeout_seconds=config.server.write_timeout_seconds,
+            observation=self._observation,
         )
         model = ModelService(models, config.limits, tokenising, self._policy)
-        status = StatusService(models, model_name=config.model.name, warnings=self._warnings)
+        status = self._status_service
         return [
             (chat_pb2_grpc.add_ChatServiceServicer_to_server, chat),
             (model_pb2_grpc.add_ModelServiceServicer_to_server, model),
@@ -206,22 +225,6 @@ class Server:
         parts: list[Reloadable] = [Limits(self._models, services), Access(self._authenticator)]
         parts += [Rules(self._policy), LogLevel()]
         return [*parts, Certificates(self._certificates)] if self._certificates else parts
-
-    def _add_address(self, server: grpc.aio.Server, listener: Listener) -> None:
-        try:
-            with _umask(0o777 & ~self._config.server.unix_socket_mode):
-                if self._certificates and not listener.is_local:
-                    port = server.add_secure_port(listener.target, self._certificates.credentials())
-                else:
-                    port = server.add_insecure_port(listener.target)
-            # The kernel chooses a port for 0.
-            address = listener.text if listener.socket_path else f"{listener.target.rpartition(':')[0]}:{port}"
-            self.addresses.append(address)
-        except RuntimeError:  # gRPC's only word for all that can go wrong with a bind
-            raise AddressInUseError(
-                f"{listener.text} cannot be bound: another program listens there, or it is no address of this machine; "
-                "stop that program, or change server.tcp"
-            ) from None
 
     def _warn(self) -> None:
         """Say what the configuration allows and somebody may not have meant."""
@@ -347,6 +350,7 @@ class Server:
         # Not `stop(None)`: chats that have just failed must still be able to say so.
         await asyncio.gather(*(server.stop(CLOSE_SECONDS / 2) for server in self._servers))
         self._tokenising.close()
+        self._observation.close()
         if self._audit_log:
             await asyncio.to_thread(self._audit_log.close)
         await self._daily_usage.save()
@@ -368,16 +372,6 @@ def _num_tokens(model: Model, messages: Sequence[Message]) -> int:
 def _check_exposure(config: Config) -> None:
     """Raise ConfigError where new keys would open what the old addresses listen on."""
     find_listeners(config.server, config.tls, config.auth)
-
-
-@contextmanager
-def _umask(mask: int) -> Iterator[None]:
-    """Give what is created in the block its mode from the start: a chmod would come a moment too late."""
-    before = os.umask(mask)
-    try:
-        yield
-    finally:
-        os.umask(before)
 
 
 async def _cancel(*tasks: "asyncio.Task[Any]") -> None:

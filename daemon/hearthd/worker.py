@@ -129,6 +129,11 @@ class Worker:
         return len(self._chats)
 
     @property
+    def sequences(self) -> list[Sequence]:
+        """Those of the chats that are admitted and have been handed on. Not counted in `counts` yet."""
+        return [chat.sequence for chat in self._chats if chat.sequence is not None]
+
+    @property
     def max_queued(self) -> int:
         """Chats that may wait."""
         return self._max_queued

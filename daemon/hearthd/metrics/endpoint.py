@@ -10,6 +10,7 @@ Knows no metric. Made by `observation`.
 import asyncio
 import contextlib
 import logging
+import math
 import socket
 import time
 from collections.abc import Callable, Sequence
@@ -44,14 +45,14 @@ class MetricsEndpoint:
         render: Render,
         *,
         patience_seconds: float = _PATIENCE_SECONDS,
-        keep_seconds: float = _KEEP_SECONDS,
+        keep_seconds: float | None = None,
     ) -> None:
         self._listeners = listeners
         self._render = render
         self._patience_seconds = patience_seconds
-        self._keep_seconds = keep_seconds
+        self._keep_seconds = _KEEP_SECONDS if keep_seconds is None else keep_seconds
         self._page: tuple[bytes, str] = (b"", "")
-        self._rendered = -keep_seconds - 1.0
+        self._rendered = -math.inf
         self._num_open = 0
         self._servers: list[asyncio.Server] = []
         self.addresses: list[str] = []

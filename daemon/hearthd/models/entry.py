@@ -45,6 +45,8 @@ class Entry:
         self.num_waiting = 0
         """Who wait until it is loaded."""
         self.last_used = 0.0
+        self.num_loads = 0
+        """Since the daemon's start."""
         self.failure: Failure | None = None
         self.is_leaving = False
         """Nobody new may use it: it goes when those who do have done."""

@@ -117,6 +117,7 @@ class Residents:
             self.alive.remove(worker)
             raise
         entry.facts, entry.worker, entry.failure = facts_of(model, entry.memory_bytes), worker, None
+        entry.num_loads += 1
         self.entries.append(entry)
         # They may have changed meanwhile.
         limits = self.config.limits

@@ -3,7 +3,6 @@
 import asyncio
 import logging
 import time
-from collections.abc import Iterable
 
 import grpc
 
@@ -15,7 +14,8 @@ from hearthd.convert import ChatCall, fit_to_context, read_chat, to_chat_respons
 from hearthd.errors import InvalidRequestError, SlowReaderError
 from hearthd.metering import ChatMeter, Meters
 from hearthd.models.pool import ModelPool
-from hearthd.outcomes import ChatEnd, Observer, unfinished_by
+from hearthd.observation import Observation
+from hearthd.outcomes import ChatEnd, unfinished_by
 from hearthd.policy.policy_file import PolicyFile
 from hearthd.policy.screening import Screen
 from hearthd.sequence import Sequence
@@ -42,9 +42,9 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
         policy: PolicyFile,
         *,
         write_timeout_seconds: float,
-        observers: Iterable[Observer] = (),
+        observation: Observation,
     ) -> None:
-        """observers: are told of each chat that ends."""
+        """observation: is told of each chat that ends."""
         self._models = models
         self._meters = meters
         self.limits = limits
@@ -52,7 +52,7 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
         self._tokenising = tokenising
         self._policy = policy
         self._write_timeout_seconds = write_timeout_seconds
-        self._observers = tuple(observers)
+        self._observation = observation
 
     async def Chat(  # noqa: N802
         self, request: chat_pb2.ChatRequest, context: grpc.aio.ServicerContext
@@ -115,8 +115,8 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
             return  # refused
         finished = chat.finished
         why = unfinished_by(chat.error, seconds_left) if finished is None else finished.reason
-        end = ChatEnd(model=model, role=role, why=why, finished=finished)
-        for observer in self._observers:
+        end = ChatEnd(model=model, role=role, priority=chat.sequence.priority.word, why=why, finished=finished)
+        for observer in self._observation.observers:
             observer.chat_ended(end)
 
     async def _write(
