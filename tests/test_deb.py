@@ -4,7 +4,6 @@ And what is said of them: the guide for a Raspberry Pi, and the container's reci
 installs them.
 """
 
-import argparse
 import fnmatch
 import re
 import shlex
@@ -20,6 +19,8 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import HealthServicer
 
+from hearth.__main__ import main as client_main
+from hearthd.__main__ import main as daemon_main
 from hearthd.config import load_config, settings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -160,19 +161,35 @@ def test_the_same_files_make_the_same_package(tmp_path: Path) -> None:
 # --- pages and completions -------------------------------------------------------------------------------------------
 
 
-def long_options(program: str) -> set[str]:
-    found = documents.actions(documents.parser(program))
-    return {option for action in found for option in action.option_strings if option.startswith("--")} - {"--help"}
+MAIN = {"hearth": client_main, "hearthd": daemon_main}
 
 
-def commands(start: argparse.ArgumentParser) -> set[str]:
-    """The names of all subcommands, as typed."""
-    found = set()
-    for action in start._actions:
-        if isinstance(action, argparse._SubParsersAction):
-            for command in action.choices.values():
-                found |= {command.prog, *commands(command)}
+def ask_for_help(command: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """Return what the program itself prints, whatever the parser says that the pages are made from."""
+    with pytest.raises(SystemExit):
+        MAIN[command[0]]([*command[1:], "--help"])
+    return capsys.readouterr().out
+
+
+@pytest.fixture
+def helps(program: str, capsys: pytest.CaptureFixture[str]) -> dict[str, str]:
+    """What a program and each of its commands say of themselves."""
+    found: dict[str, str] = {}
+
+    def visit(command: list[str]) -> None:
+        found[" ".join(command)] = text = ask_for_help(command, capsys)
+        listed = re.search(r"^  (?:COMMAND|ACTION)\n((?:    .*\n)+)", text, re.MULTILINE)
+        for word in re.findall(r"^    (\S+)", listed[1], re.MULTILINE) if listed else []:
+            visit([*command, word])
+
+    visit([program])
+    assert len(found) > 6
     return found
+
+
+def options(text: str) -> set[str]:
+    """The long options that a help text explains."""
+    return set(re.findall(r"^  (?:-\w, )?(--[a-z-]+)", text, re.MULTILINE)) - {"--help"}
 
 
 @pytest.fixture(scope="module", params=documents.PARSERS)
@@ -181,20 +198,57 @@ def program(request: pytest.FixtureRequest) -> str:
     return name
 
 
-def test_a_page_has_every_command_and_option(program: str) -> None:
+def test_a_page_has_every_command_and_option_that_the_program_has(program: str, helps: dict[str, str]) -> None:
     page = documents.manual_page(program, "1", ANY_TIME).replace("\\-", "-")
-    assert {option for option in long_options(program) if option not in page} == set()
-    assert {command for command in commands(documents.parser(program)) if command not in page} == set()
+    shown: dict[str, set[str]] = {program: set()}
+    for section in re.split(r"^\.SH\s", page, flags=re.MULTILINE)[1:]:
+        about = re.match(r".*\\fI\\,'(.*)'\\/\\fR\n", section)
+        shown.setdefault(about[1] if about else program, set()).update(
+            re.findall(r"^\\fB(--[a-z-]+)", section, re.MULTILINE)
+        )
+    assert shown == {command: options(text) for command, text in helps.items()}
+
+
+def test_a_page_has_what_stands_below_the_options(program: str, helps: dict[str, str]) -> None:
+    page = documents.manual_page(program, "1", ANY_TIME).replace("\\-", "-").replace("\\(dq", '"').replace("\\e", "\\")
+    assert ".SH EXIT STATUS\n" in page
+    for command, text in helps.items():
+        for heading, below in re.findall(r"^([a-z ]+):\n((?:(?:  .*)?\n)+)", text, re.MULTILINE):
+            if heading not in ("options", "positional arguments", "answer", "connection"):
+                about = "" if command == program else rf" \fI\,'{command}'\/\fR"
+                (shown,) = re.findall(
+                    rf"^{re.escape(f'.SH {heading.upper()}{about}')}\n((?:(?!\.SH).*\n)+)", page, re.MULTILINE
+                )
+                said = [line for line in shown.splitlines() if line not in (".TP", ".PP", ".EX", ".EE")]
+                assert " ".join(" ".join(said).replace(".B ", "").split()).startswith(" ".join(below.split())), heading
+
+
+def test_bash_completes_every_command_and_option(program: str, helps: dict[str, str], tmp_path: Path) -> None:
+    """Not only read: asked as an interactive bash asks."""
+    path = tmp_path / "completion"
+    path.write_text(documents.completion(program, "bash"), encoding="utf-8")
+    lines = [f". {path}", f"function=$(complete -p {program} | sed -E 's/.*-F ([^ ]+).*/\\1/')"]
+    for command in helps:
+        for typed in ("--", "''"):
+            lines += [f"COMP_WORDS=({command} {typed}); COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1)); COMPREPLY=()"]
+            lines += [f"$function {program} {typed} {command.split()[-1]}", 'echo "${COMPREPLY[@]}"']
+    done = subprocess.run(["bash", "-c", "\n".join(lines)], capture_output=True, text=True, check=True)
+    answers = iter(done.stdout.splitlines())
+    for command, text in helps.items():
+        assert set(next(answers).split()) - {"--help"} == options(text), command
+        below = {other.split()[-1] for other in helps if other.rpartition(" ")[0] == command}
+        assert below <= set(next(answers).split()), command
 
 
 @pytest.mark.parametrize("shell", documents.COMPLETIONS)
-def test_completions_have_every_command_and_option(program: str, shell: str) -> None:
+def test_completions_name_every_command_and_option(program: str, shell: str, helps: dict[str, str]) -> None:
     text = documents.completion(program, shell)
     # fish names options without their dashes.
-    shown = {option.removeprefix("--") if shell == "fish" else option for option in long_options(program)}
+    shown = {
+        option.removeprefix("--") if shell == "fish" else option for each in helps.values() for option in options(each)
+    }
     assert {option for option in shown if option not in text} == set()
-    words = {command.split()[-1] for command in commands(documents.parser(program))}
-    assert {word for word in words if word not in text} == set()
+    assert {command for command in helps if command.split()[-1] not in text} == set()
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
@@ -205,19 +259,6 @@ def test_shells_can_read_their_completions(program: str, shell: str, tmp_path: P
     path.write_text(documents.completion(program, shell), encoding="utf-8")
     done = subprocess.run([shell, "-n", str(path)], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
-
-
-def test_bash_completes_a_command(tmp_path: Path) -> None:
-    """Not only read: asked as an interactive bash asks."""
-    path = tmp_path / "completion"
-    path.write_text(documents.completion("hearth", "bash"), encoding="utf-8")
-    program = (
-        f". {path}; COMP_WORDS=(hearth st); COMP_CWORD=1; "
-        'function=$(complete -p hearth | sed -E "s/.*-F ([^ ]+).*/\\1/"); $function hearth st hearth; '
-        'echo "${COMPREPLY[@]}"'
-    )
-    done = subprocess.run(["bash", "-c", program], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["status"]
 
 
 def test_the_configuration_page_has_every_key(tmp_path: Path) -> None:

@@ -52,6 +52,15 @@ EXIT_USAGE: Final = 2
 EXIT_IN_USE: Final = 69
 EXIT_FAULT: Final = 70
 EXIT_CONFIG: Final = 78
+_EXIT_STATUS: Final = """\
+exit status:
+  0   done; for `serve`, told to stop and stopped
+  1   failed
+  2   wrong usage
+  69  the address is in use
+  70  fault of the daemon
+  78  configuration, installation or model cannot be used
+"""
 
 _logger = logging.getLogger("hearthd")
 
@@ -112,8 +121,8 @@ def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="hearthd",
         description="Serves a small chat model over gRPC.",
-        epilog="Exit codes: 0 done, 1 failed, 2 wrong usage, 69 address in use, 70 fault of the daemon, "
-        "78 configuration, installation or model cannot be used.",
+        epilog=_EXIT_STATUS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"hearthd {daemon_version()}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")

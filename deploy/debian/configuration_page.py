@@ -6,6 +6,8 @@ The file's own form is all that this knows: comments above `#key = value` below 
 import re
 from datetime import UTC, datetime
 
+from closing_text import escape
+
 __all__ = ["configuration_page"]
 
 _SECTION = re.compile(r"#?(\[[A-Za-z0-9_.]+\])")
@@ -26,15 +28,15 @@ def configuration_page(text: str, version: str, epoch: int) -> str:
     comment: list[str] = []
 
     def flush() -> None:
-        lines.extend(_escape(line) if line else ".PP" for line in comment)
+        lines.extend(escape(line) if line else ".PP" for line in comment)
         comment.clear()
 
     for line in text.splitlines():
         if section := _SECTION.fullmatch(line):
             flush()
-            lines += [f".SH {_escape(section[1])}"]
+            lines += [f".SH {escape(section[1])}"]
         elif key := _KEY.fullmatch(line):
-            lines += [".TP", f".B {_escape(key[1])}"]
+            lines += [".TP", f".B {escape(key[1])}"]
             flush()
         elif line.startswith("#"):
             comment.append(line.removeprefix("#").strip())
@@ -45,8 +47,3 @@ def configuration_page(text: str, version: str, epoch: int) -> str:
     flush()
     lines += [".SH SEE ALSO", ".BR hearthd (8)"]
     return "\n".join(lines) + "\n"
-
-
-def _escape(text: str) -> str:
-    text = text.replace("\\", "\\e").replace("-", "\\-")
-    return f"\\&{text}" if text.startswith((".", "'")) else text

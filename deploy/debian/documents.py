@@ -12,6 +12,7 @@ from pathlib import Path
 
 import shtab
 from argparse_manpage.manpage import Manpage
+from closing_text import closing_sections
 from configuration_page import configuration_page
 from targets import ROOT
 
@@ -43,31 +44,41 @@ def parser(program: str) -> argparse.ArgumentParser:
     return make_client_parser() if program == "hearth" else make_daemon_parser([])
 
 
-def actions(start: argparse.ArgumentParser) -> Iterator[argparse.Action]:
-    """Yield the actions of a parser and of its subcommands."""
+def parsers(start: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
+    """Yield a parser and those of its subcommands."""
+    yield start
     for action in start._actions:
-        yield action
         if isinstance(action, argparse._SubParsersAction):
             for command in action.choices.values():
-                yield from actions(command)
+                yield from parsers(command)
+
+
+def actions(start: argparse.ArgumentParser) -> Iterator[argparse.Action]:
+    """Yield the actions of a parser and of its subcommands."""
+    for each in parsers(start):
+        yield from each._actions
 
 
 def manual_page(program: str, version: str, epoch: int) -> str:
     """Return a program's man page."""
     start = parser(program)
+    if not start.description:
+        raise ValueError(f"{program} does not say what it is")
+    closing = [closing_sections(each.epilog or "", "" if each is start else each.prog) for each in parsers(start)]
+    start.epilog = None
     data = {
         "project_name": "Hearth",
         "version": version,
         "manual_section": str(PARSERS[program]),
         "manual_title": "Hearth",
-        "description": (start.description or "").rstrip(".").lower(),
+        "description": f"{start.description[0].lower()}{start.description[1:]}".rstrip("."),
         "date": datetime.fromtimestamp(epoch, UTC).strftime("%Y-%m-%d"),
         "prog": program,
         "long_description": start.description,
         "format": "pretty",
     }
     page = str(Manpage(start, format="pretty", _data=data))
-    return page + ".SH SEE ALSO\n" + "\n".join(SEE_ALSO[program]) + "\n"
+    return page + "".join(closing) + ".SH SEE ALSO\n" + "\n".join(SEE_ALSO[program]) + "\n"
 
 
 def completion(program: str, shell: str) -> str:
