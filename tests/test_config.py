@@ -298,6 +298,20 @@ def test_a_file_that_is_no_configuration_is_refused(tmp_path: Path) -> None:
         load_config(tmp_path / "big", ENVIRONMENT)
 
 
+@pytest.mark.parametrize(
+    ("written", "size"), [("0", 0), ("5000", 5000), ('"64M"', 64 * 2**20), ('"3K"', 3072), ('"2G"', 2**31)]
+)
+def test_a_size_is_a_number_or_one_with_a_unit(tmp_path: Path, written: str, size: int) -> None:
+    assert load(tmp_path, f"[engine]\nkv_bytes = {written}").engine.kv_bytes == size
+    assert load(tmp_path, "", HEARTHD_ENGINE_KV_BYTES=written.strip('"')).engine.kv_bytes == size
+
+
+@pytest.mark.parametrize("written", ['"64"', '"64 M"', '"64MB"', '"-1M"', "-1", "1.5", '"9999999G"', "true"])
+def test_a_size_of_another_form_is_refused(tmp_path: Path, written: str) -> None:
+    with pytest.raises(ConfigError, match='a string such as "64M"'):
+        load(tmp_path, f"[engine]\nkv_bytes = {written}")
+
+
 def test_zero_threads_are_the_cpus_that_this_process_may_use() -> None:
     assert EngineConfig().num_threads == len(os.sched_getaffinity(0))
     assert EngineConfig(threads=3).num_threads == 3

@@ -144,6 +144,8 @@ def test_needed_memory_is_added_up_from_model_and_configuration(default_bundle: 
     assert needed.prompt == 4 * 1000 * 2 * 30 * 3 * 64
     assert needed.model == default_bundle.size_bytes
     assert needed.total == needed.start + needed.slots + needed.prompt
+    capped = find_needed_memory(manifest, EngineConfig(kv_bytes=64 * 2**20))
+    assert capped.slots + capped.prompt == 64 * 2**20
     longest = find_needed_memory(manifest, EngineConfig(slots=1, context_length=2 * manifest.context_length))
     assert longest.slots == manifest.context_length * 2 * 30 * 3 * 64
 

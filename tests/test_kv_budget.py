@@ -182,6 +182,9 @@ def resident_bytes(*arrays: NDArray[Any]) -> int:
     return total
 
 
+BLOCK = 12 * PAGE
+
+
 class TestMemory:
     SHAPE = DecoderShape(num_layers=2, num_kv_heads=3, head_dim=64, vocab_size=8)
 
@@ -194,16 +197,16 @@ class TestMemory:
     def test_blocks_are_what_the_kernel_counts(self) -> None:
         slots = self.filled()
         blocks = 16 + 5 + 2
-        assert slots.block_bytes == 12 * PAGE
-        assert resident_bytes(*slots.arrays) == blocks * slots.block_bytes
+        assert slots.budget(0, 3, 4) == KVBudget(64, (3 + 4) * 16, 4, BLOCK)
+        assert resident_bytes(*slots.arrays) == blocks * BLOCK
 
     def test_what_is_given_back_is_gone(self) -> None:
         slots = self.filled()
         slots.give_back(0, 130)
-        assert resident_bytes(*slots.arrays) == (3 + 5 + 2) * slots.block_bytes
+        assert resident_bytes(*slots.arrays) == (3 + 5 + 2) * BLOCK
         assert (slots.read(0, 130) == 1).all()
         slots.give_back(0, 0)
-        assert resident_bytes(*slots.arrays) == (5 + 2) * slots.block_bytes
+        assert resident_bytes(*slots.arrays) == (5 + 2) * BLOCK
         assert (slots.read(1, 300) == 2).all()
 
     @pytest.mark.parametrize(("num_a", "num_b"), [(1000, 65), (65, 1000), (1000, 0), (0, 65)])
@@ -223,9 +226,9 @@ class TestMemory:
         prompt = PromptBuffers(slots)
         assert prompt.factor == 4
         prompt.hold(0, 960, 0)
-        assert resident_bytes(*prompt.arrays) == 4 * 15 * slots.block_bytes
+        assert resident_bytes(*prompt.arrays) == 4 * 15 * BLOCK
         prompt.give_back(100)
-        assert resident_bytes(*prompt.arrays) == 4 * 2 * slots.block_bytes
+        assert resident_bytes(*prompt.arrays) == 4 * 2 * BLOCK
         prompt.hold(0, 1000, 0)
         assert all((array[:, :, :1000] == 1).all() for array in prompt.arrays)
 
@@ -238,7 +241,7 @@ def test_a_real_runner_stays_within_its_bytes_at_every_step(tmp_path: Path) -> N
     scales = scales_of(plain, long)
     free = tiny_runner(tmp_path / "free", checkpoint, Recipe.reference(), kv_scales=scales, num_slots=6)
     one = free.kv_budget.num_blocks // (6 + 4)
-    block_bytes = free._slots.block_bytes
+    block_bytes = free.kv_budget.block_bytes
     runner = tiny_runner(
         tmp_path / "int8",
         checkpoint,

@@ -11,7 +11,7 @@ from typing import Annotated, Final
 
 from hearthd import paths
 from hearthd.roles import ROLE_FORM, ROLE_NAME
-from hearthd.setting import FileMode, Flag, Number, Pairs, Place, Strings, Text, Whole, Word
+from hearthd.setting import ByteSize, FileMode, Flag, Number, Pairs, Place, Strings, Text, Whole, Word
 
 __all__ = [
     "MODEL_FORM",
@@ -131,6 +131,7 @@ class EngineConfig:
     prefill_chunk: Annotated[int, Whole(2, 512)] = 64
     solo_prefill_chunk: Annotated[int, Whole(2, 512)] = 256
     max_answer_seconds: Annotated[float, Number(1.0, 86400.0)] = 600.0
+    kv_bytes: Annotated[int, ByteSize(2**50)] = 0
 
     @property
     def num_threads(self) -> int:

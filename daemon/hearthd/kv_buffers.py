@@ -62,7 +62,7 @@ class _Memory:
         except OSError as error:
             raise ShortOfMemoryError(
                 f"the system gives no address space of {num_arrays * self._array_bytes >> 20} MB for KV "
-                f"({error.strerror}); lower engine.slots or engine.context_length, or allow overcommitting"
+                f"({error.strerror}); lower engine.slots or engine.context_length"
             ) from error
         if hasattr(mmap, "MADV_NOHUGEPAGE"):
             self._mapped.madvise(mmap.MADV_NOHUGEPAGE)
@@ -96,9 +96,10 @@ class KVSlots:
     """
 
     def __init__(self, shape: DecoderShape, *, num_slots: int, context_length: int, dtype: type[np.generic]) -> None:
-        row_bytes = shape.head_dim * np.dtype(dtype).itemsize
-        self.block_tokens = block_tokens(row_bytes, mmap.PAGESIZE)
-        self._block_bytes = 2 * shape.num_layers * shape.num_kv_heads * self.block_tokens * row_bytes
+        self._row_bytes = shape.head_dim * np.dtype(dtype).itemsize
+        self._num_rows = 2 * shape.num_layers * shape.num_kv_heads
+        self.block_tokens = block_tokens(self._row_bytes, mmap.PAGESIZE)
+        self._context_length = context_length
         size = (num_slots, shape.num_kv_heads, self._whole(context_length), shape.head_dim)
         self._memory = _Memory(2 * shape.num_layers, size, dtype)
         self.arrays: tuple[NDArray[Any], ...] = self._memory.arrays
@@ -107,15 +108,14 @@ class KVSlots:
 
     def budget(self, kv_bytes: int, num_full: int, prompt_factor: int) -> KVBudget:
         """Return what so many bytes hold; if 0, what `num_full` full slots and a full prompt buffer need."""
-        num_blocks = kv_bytes // self._block_bytes
-        if not kv_bytes:
-            num_blocks = (num_full + prompt_factor) * self.arrays[0].shape[2] // self.block_tokens
-        return KVBudget(self.block_tokens, num_blocks, prompt_factor)
-
-    @property
-    def block_bytes(self) -> int:
-        """Bytes of one block: of its positions in all arrays."""
-        return self._block_bytes
+        return KVBudget.of(
+            row_bytes=self._row_bytes,
+            num_rows=self._num_rows,
+            context_length=self._context_length,
+            num_full=num_full,
+            prompt_factor=prompt_factor,
+            kv_bytes=kv_bytes,
+        )
 
     def touch(self, slot: int, end: int) -> None:
         """Note that positions before `end` are being written to."""

@@ -23,6 +23,10 @@ from hearthd.tokenizer import ChatTokenizer
 
 __all__ = ["Model", "default_sampling", "load_model", "prove", "return_free_memory"]
 
+# KV places: those that run at once, as many that are paused for them or were just left, and some for shared prompts.
+# They take no memory of their own: that is the budget's.
+_PLACES_FOR_A_SLOT: Final = 2
+_MORE_PLACES: Final = 4
 _PROOF: Final = (Message("user", "Hello"),)
 
 
@@ -57,13 +61,16 @@ def load_model(bundle: Bundle, config: Config) -> Model:
     tokenizer = ChatTokenizer.from_bundle(bundle)
     runner = OnnxRunner.from_bundle(
         bundle,
-        num_slots=config.engine.slots,
+        num_slots=_PLACES_FOR_A_SLOT * config.engine.slots + _MORE_PLACES,
         context_length=min(config.engine.context_length, manifest.context_length),
         num_threads=config.engine.num_threads,
+        kv_bytes=config.engine.kv_bytes,
+        num_full=config.engine.slots,
     )
     engine = Engine(
         runner,
         tokenizer,
+        num_slots=config.engine.slots,
         prefill_chunk=config.engine.prefill_chunk,
         solo_prefill_chunk=min(config.engine.solo_prefill_chunk, config.engine.context_length),
         max_answer_seconds=config.engine.max_answer_seconds,

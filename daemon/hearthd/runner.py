@@ -30,6 +30,8 @@ _NO_MEMORY = ("bad_alloc", "Failed to allocate memory")
 
 # Chunks of prompts come in two sizes again and again: while others decode, and while nobody does.
 _PROMPT_BINDINGS = 2
+# Steps of a batch come in as many shapes as there are runs of neighbouring slots; few of them at a time.
+_STEP_BINDINGS = 16
 # Drafts come in a few lengths, of one sequence at a time.
 _VERIFY_BINDINGS = 8
 
@@ -140,12 +142,13 @@ class OnnxRunner:
         prompt_factor = self._prompt.factor if self._prompt else 0
         self.kv_budget = self._slots.budget(kv_bytes, num_slots if num_full is None else num_full, prompt_factor)
         if not self.kv_budget.context_length:
-            least = (1 + prompt_factor) * self._slots.block_bytes
+            least = (1 + prompt_factor) * self.kv_budget.block_bytes
             raise ConfigError(
                 f"engine.kv_bytes is {kv_bytes}; this model needs {least} bytes for {self.kv_budget.block_tokens} "
                 "tokens, and more for a conversation"
             )
         self.context_length = min(context_length, self.kv_budget.context_length)
+        # By first slot, rows and length, the last used at the end.
         self._bindings: dict[tuple[int, int, int], _Binding] = {}
         # Of prompts in an int8 cache, by length, the last used at the end: each has KV of its own for so many tokens.
         self._prompt_bindings: dict[int, _Binding] = {}
@@ -259,12 +262,14 @@ class OnnxRunner:
             assert num_rows == 1, "a batch of prompts"
             return self._prompt_binding(self._prompt, length)
         key = (first_slot, num_rows, length)
-        if key in self._bindings:
-            return self._bindings[key]
-        binding = self._slot_binding(first_slot, length, self._new_logits(num_rows))
+        binding = self._bindings.pop(key, None)
+        if binding is None:
+            binding = self._slot_binding(first_slot, length, self._new_logits(num_rows))
         # The last chunk of a prompt may have any length; only decode steps and full chunks come again and again.
         if length == 1 or length % 16 == 0:
             self._bindings[key] = binding
+            while len(self._bindings) > _STEP_BINDINGS:
+                del self._bindings[next(iter(self._bindings))]
         return binding
 
     def _new_logits(self, num_rows: int) -> NDArray[np.float32]:

@@ -13,7 +13,20 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["FileMode", "Flag", "Kind", "Number", "Pairs", "Place", "Strings", "Text", "Whole", "Word", "Words"]
+__all__ = [
+    "ByteSize",
+    "FileMode",
+    "Flag",
+    "Kind",
+    "Number",
+    "Pairs",
+    "Place",
+    "Strings",
+    "Text",
+    "Whole",
+    "Word",
+    "Words",
+]
 
 
 class Kind(ABC):
@@ -44,6 +57,23 @@ class Whole(Kind):
 
     def from_text(self, text: str) -> object:
         return int(text) if re.fullmatch(r"[+-]?[0-9]{1,18}", text) else text
+
+
+@dataclass(frozen=True, slots=True)
+class ByteSize(Kind):
+    """A number of bytes up to `high`: a whole number, or a string that ends in K, M or G, powers of 1024."""
+
+    high: int
+
+    def read(self, value: object) -> int:
+        if isinstance(value, str) and (found := re.fullmatch(r"([0-9]{1,12})([KMG])", value)):
+            value = int(found[1]) << {"K": 10, "M": 20, "G": 30}[found[2]]
+        if type(value) is not int or not 0 <= value <= self.high:
+            raise ValueError(f'give 0 to {self.high} bytes, or a string such as "64M"')
+        return value
+
+    def from_text(self, text: str) -> object:
+        return int(text) if re.fullmatch(r"[0-9]{1,18}", text) else text
 
 
 @dataclass(frozen=True, slots=True)

@@ -59,4 +59,8 @@ def find_needed_memory(manifest: "Manifest", engine: EngineConfig) -> NeededMemo
     context_length = min(engine.context_length, manifest.context_length)
     # A byte each in the slots: a manifest of anything but int8 is refused.
     numbers = 2 * manifest.num_layers * manifest.num_kv_heads * manifest.head_dim * context_length
-    return NeededMemory(manifest.size_bytes, engine.slots * numbers, numbers * _FLOAT32_BYTES)
+    slots, prompt = engine.slots * numbers, numbers * _FLOAT32_BYTES
+    if engine.kv_bytes:
+        prompt = min(prompt, engine.kv_bytes * _FLOAT32_BYTES // (1 + _FLOAT32_BYTES))
+        slots = engine.kv_bytes - prompt
+    return NeededMemory(manifest.size_bytes, slots, prompt)

@@ -7,6 +7,7 @@ within it.
 from __future__ import annotations
 
 import math
+import mmap
 from dataclasses import dataclass
 from typing import Final
 
@@ -30,6 +31,21 @@ class KVBudget:
     num_blocks: int
     prompt_factor: int
     """Blocks that the prompt buffers take for each block of the prompt that is read; 0 where there are none."""
+    block_bytes: int = 0
+    """Of one block: its positions in all buffers."""
+
+    @classmethod
+    def of(
+        cls, *, row_bytes: int, num_rows: int, context_length: int, num_full: int, prompt_factor: int, kv_bytes: int
+    ) -> KVBudget:
+        """Return what so many bytes hold; if 0, what `num_full` full slots and the reading of a full prompt need.
+
+        row_bytes: of one position of one head. num_rows: of a position, for all heads of all layers' keys and values.
+        """
+        size = block_tokens(row_bytes, mmap.PAGESIZE)
+        block_bytes = size * row_bytes * num_rows
+        num_blocks = kv_bytes // block_bytes if kv_bytes else (num_full + prompt_factor) * -(-context_length // size)
+        return cls(size, num_blocks, prompt_factor, block_bytes)
 
     def blocks(self, num_tokens: int) -> int:
         """Return the blocks of a slot that holds so many tokens."""

@@ -8,6 +8,7 @@ from typing import Final
 
 from hearthd.bundle import Bundle
 from hearthd.config import Config, EngineConfig
+from hearthd.kv.budget import KVBudget
 from hearthd.manifest import Manifest
 from hearthd.model import Model, default_sampling
 from hearthd.sampling import SamplingParams
@@ -43,7 +44,9 @@ def facts_of_bundle(bundle: Bundle, config: Config) -> ModelFacts:
     manifest = bundle.manifest
     return ModelFacts(
         architecture=manifest.architecture,
-        context_length=min(config.engine.context_length, manifest.context_length),
+        context_length=min(
+            config.engine.context_length, manifest.context_length, _kv_budget(manifest, config.engine).context_length
+        ),
         num_slots=config.engine.slots,
         parameter_count=manifest.parameter_count,
         quantization=manifest.quantization,
@@ -72,11 +75,18 @@ def facts_of(model: Model, memory_bytes: int) -> ModelFacts:
 
 
 def estimate_bytes(manifest: Manifest, engine: EngineConfig) -> int:
-    """Return what a model takes in memory with all slots full: its files, its KV, and a share for the rest.
+    """Return what a model takes in memory at most: its files, its KV, and a share for the rest."""
+    budget = _kv_budget(manifest, engine)
+    return manifest.size_bytes + budget.num_blocks * budget.block_bytes + _BASE_BYTES
 
-    KV: int8 in each slot, and float32 once, for the prompt that is being read (`kv_buffers`).
-    """
-    context_length = min(engine.context_length, manifest.context_length)
-    per_position = 2 * manifest.num_layers * manifest.num_kv_heads * manifest.head_dim
-    kv_bytes = context_length * per_position * (engine.slots + _FLOAT_BYTES)
-    return manifest.size_bytes + kv_bytes + _BASE_BYTES
+
+def _kv_budget(manifest: Manifest, engine: EngineConfig) -> KVBudget:
+    """Return what the runner will have: int8 in each slot, and float32 once, for the prompt that is being read."""
+    return KVBudget.of(
+        row_bytes=manifest.head_dim,
+        num_rows=2 * manifest.num_layers * manifest.num_kv_heads,
+        context_length=min(engine.context_length, manifest.context_length),
+        num_full=engine.slots,
+        prompt_factor=_FLOAT_BYTES,
+        kv_bytes=engine.kv_bytes,
+    )
