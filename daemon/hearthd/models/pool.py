@@ -48,7 +48,7 @@ class ModelPool:
         self._config = config
         self._entries = {name: _entry(config, name) for name in config.model_names}
         self.changed = Bell()
-        """Rings when a model is loaded, fails, begins or ceases to be used, leaves or comes."""
+        """Rings when a model is waited for, loaded, no longer used, about to leave, gone, or failed."""
         self._residents = Residents(config, load, survey, self.changed)
         self.state = State.LOADING
         """Of the daemon: it serves when the default model has been proven."""
@@ -144,6 +144,7 @@ class ModelPool:
                 f"the queue is full: {most} chats wait for {entry.name} to be loaded; try again later", _RETRY_SECONDS
             )
         entry.num_waiting += 1
+        self.changed.ring()
         try:
             async with asyncio.timeout(seconds):
                 while not entry.is_usable:

@@ -192,7 +192,9 @@ class Residents:
 
     def part_with(self, entry: Entry) -> None:
         """Let a model go when those who use it have done; nobody new may use it."""
-        entry.is_leaving = True
+        if not entry.is_leaving:
+            entry.is_leaving = True
+            self._changed.ring()
         if entry.parting is None and entry.worker is not None:
             entry.parting = self._spawn(self._unload(entry, entry.worker))
 
