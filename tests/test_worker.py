@@ -181,6 +181,29 @@ async def test_a_chat_that_is_left_while_its_prompt_is_read_stops_that_run() -> 
 
 
 @asynchronous
+async def test_a_chat_that_is_left_just_before_a_run_of_its_prompt_stops_it_all_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    runner = make_runner(is_gated=True)
+    terminate, num_asked = runner.terminate, 0
+
+    def miss_once() -> None:
+        nonlocal num_asked
+        num_asked += 1
+        if num_asked > 1:
+            terminate()
+
+    monkeypatch.setattr(runner, "terminate", miss_once)
+    async with working(runner) as worker:
+        with worker.admit() as chat:
+            chat.submit(sequence(100))
+            await begun(runner, 1)
+        await worker.ping()
+        assert runner.num_forwards == PROOF_FORWARDS + 1
+        assert num_asked == 2
+
+
+@asynchronous
 async def test_leaving_a_queue_stops_nobody_elses_run() -> None:
     runner = make_runner(is_gated=True, num_slots=1)
     async with working(runner) as worker:
