@@ -26,6 +26,7 @@ from hearth import (
 )
 from hearth._translate import translate
 from hearth.v1 import chat_pb2, chat_pb2_grpc
+from load.arrivals import BACKGROUND, INTERACTIVE, NORMAL
 from load.outcome import End, Outcome
 
 # In this order: some are special cases of others.
@@ -40,10 +41,14 @@ _REASONS: tuple[tuple[type[Exception], str], ...] = (
     (InvalidRequestError, "invalid"),
     (InternalError, "fault of the daemon"),
 )
+PRIORITIES = {
+    "": chat_pb2.PRIORITY_UNSPECIFIED,
+    INTERACTIVE: chat_pb2.PRIORITY_INTERACTIVE,
+    NORMAL: chat_pb2.PRIORITY_NORMAL,
+    BACKGROUND: chat_pb2.PRIORITY_BACKGROUND,
+}
 # Said instead of an answer, and on purpose.
 _REFUSALS = ("queue full", "quota used up", "deadline", "not serving", "not permitted", "invalid")
-_PRIORITY = chat_pb2.ChatRequest.DESCRIPTOR.fields_by_name.get("priority")
-HAS_PRIORITIES = _PRIORITY is not None
 
 
 def request(
@@ -67,16 +72,7 @@ def request(
     sampling = chat_pb2.SamplingOptions(temperature=0.0, max_tokens=max_tokens)
     if with_tokens:
         sampling.top_logprobs = 0
-    made = chat_pb2.ChatRequest(messages=messages, sampling=sampling)
-    set_priority(made, priority)
-    return made
-
-
-def set_priority(asked: chat_pb2.ChatRequest, priority: str) -> None:
-    """Say how urgent a request is, where there are priorities; "" is the role's default."""
-    if priority and _PRIORITY is not None:
-        values = chat_pb2.DESCRIPTOR.enum_types_by_name["Priority"].values_by_name
-        setattr(asked, _PRIORITY.name, values[f"PRIORITY_{priority.upper()}"].number)
+    return chat_pb2.ChatRequest(messages=messages, sampling=sampling, priority=PRIORITIES[priority])
 
 
 class Chat:

@@ -39,6 +39,7 @@ def run(model: Model, requests: list[dict[str, Any]]) -> dict[str, float]:
             params=SamplingParams(max_tokens=request["max_tokens"], temperature=0.0),
             cache_identity=f"caller-{number}",
             arrived=started,
+            account=f"caller-{number}",
         )
         model.engine.add(sequence)
     left, tokens = len(requests), 0

@@ -15,7 +15,7 @@ from hearth.v1 import chat_pb2
 from load import prompts
 from load.arrivals import BACKGROUND, INTERACTIVE, NORMAL
 from load.bench import Bench
-from load.chat import Caller, request, set_priority
+from load.chat import PRIORITIES, Caller, request
 from load.outcome import End, Outcome
 from load.server_process import ServerError
 from load.targets import Result, at_most
@@ -155,7 +155,7 @@ async def _mix(
             name = chance.choice(list(asked))
             what = chat_pb2.ChatRequest()
             what.CopyFrom(asked[name])
-            set_priority(what, chance.choice((INTERACTIVE, NORMAL, BACKGROUND)))
+            what.priority = PRIORITIES[chance.choice((INTERACTIVE, NORMAL, BACKGROUND))]
             is_cancelled = chance.random() < _CANCELLED_SHARE
             patience = chance.uniform(0, 2 * _SPREAD_SECONDS) if is_cancelled else 120.0
             delay = chance.uniform(0, _SPREAD_SECONDS)

@@ -9,7 +9,7 @@ from hearth.v1 import chat_pb2
 from load import prompts
 from load.arrivals import BACKGROUND, INTERACTIVE
 from load.bench import Bench
-from load.chat import HAS_PRIORITIES, Caller, request
+from load.chat import Caller, request
 from load.measures import percentile
 from load.outcome import End, Outcome
 from load.server_process import ServerError
@@ -59,8 +59,6 @@ async def run(bench: Bench) -> Result:
     )
     note = f"{alone_ms:.1f} and {beside_ms:.1f} ms; longest {longest:.0f} ms; the long prompt's first token after "
     note += f"{statistics.median(each['long_first_token_ms'] for each in figures) / 1000:.1f} s"
-    if not HAS_PRIORITIES:
-        note += "; no priorities yet"
     name = f"inter-token time (p95) while {figures[0]['long_prompt_tokens']:,} tokens are read beside, of undisturbed"
     return Result([at_most(name, statistics.median(ratios), 2.5, "times", note)], {"rounds": figures})
 
