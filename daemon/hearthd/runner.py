@@ -248,7 +248,8 @@ class OnnxRunner:
         self._release_prompt(slot, 1, run_options)
         self._slots.touch(slot, num_past + len(token_ids))
         self._run(binding, run_options)
-        return binding.logits[0]
+        logits: NDArray[np.float32] = binding.logits[0]
+        return logits
 
     def _release_prompt(self, first_slot: int, num_rows: int, run_options: ort.RunOptions) -> None:
         """Before these slots are written to: give back what only the run of a prompt needs, if that is done."""

@@ -150,7 +150,8 @@ class _GraphWriter:
                     for values, time in ((inputs, "past"), (outputs, "present")):
                         name = f"{time}_{part}{suffix}"
                         # Names of their own, since no two of these sizes need be equal.
-                        shape = [f"rows_of_{name}", spec.num_kv_heads, f"positions_of_{name}", spec.padded_head_dim]
+                        places = f"positions_of_{name}"
+                        shape = (f"rows_of_{name}", spec.num_kv_heads, places, spec.padded_head_dim)
                         values.append(helper.make_tensor_value_info(f"{name}.{index}", kind, shape))
         outputs += [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in self._captured]
         return helper.make_graph(self._nodes.protos, "decoder", inputs, outputs, initializer=self._data.initializers)
