@@ -172,6 +172,7 @@ class ScriptedDaemon(
         self.metadata: list[dict[str, str | bytes]] = []
         self.small_call: Callable[[grpc.ServicerContext], None] = lambda context: None
         """Runs before each call but Chat is answered."""
+        self.status = STATUS
         self.chat_ended = threading.Event()
         """Some chat is over, however it ended."""
         self._address = address
@@ -244,7 +245,7 @@ class ScriptedDaemon(
 
     def GetStatus(self, request: Any, context: grpc.ServicerContext) -> daemon_status_pb2.GetStatusResponse:
         self._begin(context)
-        return STATUS
+        return self.status
 
     def _begin(self, context: grpc.ServicerContext) -> None:
         self._note(context)

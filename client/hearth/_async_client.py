@@ -24,8 +24,9 @@ from hearth._operations import Operation
 from hearth._patience import Patience
 from hearth._requests import chat_request
 from hearth._settings import check_seconds, read_settings
+from hearth._status import DaemonStatus
 from hearth._translate import translate
-from hearth._values import Answer, ChatOptions, ClientOptions, DaemonStatus, Delta, Health, Message, ModelInfo, Queued
+from hearth._values import Answer, ChatOptions, ClientOptions, Delta, Health, Message, ModelInfo, Queued
 
 _T = TypeVar("_T")
 

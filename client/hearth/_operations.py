@@ -9,7 +9,8 @@ from typing import Generic, TypeVar
 
 from hearth import _requests, _responses
 from hearth._standard_protos import message_class
-from hearth._values import DaemonStatus, Health, Message, ModelInfo
+from hearth._status import DaemonStatus
+from hearth._values import Health, Message, ModelInfo
 from hearth.v1 import chat_pb2, model_pb2, status_pb2
 
 _T = TypeVar("_T")

@@ -4,10 +4,12 @@ Knows nothing of calls. Takes serialised bytes, so that a response that cannot b
 whichever kind of client received it. Called by `_operations` and `_chat`.
 """
 
+from collections.abc import Iterable
 from typing import Any, TypeVar
 
 from google.protobuf.message import DecodeError, Message
 
+from hearth import _status as status_values
 from hearth import _values as values
 from hearth._errors import ProtocolError
 from hearth._standard_protos import message_class
@@ -21,15 +23,21 @@ _FINISH_REASONS = {
     chat_pb2.FINISH_REASON_POLICY: values.FinishReason.POLICY,
 }
 _STATES = {
-    status_pb2.DAEMON_STATE_LOADING: values.DaemonState.LOADING,
-    status_pb2.DAEMON_STATE_SERVING: values.DaemonState.SERVING,
-    status_pb2.DAEMON_STATE_DRAINING: values.DaemonState.DRAINING,
+    status_pb2.DAEMON_STATE_LOADING: status_values.DaemonState.LOADING,
+    status_pb2.DAEMON_STATE_SERVING: status_values.DaemonState.SERVING,
+    status_pb2.DAEMON_STATE_DRAINING: status_values.DaemonState.DRAINING,
 }
 _MODEL_STATES = {
     model_pb2.MODEL_STATE_LOADABLE: values.ModelState.LOADABLE,
     model_pb2.MODEL_STATE_LOADING: values.ModelState.LOADING,
     model_pb2.MODEL_STATE_LOADED: values.ModelState.LOADED,
     model_pb2.MODEL_STATE_FAILED: values.ModelState.FAILED,
+}
+_BOARD_FLAGS: dict[int, status_values.BoardFlag] = {
+    status_pb2.BOARD_FLAG_UNDER_VOLTAGE: status_values.BoardFlag.UNDER_VOLTAGE,
+    status_pb2.BOARD_FLAG_FREQUENCY_CAPPED: status_values.BoardFlag.FREQUENCY_CAPPED,
+    status_pb2.BOARD_FLAG_THROTTLED: status_values.BoardFlag.THROTTLED,
+    status_pb2.BOARD_FLAG_SOFT_TEMPERATURE_LIMIT: status_values.BoardFlag.SOFT_TEMPERATURE_LIMIT,
 }
 # grpc.health.v1.HealthCheckResponse.ServingStatus
 _HEALTH = {1: values.Health.SERVING, 2: values.Health.NOT_SERVING}
@@ -68,11 +76,11 @@ def parse_health(data: bytes) -> values.Health:
     return _HEALTH.get(decode(message_class("HealthCheckResponse"), data).status, values.Health.UNKNOWN)
 
 
-def parse_status(data: bytes) -> values.DaemonStatus:
+def parse_status(data: bytes) -> status_values.DaemonStatus:
     """GetStatusResponse -> the daemon's state."""
     response = decode(status_pb2.GetStatusResponse, data)
-    return values.DaemonStatus(
-        state=_STATES.get(response.state, values.DaemonState.UNKNOWN),
+    return status_values.DaemonStatus(
+        state=_STATES.get(response.state, status_values.DaemonState.UNKNOWN),
         version=response.version,
         model=response.model,
         uptime_seconds=response.uptime_ms / 1000,
@@ -89,7 +97,46 @@ def parse_status(data: bytes) -> values.DaemonStatus:
         num_cached_prompt_tokens=response.cached_prompt_tokens_count,
         num_completion_tokens=response.completion_tokens_count,
         warnings=tuple(response.warnings),
+        interactive=_counts(response.interactive),
+        normal=_counts(response.normal),
+        background=_counts(response.background),
+        kv_bytes=response.kv_bytes,
+        max_kv_bytes=response.max_kv_bytes,
+        recent=status_values.RecentAnswers(
+            num_answers=response.recent.answer_count,
+            median_time_to_first_token_seconds=response.recent.median_time_to_first_token_ms / 1000,
+            worst_time_to_first_token_seconds=response.recent.worst_time_to_first_token_ms / 1000,
+            median_decode_tokens_per_second=response.recent.median_decode_tokens_per_second,
+        ),
+        board=_board(response.board),
+        models=tuple(
+            status_values.ModelLoad(
+                model.name, model.is_loaded, model.running_count, model.queued_count, model.load_count
+            )
+            for model in response.models
+        ),
+        num_drafted_tokens=response.drafted_tokens_count,
+        num_accepted_tokens=response.accepted_tokens_count,
+        num_cached_prompt_tokens_from_disk=response.cached_prompt_tokens_from_disk_count,
+        num_refused_calls=dict(response.refused_calls_count),
     )
+
+
+def _counts(counts: status_pb2.ChatCounts) -> status_values.ChatCounts:
+    return status_values.ChatCounts(counts.running_count, counts.queued_count, counts.paused_count)
+
+
+def _board(board: status_pb2.BoardStatus) -> status_values.BoardStatus:
+    return status_values.BoardStatus(
+        temperature_celsius=board.temperature_celsius if board.HasField("temperature_celsius") else None,
+        flags=_flags(board.flags) if board.has_flags else None,
+        flags_since_start=_flags(board.flags_since_start),
+        thermal_level=board.thermal_level,
+    )
+
+
+def _flags(flags: Iterable[int]) -> tuple[status_values.BoardFlag, ...]:
+    return tuple(_BOARD_FLAGS.get(flag, status_values.BoardFlag.UNKNOWN) for flag in flags)
 
 
 def parse_delta(delta: chat_pb2.TextDelta) -> values.Delta:

@@ -227,42 +227,6 @@ class ModelInfo:
     """What it takes when it is loaded and all its slots are full, as the daemon reckons it; 0: not known."""
 
 
-class DaemonState(enum.StrEnum):
-    """What the daemon can do at the moment."""
-
-    LOADING = "loading"
-    SERVING = "serving"
-    DRAINING = "draining"
-    """Shutting down: running answers finish, new ones are refused."""
-    UNKNOWN = "unknown"
-    """A state that this client is too old to know."""
-
-
-@dataclass(frozen=True, slots=True)
-class DaemonStatus:
-    """The daemon at one moment. The totals count from its start."""
-
-    state: DaemonState
-    version: str
-    model: str
-    """The default model's name."""
-    uptime_seconds: float
-    num_running: int
-    max_running: int
-    num_queued: int
-    max_queued: int
-    resident_bytes: int
-    num_chats_finished: int
-    num_chats_cancelled: int
-    num_chats_refused: int
-    num_chats_failed: int
-    num_prompt_tokens: int
-    num_cached_prompt_tokens: int
-    num_completion_tokens: int
-    warnings: tuple[str, ...] = ()
-    """What somebody should look at, for example a renewed certificate that cannot be used."""
-
-
 class Health(enum.StrEnum):
     """The daemon's answer to grpc.health.v1."""
 

@@ -61,7 +61,15 @@ in the conversation:
 
 Lines already typed come back with the arrow keys; they are kept in memory only.
 """,
-    "status": "",
+    "status": """\
+With --watch, it is shown again and again until Ctrl-C: in one place on a terminal, a line at a time in a pipe, with
+--json an object at a time. A daemon that goes away is waited for. Each look is a call: a role with requests_per_minute
+needs an --interval to match.
+
+examples:
+  hearth status --watch
+  hearth status --watch --interval 60 --json >> status.jsonl
+""",
     "models": "",
     "pair": """\
 The code is printed by `hearthd pair NAME` on the daemon's machine; it is good once, for some minutes. The daemon's
@@ -113,6 +121,11 @@ def make_parser() -> argparse.ArgumentParser:
             _add_chat_options(command)
         if name != "chat":
             command.add_argument("--json", action="store_true", help="print one JSON object")
+        if name == "status":
+            command.add_argument("--watch", action="store_true", help="show it again and again, until Ctrl-C")
+            command.add_argument(
+                "--interval", type=_seconds, default=1.0, metavar="SECONDS", help="between two looks; 1 if not given"
+            )
         if name == "pair":
             _add_pair_options(command)
             continue

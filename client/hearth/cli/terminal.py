@@ -5,6 +5,7 @@ Knows nothing of chats. Called by the commands and by `__main__`.
 
 import os
 import sys
+from collections.abc import Sequence
 from typing import TextIO
 
 # Control characters would move the cursor, set the window's title, or answer for the person at the keyboard. Newline
@@ -34,6 +35,7 @@ class Screen:
         self._takes_notes = self._err.isatty()
         self._is_plain = bool(os.environ.get("NO_COLOR")) or os.environ.get("TERM", "dumb") == "dumb"
         self._at_line_start = True
+        self._num_redrawn = 0
 
     def write(self, text: str) -> None:
         """Write a piece of an answer at once. A pipe or a file gets the very text."""
@@ -60,6 +62,21 @@ class Screen:
         self.end_line()
         self._err.write(f"hearth: {neutralise_line(text)}\n")
         self._err.flush()
+
+    @property
+    def can_redraw(self) -> bool:
+        """Whether what was written can be written over: a terminal that knows how to move its cursor."""
+        return self._is_terminal and os.environ.get("TERM", "dumb") != "dumb"
+
+    def redraw(self, lines: Sequence[str], size: os.terminal_size) -> None:
+        """Write lines over those of the last time. What the terminal has no room for is left out."""
+        shown = [neutralise_line(line)[: size.columns] for line in lines[: max(size.lines - 1, 1)]]
+        up = f"\x1b[{self._num_redrawn}A" if self._num_redrawn else ""
+        # Each line is cleared behind its end, then all below the last.
+        self._out.write(up + "".join(f"\r{line}\x1b[K\n" for line in shown) + "\x1b[J")
+        self._out.flush()
+        self._num_redrawn = len(shown)
+        self._at_line_start = True
 
     @property
     def encoding_is_unicode(self) -> bool:
