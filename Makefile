@@ -10,6 +10,8 @@ STATE := $(CURDIR)/.cache/state
 BUNDLE := .cache/state/models/$(MODEL)/manifest.json
 # The model is built again when what builds it has changed.
 BUILDER := $(shell find daemon/hearthd/build -type f -not -path '*/__pycache__/*') daemon/hearthd/manifest.py
+# Of the Debian release whose package `make deb-test` installs: 3.11 or 3.13.
+SUITE_PYTHON := 3.11
 
 help: ## show these lines
 	@sed -n 's/^\([a-z0-9-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 22
@@ -49,11 +51,11 @@ $(BUNDLE): $(BUILDER) | setup-daemon
 	STATE_DIRECTORY="$(STATE)" .venv/bin/hearthd model add $(MODEL)
 
 deb: setup-dev setup-packages $(BUNDLE) ## Debian packages of daemon and model for arm64 and amd64 in dist/ (ARGS="--arch arm64")
-	.venv/bin/python deploy/debian/build.py --bundle "$(dir $(BUNDLE))" $(ARGS)
+	.venv/bin/python deploy/debian/build.py --lint --bundle "$(dir $(BUNDLE))" $(ARGS)
 
 deb-test: setup-dev setup-packages $(BUNDLE) ## install, upgrade, roll back and purge the packages in a booted Debian root; needs root
 	rm -rf .cache/deb/dist
-	.venv/bin/python deploy/debian/build.py --arch amd64 --quick --bundle "$(dir $(BUNDLE))" --output .cache/deb/dist
+	.venv/bin/python deploy/debian/build.py --arch amd64 --python $(SUITE_PYTHON) --quick --bundle "$(dir $(BUNDLE))" --output .cache/deb/dist
 	HEARTH_PACKAGES=.cache/deb/dist .venv/bin/python -m pytest tests/test_deb_install.py $(ARGS)
 
 deb-lock: setup-dev ## write deploy/debian/requirements.lock after a change of the daemon's requirements

@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-SUITE = "bookworm"
 # Less than Raspberry Pi OS Lite has; what a package of ours needs beyond it would be missed.
 PACKAGES = "systemd,systemd-sysv,dbus,python3,init-system-helpers"
 BOOT_SECONDS = 120
@@ -56,15 +55,15 @@ def can_boot() -> bool:
     return os.geteuid() == 0 and all(map(shutil.which, ("systemd-nspawn", "mmdebstrap", "nsenter")))
 
 
-def prepare(root: Path) -> Path:
-    """Return the archive of the root, made if it is not there yet."""
+def prepare(root: Path, suite: str) -> Path:
+    """Return the archive of a Debian release's root, made if it is not there yet."""
     cache = Path(os.environ.get("HEARTH_CACHE") or root / ".cache").resolve() / "deb"
-    archive = cache / f"root-{SUITE}.tar"
+    archive = cache / f"root-{suite}.tar"
     if not archive.is_file():
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache, prefix="unfinished-") as directory:
             made = Path(directory) / archive.name
-            command = ["mmdebstrap", "--quiet", "--variant=minbase", f"--include={PACKAGES}", SUITE, str(made)]
+            command = ["mmdebstrap", "--quiet", "--variant=minbase", f"--include={PACKAGES}", suite, str(made)]
             subprocess.run(command, check=True, stdin=subprocess.DEVNULL)
             made.rename(archive)
     return archive

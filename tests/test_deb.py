@@ -5,13 +5,16 @@ installs them.
 """
 
 import fnmatch
+import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import grpc
@@ -32,6 +35,7 @@ import documents  # noqa: E402
 import lock  # noqa: E402
 from configuration_page import configuration_page  # noqa: E402
 from deb import SCRIPTS, Package, write_deb  # noqa: E402
+from interpreter import find_interpreter  # noqa: E402
 from targets import ROOT as TARGETS_ROOT  # noqa: E402
 from targets import SUITES, TARGETS, Target  # noqa: E402
 
@@ -137,6 +141,15 @@ def test_every_override_of_lintian_has_a_reason() -> None:
         assert all(re.fullmatch(r"# .+\.|[a-z-]+ \*", line) for line in lines)
 
 
+@contextmanager
+def modes_of_new_files(umask: int) -> Iterator[None]:
+    before = os.umask(umask)
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
 @pytest.mark.skipif(shutil.which("dpkg-deb") is None, reason="needs dpkg")
 def test_the_same_files_make_the_same_package(tmp_path: Path) -> None:
     package = Package("small", "1", "all", "net", "a small one", "One line.\n\nAnother.", {"Depends": "nothing"})
@@ -150,12 +163,37 @@ def test_the_same_files_make_the_same_package(tmp_path: Path) -> None:
             (root / "etc" / name).write_text(name, encoding="utf-8")
         (root / "usr/bin/run").symlink_to("/etc/a")
         (control / "postinst").write_text("#!/bin/sh\n", encoding="utf-8")
-        made.append(write_deb(package, root, control, tmp_path / f"out{number}", ANY_TIME, ("-Zgzip",)))
+        with modes_of_new_files(0o077 if number else 0o022):
+            made.append(write_deb(package, root, control, tmp_path / f"out{number}", ANY_TIME, ("-Zgzip",)))
     assert made[0].read_bytes() == made[1].read_bytes()
     said = subprocess.run(["dpkg-deb", "--info", made[0]], capture_output=True, text=True, check=True).stdout
     assert " One line.\n  .\n  Another." in said
     conffiles = subprocess.run(["dpkg-deb", "--info", made[0], "conffiles"], capture_output=True, check=True).stdout
     assert conffiles == b"/etc/a\n/etc/b\n"
+
+
+@pytest.mark.parametrize("working", [True, False])
+def test_bytecode_is_written_by_a_python_of_the_target_that_runs(
+    working: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As a version manager has them: there, but not for this user.
+    other = tmp_path / "bin/python3.13"
+    other.parent.mkdir()
+    other.write_text(f"#!/bin/sh\n{'echo 3.13' if working else 'exit 127'}\n", encoding="utf-8")
+    other.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{other.parent}:/usr/bin:/bin")
+    monkeypatch.setattr(sys, "executable", "/nonexistent")  # it may be the right one itself
+    kept = tmp_path / f"cache/python-trixie-{ARM64.architecture}"  # what would be fetched, for an arm64 machine
+    loader = kept / "usr/lib/aarch64-linux-gnu/ld-linux-aarch64.so.1"
+    loader.parent.mkdir(parents=True)
+    loader.write_text("#!/bin/sh\necho 3.13\n", encoding="utf-8")
+    loader.chmod(0o755)
+    dpkg = tmp_path / "bin/dpkg"
+    dpkg.write_text("#!/bin/sh\necho arm64\n", encoding="utf-8")
+    dpkg.chmod(0o755)
+    found = find_interpreter(Target("arm64", "3.13"), tmp_path / "cache")
+    assert found[0] == str(other if working else loader)
+    assert working or found[-1] == str(kept / "usr/bin/python3.13")
 
 
 # --- pages and completions -------------------------------------------------------------------------------------------

@@ -1,13 +1,15 @@
 """The Debian packages in the hands of dpkg, apt and systemd, without a network: install, upgrade, rollback, removal.
 
-Boots a Debian 12 root (booted_root) and does there what the owner of a board does. Each test begins and ends with the
-first version installed and answering. `make deb-test` builds the packages first: they take minutes. The same on Arm,
-in a whole emulated board, is `make board`.
+Boots a root of the Debian release that they are for (booted_root) and does there what the owner of a board does. Each
+test begins and ends with the first version installed and answering. `make deb-test` builds the packages first, which
+takes minutes. The same on Arm, in a whole emulated board, is `make board`.
 """
 
+import filecmp
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +19,10 @@ import booted_root
 from booted_root import Machine
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "deploy/debian"))  # scripts of a directory, not a package
+
+from targets import SUITES, Suite  # noqa: E402
+
 MODEL = "hearth-model-smollm2-135m"
 NEW, NEWER = "2.0", "3.0"
 
@@ -60,10 +66,15 @@ def version_of(package: Path) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
+def release_of(package: Path) -> Suite:
+    """The release that a package says it is for."""
+    return next(suite for suite in SUITES.values() if version_of(package).endswith(f"+{suite.version}"))
+
+
 @pytest.fixture(scope="module")
 def machine(packages: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
     """With the packages installed, both in one command."""
-    archive = booted_root.prepare(ROOT)
+    archive = booted_root.prepare(ROOT, release_of(packages["hearth"]).name)
     with booted_root.booted(archive, tmp_path_factory.mktemp("machine")) as booted:
         # Power cuts are not for these tests, and thousands of fsyncs take longer than all the rest.
         (booted.root / "etc/dpkg/dpkg.cfg.d/unsafe-io").write_text("force-unsafe-io\n", encoding="ascii")
@@ -119,6 +130,27 @@ def test_lintian_finds_no_error(packages: dict[str, Path]) -> None:
     command = ["lintian", "--allow-root", "--fail-on", "error", *map(str, packages.values())]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=1200)
     assert (done.returncode, [line for line in done.stdout.splitlines() if line.startswith("E:")]) == (0, [])
+
+
+def test_a_second_build_gives_the_same_bytes(packages: dict[str, Path], tmp_path: Path) -> None:
+    """Of another user, in another time zone, at another terminal."""
+    (python,) = (python for python, suite in SUITES.items() if suite == release_of(packages["hearth"]))
+    command = [sys.executable, str(ROOT / "deploy/debian/build.py"), "--quick", "--arch", "amd64", "--python", python]
+    elsewhere = {**os.environ, "TZ": "Asia/Tokyo", "LC_ALL": "C", "COLUMNS": "40", "PYTHONHASHSEED": "1"}
+    done = subprocess.run(
+        [*command, "--output", str(tmp_path)],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd="/",
+        env=elsewhere,
+        umask=0o077,
+    )
+    assert done.returncode == 0, done.stderr
+    for name, package in find_packages(tmp_path).items():
+        assert package.name == packages[name].name
+        assert filecmp.cmp(package, packages[name], shallow=False), name
 
 
 def test_installing_is_all_that_it_takes_without_a_network(machine: Machine) -> None:

@@ -10,6 +10,7 @@ is the same with what it needs installed first. README.md beside this file has t
 """
 
 import argparse
+import hashlib
 import os
 import shutil
 import subprocess
@@ -21,6 +22,7 @@ from pathlib import Path
 import systemd_python
 from deb import Package, add_changelog, write_deb
 from documents import write_documents
+from interpreter import find_interpreter
 from targets import ARCHITECTURES, ROOT, SUITES, Target
 from tree import PREFIX, PROGRAMS, make_tree
 
@@ -84,7 +86,7 @@ def build_hearth(target: Target, version: str, output: Path, cache: Path, compre
     with tempfile.TemporaryDirectory(prefix="hearth-deb-") as directory:
         root = Path(directory) / "root"
         root.mkdir()
-        make_tree(target, root, [find_interpreter(target.python)], systemd_python.fetch(target, cache))
+        make_tree(target, root, find_interpreter(target, cache), systemd_python.fetch(target, cache))
         programs = root / "usr/bin"
         programs.mkdir(parents=True)
         for name in PROGRAMS:
@@ -133,22 +135,15 @@ def copy_overrides(control: Path, root: Path, package: Package) -> None:
     shutil.copy(control / "lintian-overrides", overrides / package.name)
 
 
-def find_interpreter(python: str) -> str:
-    """Return a Python of that minor version, which bytecode is bound to. Exits if there is none."""
-    for candidate in (sys.executable, f"python{python}"):
-        found = shutil.which(candidate)
-        if found and _minor_version(found) == python:
-            return found
-    sys.exit(f"deb: no Python {python} here, which the packages for {SUITES[python].name} need; build them there")
-
-
-def _minor_version(interpreter: str) -> str:
-    program = "import sys; print('%d.%d' % sys.version_info[:2])"
-    return subprocess.run([interpreter, "-I", "-c", program], capture_output=True, text=True, check=True).stdout.strip()
+def lint(packages: list[Path]) -> None:
+    """Let lintian look at packages; exits if it finds an error."""
+    command = ["lintian", "--allow-root", "--fail-on", "error", *map(str, packages)]
+    if subprocess.run(command, check=False, stdin=subprocess.DEVNULL).returncode:
+        sys.exit("deb: lintian finds errors, see above; mend them, or say why not in deploy/debian/*/lintian-overrides")
 
 
 def main() -> None:
-    """Build what is asked for; print the path and size of each package."""
+    """Build what is asked for; print hash, path and size of each package."""
     parser = argparse.ArgumentParser(description="Build the Debian packages of this clone.")
     parser.add_argument(
         "--arch", choices=[*ARCHITECTURES, "all"], default="all", help="processor; all of them if not given"
@@ -163,6 +158,7 @@ def main() -> None:
     parser.add_argument("--without-model", action="store_true")
     parser.add_argument("--only-model", action="store_true")
     parser.add_argument("--quick", action="store_true", help="compress little: for tests")
+    parser.add_argument("--lint", action="store_true", help="fail if lintian finds an error")
     arguments = parser.parse_args()
     compression = QUICK if arguments.quick else COMPRESSION
     built: list[Path] = []
@@ -173,7 +169,11 @@ def main() -> None:
     if not arguments.without_model:
         built.append(build_model(arguments.bundle, arguments.version, arguments.output))
     for path in built:
-        print(f"{path}  {path.stat().st_size / 1e6:.1f} MB")
+        # Who builds the same commit elsewhere can compare.
+        sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+        print(f"{sha256}  {path}  {path.stat().st_size / 1e6:.1f} MB")
+    if arguments.lint:
+        lint(built)
 
 
 if __name__ == "__main__":

@@ -93,7 +93,9 @@ def write_deb(
             (debian / name).chmod(0o755 if name in SCRIPTS else 0o644)
     for path in [root, *root.rglob("*")]:
         os.utime(path, (epoch, epoch), follow_symlinks=False)
-    root.chmod(0o755)
+    # Whatever this machine's umask: dpkg takes no others.
+    for path in (root, debian):
+        path.chmod(0o755)
 
     output.mkdir(parents=True, exist_ok=True)
     # Renamed when it is whole: whoever waits for the file may take it.
