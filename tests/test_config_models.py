@@ -11,7 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bundles import write_bundle
+from hearthd.__main__ import main
 from hearthd.config import Config, EngineConfig, ModelOptions, load_config, model_settings
+from hearthd.doctor.cli import diagnose
+from hearthd.doctor.needed_memory import NeededMemory
+from hearthd.doctor.system import System
 from hearthd.errors import ConfigError
 from hearthd.manifest import is_model_name
 
@@ -45,7 +50,7 @@ slots = 3
 threads = 2
 prefill_chunk = 128
 [models]
-max_bytes = 1000
+max_bytes = "600M"
 [models."qwen2.5-0.5b"]
 [models.other]
 slots = 1
@@ -56,7 +61,7 @@ context_length = 4096
 """
     config = load(tmp_path, text)
     assert config.model_names == ("small", "qwen2.5-0.5b", "other")
-    assert config.models.max_bytes == 1000
+    assert config.models.max_bytes == 600 * 2**20
     assert config.for_model("qwen2.5-0.5b").engine == config.engine
     other = config.for_model("other")
     assert (other.model.name, other.model.directory) == ("other", config.model.directory)
@@ -79,7 +84,7 @@ def test_a_file_without_models_serves_the_default_one(tmp_path: Path) -> None:
     [
         ("models = 1", "models is 1; it is a section"),
         ("[models]\nmax_byte = 1", "there is no key 'max_byte'; did you mean max_bytes?"),
-        ("[models]\nmax_bytes = -1", "models.max_bytes is -1; give a whole number from 0"),
+        ("[models]\nmax_bytes = -1", "models.max_bytes is -1; give 0 to 1125899906842624 bytes"),
         ("[models.max_bytes]\nslots = 0", "models.max_bytes.slots is 0; give a whole number from 1 to 64"),
         ("[models.Big]", "models.Big cannot be a model's name; give up to 64 of a-z"),
         ('[models."../x"]', "cannot be a model's name"),
@@ -109,3 +114,51 @@ def test_a_models_name_is_a_name_or_refused(name: str) -> None:
             with pytest.raises(ConfigError) as caught:
                 load(Path(directory), f"[models.{quoted}]\n")
             assert len(str(caught.value).splitlines()) == 1
+
+
+def installed(directory: Path, *names: str) -> Path:
+    """Write a configuration that serves three models, and bundles of those that are installed."""
+    for name in names:
+        write_bundle(directory / "models" / name, name=name)
+    file = directory / "hearthd.toml"
+    file.write_text(
+        f'[server]\nunix_socket = "{directory}/hearthd.sock"\n[model]\ndirectory = "{directory}/models"\n'
+        'name = "first"\n[models.second]\nslots = 2\n[models.third]\n'
+    )
+    return file
+
+
+def test_check_config_opens_every_model_and_prints_its_options(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = installed(tmp_path, "first", "second", "third")
+    assert main(["check-config", "--config", str(file)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "models.second.slots = 2" in lines
+    assert "models.max_bytes = 0" in lines
+    assert not any(line.startswith("models.second.threads") for line in lines)
+
+
+def test_check_config_says_which_model_is_not_installed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = installed(tmp_path, "first", "second")
+    assert main(["check-config", "--quiet", "--config", str(file)]) == 78
+    assert "model 'third' is not installed" in capsys.readouterr().err
+
+
+def test_the_doctor_looks_at_every_model(tmp_path: Path) -> None:
+    file = installed(tmp_path, "first", "second")
+    found = list(diagnose(System(), lambda: load_config(file, {"HOME": str(tmp_path)}), is_quick=True))
+    told = [finding.text for finding in found if finding.check == "model"]
+    assert [text.partition(",")[0] for text in told[:2]] == ["first", "second"]
+    assert "'third' is not installed" in told[2]
+    (memory,) = (finding.text for finding in found if finding.check == "memory")
+    assert "of further models" in memory
+
+
+def test_memory_of_several_models_is_added_up_within_the_budget() -> None:
+    first, second = NeededMemory(model=100, slots=10, prompt=5), NeededMemory(model=200, slots=20, prompt=6)
+    assert first.beside(second).total == first.total + second.own
+    assert first.beside(second).beside(second).total == first.total + 2 * second.own
+    # What is over the budget is not loaded beside it.
+    assert first.beside(second).beside(second, first.own + second.own).total == first.total + second.own
+    assert first.beside(second, 1).total == first.total

@@ -23,8 +23,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from hearthd import paths
 from hearthd.bench.cli import add_parser as add_bench
-from hearthd.config import Config, choose_file, load_config, role_settings, settings
+from hearthd.config import Config, choose_file, load_config, model_settings, role_settings, settings
 from hearthd.doctor.cli import add_parser as add_doctor
 from hearthd.errors import (
     AddressInUseError,
@@ -178,7 +179,9 @@ def _survey_model(config: Config) -> "ModelFacts":
     from hearthd.models.facts import facts_of_bundle
     from hearthd.store import Store
 
-    return facts_of_bundle(Store(config.model.directory).open(config.model.name, verify=False), config)
+    store = Store(config.model.directory)
+    store.sweep()
+    return facts_of_bundle(store.open(config.model.name, verify=False), config)
 
 
 def _serve(parsed: argparse.Namespace) -> int:
@@ -258,14 +261,16 @@ def _check_config(parsed: argparse.Namespace) -> None:
             if token.role not in config.roles:
                 print(f"hearthd: warning: token {token.name} has no rights: no role {token.role}", file=sys.stderr)
     PolicyFile(config.policy.file, config.roles)
-    # Without the hashes, which take as long as reading the whole model.
-    Store(config.model.directory).open(config.model.name, verify=False)
+    store = Store(config.model.directory)
+    for name in config.model_names:
+        # Without the hashes, which take as long as reading the whole model.
+        store.open(name, verify=False)
     if parsed.quiet:
         return
     for key, value in settings(config).items():
         shown = f"0{value:o}" if key == "server.unix_socket_mode" else "" if value is None else value
         print(f"{key} = {list(shown) if isinstance(shown, tuple) else shown}")
-    for key, value in role_settings(config).items():
+    for key, value in (role_settings(config) | model_settings(config)).items():
         print(f"{key} = {list(value) if isinstance(value, tuple) else value}")
     print(f"good: would listen on {', '.join(listener.text for listener in listeners)}")
 

@@ -105,7 +105,7 @@ class ModelConfig:
 class ModelsConfig:
     """What the models have between them, where there are several."""
 
-    max_bytes: Annotated[int, Whole(0, 2**50)] = 0
+    max_bytes: Annotated[int, ByteSize(2**50)] = 0
     max_wait_seconds: Annotated[float, Number(1.0, 3600.0)] = 120.0
 
 

@@ -99,7 +99,13 @@ def _configured(system: System, config: Config, unit: str, *, is_quick: bool) ->
     yield from _checked("descriptors", lambda: running.check_descriptors(system, config, unit))
     bundle, findings = model_files.check_model(config, verify=not is_quick)
     yield from findings
-    needed = find_needed_memory(bundle.manifest, config.engine) if bundle else None
+    needed = find_needed_memory(bundle.manifest, config.for_model(config.model.name).engine) if bundle else None
+    for name in config.model_names[1:]:
+        own = config.for_model(name)
+        further, findings = model_files.check_model(own, verify=not is_quick)
+        yield from findings
+        if needed and further:
+            needed = needed.beside(find_needed_memory(further.manifest, own.engine), config.models.max_bytes)
     yield from _checked("memory", lambda: board.check_memory(system, needed, running.find_memory_limit(system, unit)))
     if bundle is not None and not is_quick:
         yield from _checked("speed", lambda: model_files.check_speed(bundle, config.engine.num_threads))

@@ -3,7 +3,7 @@
 Pure arithmetic of a manifest and a configuration; `board` compares the sum with what there is. Called by `cli`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
 from hearthd.config import EngineConfig
@@ -17,6 +17,8 @@ __all__ = ["NeededMemory", "find_needed_memory"]
 # [M: 246 MB with a bundle of 172 MB].
 _PROGRAM_BYTES: Final = 75 * 10**6
 _FLOAT32_BYTES: Final = 4
+# A further model's tokenizer, activations and thread: the rest of the program is there. As in `models.facts`.
+_BESIDE_BYTES: Final = 48 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +31,18 @@ class NeededMemory:
     prompt: int
     """Keys and values of the longest prompt while it is read: in float32, one at a time."""
     program: int = _PROGRAM_BYTES
+    further: int = 0
+    """What the other models take."""
+
+    @property
+    def own(self) -> int:
+        """What one more model takes in a program that runs already."""
+        return self.model + self.slots + self.prompt + _BESIDE_BYTES
+
+    def beside(self, other: "NeededMemory", max_bytes: int = 0) -> "NeededMemory":
+        """Return what it takes with another model loaded as well. max_bytes: of all models together, 0 for no limit."""
+        further = self.further + other.own
+        return replace(self, further=min(further, max(max_bytes - self.own, 0)) if max_bytes else further)
 
     @property
     def start(self) -> int:
@@ -38,7 +52,7 @@ class NeededMemory:
     @property
     def total(self) -> int:
         """What it takes with every slot full, and a full prompt being read."""
-        return self.start + self.slots + self.prompt
+        return self.start + self.slots + self.prompt + self.further
 
     def __str__(self) -> str:
         """Return the sum and its parts, as people read them."""
@@ -48,8 +62,10 @@ class NeededMemory:
                 (self.model, "of model"),
                 (self.slots, "of full slots"),
                 (self.prompt, "while a full prompt is read"),
+                (self.further, "of further models"),
                 (self.program, "of program"),
             )
+            if size or what != "of further models"
         )
         return f"{self.total / 1e6:.0f} MB at most ({parts})"
 

@@ -183,8 +183,7 @@ class ModelPool:
         self._residents.crashed = asyncio.get_running_loop().create_future()
         # asyncio complains of an error that nobody has asked for; a daemon that is told to stop does not ask.
         self._residents.crashed.add_done_callback(lambda done: done.cancelled() or done.exception())
-        if self._config.models.max_bytes:
-            await self._residents.look_at(self.default)
+        await self._residents.look_at(self.default)
         for entry in self.entries[1:]:
             try:
                 await self._residents.look_at(entry)
