@@ -38,6 +38,7 @@ class Bench:
     num_slots: int | None = None
     prefill_chunk: int = 8
     solo_prefill_chunk: int | None = None
+    max_stall_seconds: float = 0.1
     max_answer_seconds: float = 600.0
     drafting: Drafting | None = None
     clock: Clock = field(default_factory=Clock)
@@ -50,6 +51,7 @@ class Bench:
             num_slots=self.num_slots,
             prefill_chunk=self.prefill_chunk,
             solo_prefill_chunk=self.solo_prefill_chunk,
+            max_stall_seconds=self.max_stall_seconds,
             max_answer_seconds=self.max_answer_seconds,
             drafting=self.drafting,
             clock=self.clock,

@@ -31,11 +31,12 @@ LAYERS = (
     {
         "hearthd.batch",
         "hearthd.collector",
-        "hearthd.scheduling.scheduler",
         "hearthd.scheduling.chunks",
+        "hearthd.scheduling.waits",
         "hearthd.drafts.drafting",
     },
-    {"hearthd.scheduling.fair_queue"},
+    {"hearthd.scheduling.scheduler"},
+    {"hearthd.scheduling.fair_queue", "hearthd.scheduling.pace"},
     {"hearthd.runner", "hearthd.kv_cache", "hearthd.sampling", "hearthd.tokenizer"},
     {"hearthd.bundle"},
 )

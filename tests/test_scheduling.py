@@ -1,14 +1,18 @@
-"""Who runs and who waits: priorities, pauses that change nothing, and turns between accounts."""
+"""Who runs and who waits: priorities, pauses that change nothing, turns between accounts, stalls, and estimates."""
 
 from dataclasses import replace
+from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from engine_bench import GREEDY, VOCAB, Bench, Clock, solo
 from fakes import FakeRunner, scripted
-from hearthd.engine import Finished, FinishReason, Sequence
+from hearthd.engine import Finished, FinishReason, Queued, Sequence
+from hearthd.errors import DeadlineTooShortError
 from hearthd.scheduling.priority import Priority
 from hearthd.sequence import SequenceState
 
@@ -33,6 +37,39 @@ def roomy(num_slots: int = 1, num_paused: int = 3, prefill_chunk: int = 8) -> Be
 def endless(num_slots: int = 1) -> FakeRunner:
     """Return a runner whose answers end by their length alone."""
     return FakeRunner(num_slots=num_slots, logits_after=scripted(VOCAB, 1, [65]))
+
+
+class Machine(FakeRunner):
+    """A runner on a machine of a known pace: each run moves the clock."""
+
+    def __init__(self, clock: Clock, *, prompt_seconds: float, decode_seconds: float, **options: Any) -> None:
+        super().__init__(context_length=4096, logits_after=scripted(VOCAB, 1, [65]), **options)
+        self.clock, self.prompt_seconds, self.decode_seconds = clock, prompt_seconds, decode_seconds
+        self.durations: list[float] = []
+
+    def forward(
+        self, token_ids: NDArray[np.int64], first_slot: int, past_lengths: NDArray[np.int32]
+    ) -> NDArray[np.float32]:
+        length = token_ids.shape[1]
+        self.durations.append(self.decode_seconds if length == 1 else length * self.prompt_seconds)
+        self.clock.now += self.durations[-1]
+        return super().forward(token_ids, first_slot, past_lengths)
+
+
+def on_machine(num_slots: int = 4, num_paused: int = 0, **options: Any) -> tuple[Bench, Machine]:
+    """Return a bench that reads 400 tokens a second and writes 50, and has done both."""
+    clock = Clock()
+    pace = {"prompt_seconds": 0.0025, "decode_seconds": 0.02} | {
+        name: options.pop(name) for name in ("prompt_seconds", "decode_seconds") if name in options
+    }
+    machine = Machine(clock, num_slots=num_slots + num_paused, **pace)
+    settings = {"prefill_chunk": 64, "solo_prefill_chunk": 256} | options
+    bench = Bench(runner=machine, clock=clock, num_slots=num_slots, **settings)
+    bench.add([9] * 40, replace(GREEDY, max_tokens=10), identity="warm-up")
+    bench.finish()
+    machine.calls.clear()
+    machine.durations.clear()
+    return bench, machine
 
 
 def ends(bench: Bench) -> list[Sequence]:
@@ -284,3 +321,137 @@ class TestTurns:
         bench.finish()
         ahead = [each.account for each in others if arrived < (each.admitted or 0.0) < (late.admitted or 0.0)]
         assert len(ahead) == len(set(ahead))
+
+
+class TestStalls:
+    @pytest.mark.parametrize(
+        ("prompt_seconds", "max_stall_seconds", "length"),
+        [
+            (0.0025, 0.1, 32),  # 40 in time, of which whole sixteens
+            (0.0025, 0.17, 64),
+            (0.0025, 1.0, 64),  # prefill_chunk
+            (0.0025, 0.001, 16),  # less is hardly faster
+            (0.05, 0.1, 16),
+            (0.00001, 0.1, 64),
+        ],
+    )
+    def test_a_prompt_beside_answers_is_read_in_runs_of_a_set_time(
+        self, prompt_seconds: float, max_stall_seconds: float, length: int
+    ) -> None:
+        bench, machine = on_machine(prompt_seconds=prompt_seconds, max_stall_seconds=max_stall_seconds)
+        bench.add([1, 2], replace(GREEDY, max_tokens=500))
+        bench.step()
+        machine.calls.clear()
+        bench.add([3] * 300, SHORT)
+        bench.step(3)
+        assert [size for _, _, size in machine.calls] == [length, 1] * 3
+
+    def test_a_machine_that_slows_down_is_noticed_by_the_next_run(self) -> None:
+        bench, machine = on_machine()
+        bench.add([1, 2], replace(GREEDY, max_tokens=500))
+        bench.add([3] * 1000, SHORT)
+        bench.step(4)
+        machine.prompt_seconds *= 2
+        bench.step()
+        machine.calls.clear()
+        machine.durations.clear()
+        bench.step(3)
+        assert [size for _, _, size in machine.calls] == [16, 1] * 3
+        assert max(machine.durations) <= bench.max_stall_seconds
+
+    def test_a_less_urgent_prompt_takes_no_longer_than_a_token_of_the_answer_beside_it(self) -> None:
+        bench, machine = on_machine(prompt_seconds=0.0005)
+        bench.add([1, 2], replace(GREEDY, max_tokens=500), priority=INTERACTIVE)
+        bench.step(2)
+        bench.add([3] * 500, SHORT, priority=BACKGROUND)
+        machine.calls.clear()
+        bench.step(2)
+        # 20 ms for a token: 40 tokens of the prompt.
+        assert [size for _, _, size in machine.calls] == [32, 1] * 2
+
+    def test_a_background_prompt_leaves_room_for_whoever_may_come(self) -> None:
+        bench, machine = on_machine()
+        bench.add([3] * 500, SHORT, priority=BACKGROUND)
+        bench.step()
+        usual = bench.add([4] * 500, SHORT)
+        bench.step()
+        assert usual.num_read == 256
+        assert [size for _, _, size in machine.calls] == [32, 256]
+
+
+class TestEstimates:
+    def test_nothing_is_told_before_anything_was_measured(self) -> None:
+        bench = Bench(runner=FakeRunner(num_slots=1))
+        bench.add([1], LONG)
+        waiting = bench.add([2], LONG, deadline=bench.clock.now + 0.001)
+        bench.step()
+        assert bench.of(waiting) == [Queued(0, None)]
+        assert bench.engine.seconds_until_end is None
+
+    def test_those_who_wait_hear_when_they_will_begin(self) -> None:
+        bench, _ = on_machine(num_slots=1)
+        bench.add([1] * 40, LONG)
+        first, second = bench.add([2] * 40, LONG), bench.add([3] * 80, LONG)
+        last = bench.add([4] * 40, SHORT)
+        bench.step()
+        # The first prompt was not read when this was told. Answers had 10 tokens so far: 0.1 s and 0.2 s for each.
+        (told,) = bench.of(first)
+        assert told == Queued(0, pytest.approx(0.3))
+        assert bench.of(second) == [Queued(1, pytest.approx(0.6))]
+        assert bench.of(last) == [Queued(2, pytest.approx(1.0))]
+        bench.step()
+        assert bench.engine.seconds_until_end == pytest.approx(0.2 - 0.02)
+
+    def test_the_estimate_comes_true_where_answers_are_as_long_as_before(self) -> None:
+        bench, _ = on_machine(num_slots=1)
+        usual = replace(GREEDY, max_tokens=10)
+        sequences = [bench.add([number] * 48, usual) for number in range(4)]
+        began = bench.clock.now
+        bench.finish()
+        for sequence in sequences[1:]:
+            told = bench.of(sequence)[0]
+            assert isinstance(told, Queued)
+            assert sequence.admitted is not None
+            # The first token comes with the prompt.
+            assert sequence.admitted - began == pytest.approx(told.expected_wait_seconds, rel=0.1)
+
+    def test_what_is_cached_is_not_counted(self) -> None:
+        bench, _ = on_machine()
+        bench.add([5] * 400, SHORT)
+        bench.finish()
+        now = bench.clock.now
+        bench.add([5] * 401, SHORT, deadline=now + 0.1)
+        with pytest.raises(DeadlineTooShortError):
+            bench.add([6] * 401, SHORT, deadline=now + 0.1)
+
+    def test_a_deadline_that_cannot_be_met_is_refused_at_once(self) -> None:
+        bench, _ = on_machine(num_slots=1)
+        running = bench.add([1] * 40, LONG)
+        bench.step()
+        now = bench.clock.now
+        with pytest.raises(DeadlineTooShortError) as caught:
+            bench.add([2] * 200, SHORT, deadline=now + 0.6)
+        assert str(caught.value) == (
+            "the answer would begin in about 0.7 s (0.2 s in the queue, 0.5 s for 200 tokens of the prompt), and the "
+            "deadline is in 0.6 s: give more time, or send a shorter or more urgent request"
+        )
+        assert bench.engine.num_waiting == 0
+        in_time = bench.add([2] * 200, SHORT, deadline=now + 0.8)
+        # A more urgent one need not wait for the answer that runs.
+        urgent = bench.add([3] * 200, SHORT, deadline=now + 0.6, priority=INTERACTIVE)
+        bench.engine.remove(urgent)
+        bench.engine.remove(running)
+        bench.finish()
+        assert bench.finished(in_time).reason is FinishReason.LENGTH
+
+    def test_a_place_counts_as_free_when_enough_of_the_others_have_ended(self) -> None:
+        bench, _ = on_machine(num_slots=2)
+        for length in (10, 4):
+            bench.add([length] * 16, replace(GREEDY, max_tokens=length))
+        bench.step(2)
+        waiting = bench.add([2] * 16, SHORT)
+        bench.step()
+        (told,) = bench.of(waiting)
+        assert isinstance(told, Queued)
+        # Both prompts are read, and the second answer has one token of four.
+        assert told.expected_wait_seconds == pytest.approx(3 * 0.02)

@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 
 from fakes import FakeRunner
+from hearthd.engine import Engine
 from hearthd.errors import (
     BundleError,
+    DeadlineTooShortError,
     EngineCrashedError,
     InvalidRequestError,
     NotServingError,
@@ -114,20 +116,16 @@ async def test_a_queue_full_of_less_urgent_chats_keeps_nobody_out() -> None:
 
 
 @asynchronous
-async def test_the_time_to_wait_comes_from_how_long_chats_took() -> None:
+@pytest.mark.parametrize(("estimate", "told"), [(None, 1.0), (0.2, 1.0), (4.5, 4.5), (300.0, 60.0)])
+async def test_the_time_to_wait_is_when_the_next_chat_will_have_ended(
+    monkeypatch: pytest.MonkeyPatch, estimate: float | None, told: float
+) -> None:
+    monkeypatch.setattr(Engine, "seconds_until_end", estimate)
     async with working(make_runner(), max_queued=0) as worker:
-        finished = Finished(FinishReason.LENGTH, 1, 0, 1, 9.0, 2.0, 11.0, 6.0)
-        for _ in range(3):
-            with worker.admit() as chat:
-                chat.push(finished)
-        chats = [worker.admit(), worker.admit()]
-        with pytest.raises(QueueFullError) as caught:
-            worker.admit()
-        # Eight seconds each, in two slots: one ends every four. The time in the queue does not count.
-        assert caught.value.retry_after_seconds == 4.0
-        for chat in chats:
-            with chat:
-                pass
+        with worker.admit(), worker.admit():
+            with pytest.raises(QueueFullError) as caught:
+                worker.admit()
+            assert caught.value.retry_after_seconds == told
 
 
 @asynchronous
@@ -237,11 +235,27 @@ async def test_a_deadline_ends_the_answer() -> None:
     runner = make_runner(is_gated=True)
     async with working(runner) as worker:
         with worker.admit() as chat:
-            chat.submit(sequence(max_tokens=100, deadline=time.monotonic()))
+            deadline = time.monotonic() + 0.3
+            chat.submit(sequence(max_tokens=100, deadline=deadline))
+            await begun(runner, 1)
+            await asyncio.sleep(deadline - time.monotonic())
             runner.open_gate()
             events = [event async for event in chat]
     assert isinstance(events[-1], Finished)
     assert events[-1].reason is FinishReason.TIME_LIMIT
+
+
+@asynchronous
+async def test_a_deadline_that_cannot_be_met_is_refused_at_once() -> None:
+    runner = make_runner(is_gated=True)
+    async with working(runner) as worker:
+        with worker.admit() as chat:
+            chat.submit(sequence(deadline=time.monotonic() - 1))
+            # Nothing lets a forward pass.
+            with pytest.raises(DeadlineTooShortError, match=r"would begin in about .* and the deadline is in 0\.0 s"):
+                await anext(chat)
+        assert (worker.counts.refused, worker.counts.failed) == (1, 0)
+        assert runner.num_forwards == PROOF_FORWARDS
 
 
 @asynchronous

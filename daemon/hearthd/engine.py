@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from hearthd.batch import Batch
 from hearthd.collector import Collector
 from hearthd.drafts.drafting import Drafting
-from hearthd.errors import InvalidRequestError
+from hearthd.errors import DeadlineTooShortError, InvalidRequestError
 from hearthd.events import (
     Delta,
     Event,
@@ -32,7 +32,9 @@ from hearthd.events import (
 )
 from hearthd.kv_cache import KVCache, Runner, RunTerminated
 from hearthd.scheduling.chunks import ChunkSizes
+from hearthd.scheduling.pace import Pace
 from hearthd.scheduling.scheduler import Scheduler
+from hearthd.scheduling.waits import Waits
 from hearthd.sequence import Sequence, SequenceState
 from hearthd.tokenizer import ChatTokenizer
 
@@ -65,6 +67,7 @@ class Engine:
         num_slots: int | None = None,
         prefill_chunk: int = 64,
         solo_prefill_chunk: int | None = None,
+        max_stall_seconds: float = 0.1,
         max_answer_seconds: float = 600.0,
         drafting: Drafting | None = None,
         clock: Callable[[], float] = time.monotonic,
@@ -75,20 +78,29 @@ class Engine:
 
         solo_prefill_chunk: the most of them while nobody decodes, so that no answer waits for the run, as far as the
         machine runs them within a second; None for the same size.
+        max_stall_seconds: what a run of a prompt may take while answers are written, as far as can be told before.
         max_answer_seconds: from the slot to the end.
         drafting: guesses further tokens where that is faster; only with `Runner.can_verify`.
         """
         self._runner = runner
         self._max_answer_seconds = max_answer_seconds
         self._clock = clock
-        self._chunks = ChunkSizes(prefill_chunk, prefill_chunk if solo_prefill_chunk is None else solo_prefill_chunk)
+        self._pace = Pace()
+        self._chunks = ChunkSizes(
+            self._pace,
+            beside=prefill_chunk,
+            alone=prefill_chunk if solo_prefill_chunk is None else solo_prefill_chunk,
+            max_stall_seconds=max_stall_seconds,
+        )
         self._cache = KVCache(runner)
         self._num_slots = runner.num_slots if num_slots is None else num_slots
         self._scheduler = Scheduler(self._num_slots)
+        self._waits = Waits(self._scheduler, self._pace)
         self._batch = Batch(self._cache, runner.num_slots)
-        self._collector = Collector(tokenizer, context_length=runner.context_length, clock=clock, remove=self.remove)
+        self._collector = Collector(tokenizer, context_length=runner.context_length, clock=clock, remove=self._end)
         self._drafting = drafting
         self._in_prefill: Sequence | None = None
+        self._seconds_until_end: float | None = None
 
     @property
     def num_slots(self) -> int:
@@ -125,10 +137,16 @@ class Engine:
         """The sequence of whose prompt a chunk is being run at this moment. For any thread to read."""
         return self._in_prefill
 
+    @property
+    def seconds_until_end(self) -> float | None:
+        """When the first of those that run will have ended, at the last step's estimate. For any thread to read."""
+        return self._seconds_until_end
+
     def add(self, sequence: Sequence) -> None:
         """Let a new sequence wait for a slot; the next step gives it one, or says how many are before it.
 
-        Raises InvalidRequestError if the prompt is empty or leaves no room for an answer.
+        Raises InvalidRequestError if the prompt is empty or leaves no room for an answer, DeadlineTooShortError if the
+        answer would not begin in time.
         """
         if sequence.state is not SequenceState.NEW:
             raise ValueError(f"sequence {sequence.request_id} was added before")
@@ -139,7 +157,13 @@ class Engine:
                 f"have {num_tokens} tokens; give 1 to {self.context_length - 1}, so that prompt and answer fit the "
                 f"context of {self.context_length}",
             )
+        sequence.num_read = self._cache.num_found(sequence.prompt_ids, sequence.cache_identity)
         self._scheduler.add(sequence)
+        try:
+            self._waits.check_deadline(sequence, self._clock())
+        except DeadlineTooShortError:
+            self.remove(sequence)
+            raise
 
     def limit_running(self, num_places: int) -> None:
         """Run so many sequences at once, at most `num_slots`; those that are too many are paused by the next step."""
@@ -151,6 +175,13 @@ class Engine:
             self._batch.release(sequence)
         self._scheduler.remove(sequence)
         sequence.state = SequenceState.ENDED
+
+    def _end(self, sequence: Sequence) -> None:
+        """Take a sequence out whose last event has come."""
+        # The start-up proof, which is nobody's, says nothing of how long answers are.
+        if sequence.account and sequence.output_ids:
+            self._pace.note_answer(len(sequence.output_ids))
+        self.remove(sequence)
 
     def step(self) -> list[tuple[Sequence, Event]]:
         """Schedule, run, collect: at most one chunk of one prompt, and one token of every sequence that decodes.
@@ -196,8 +227,16 @@ class Engine:
             # Nobody else gets the room for which one waits; who is paused needs none.
             elif has_room:
                 has_room = self._admit(sequence)
-        for position, sequence in enumerate(self._scheduler.waiting):
-            self._collector.announce(sequence, position)
+        self._announce()
+
+    def _announce(self) -> None:
+        """Tell those who wait their places, where these have changed."""
+        self._seconds_until_end = self._waits.until_end()
+        waiting = self._scheduler.waiting
+        if any(sequence.queue_position != position for position, sequence in enumerate(waiting)):
+            waits = self._waits.until_start()
+            for position, sequence in enumerate(waiting):
+                self._collector.announce(sequence, position, waits.get(sequence))
 
     def _admit(self, sequence: Sequence) -> bool:
         """Let a waiting sequence begin. Returns False if there is no room for its KV."""
@@ -214,6 +253,7 @@ class Engine:
             return False
         self._make_place()
         sequence.slot = place.slot
+        sequence.num_read = place.num_past
         sequence.num_cached = place.num_cached
         sequence.admitted = self._clock()
         self._batch.hold(sequence)
@@ -243,7 +283,7 @@ class Engine:
             return
         done = self._cache.num_tokens(sequence.slot)
         left = len(sequence.prompt_ids) - done
-        most = self._chunks.choose(is_alone=not self._batch)
+        most = self._chunks.choose(sequence, list(self._batch))
         # A rest that is too small for a run of its own goes along.
         size = left if left - most < self._runner.min_run else most
         chunk = sequence.prompt_ids[done : done + size]
@@ -251,7 +291,7 @@ class Engine:
         try:
             started = self._clock()
             logits = self._run([chunk], sequence.slot, [done])
-            self._chunks.note(len(chunk), self._clock() - started)
+            self._pace.note_prompt_run(len(chunk), self._clock() - started)
         except RunTerminated:
             raise
         except Exception as error:  # noqa: BLE001 - of this sequence alone; the others go on
@@ -261,7 +301,8 @@ class Engine:
         finally:
             self._in_prefill = None
         self._cache.extend(sequence.slot, chunk)
-        if done + len(chunk) == len(sequence.prompt_ids):
+        sequence.num_read = done + len(chunk)
+        if sequence.num_read == len(sequence.prompt_ids):
             sequence.prefilled = self._clock()
             sequence.state = SequenceState.DECODING
             self._batch.join(sequence)
@@ -292,6 +333,7 @@ class Engine:
                 self._collector.fail(sequence, error)
             return
         now = self._clock()
+        self._pace.note_decode_run(now - started)
         if draft:
             num_taken = self._take_drafted(batch[0], draft, logits, now)
         else:

@@ -16,6 +16,7 @@
     ├── QuotaExceededError   a rate or quota of the caller      -> RESOURCE_EXHAUSTED
     ├── PolicyRefusedError   a rule of the policy forbids it    -> PERMISSION_DENIED
     ├── QueueFullError       too many chats wait                -> RESOURCE_EXHAUSTED
+    ├── DeadlineTooShortError no answer would begin in time     -> DEADLINE_EXCEEDED
     ├── SlowReaderError      the caller does not read           -> RESOURCE_EXHAUSTED
     ├── NotServingError      loading or draining                -> UNAVAILABLE
     └── EngineCrashedError   the inference thread is dead       -> INTERNAL; the daemon exits
@@ -34,6 +35,7 @@ __all__ = [
     "BuildError",
     "BundleError",
     "ConfigError",
+    "DeadlineTooShortError",
     "EngineCrashedError",
     "HearthdError",
     "InvalidRequestError",
@@ -157,6 +159,10 @@ class QueueFullError(HearthdError):
         """`retry_after_seconds` is what the caller is told to wait before it tries again."""
         super().__init__(message)
         self.retry_after_seconds = retry_after_seconds
+
+
+class DeadlineTooShortError(HearthdError):
+    """A caller's deadline comes before its answer could begin."""
 
 
 class SlowReaderError(HearthdError):

@@ -157,6 +157,11 @@ class KVCache:
         """Positions of a slot that hold a token's KV."""
         return len(self._slots[slot].tokens)
 
+    def num_found(self, prompt_ids: Sequence[int], identity: str) -> int:
+        """Return how many of a prompt's first tokens `acquire` would not leave to be run, now."""
+        prompt = list(prompt_ids)
+        return max(self._longest_shared(prompt, identity)[1], self._num_preset(prompt))
+
     def acquire(self, prompt_ids: Sequence[int], identity: str, num_tokens: int) -> Place | None:
         """Take an idle slot, with as much of the prompt's KV in it as can be had without computing.
 
@@ -166,8 +171,7 @@ class KVCache:
         """
         prompt = list(prompt_ids)
         source, shared = self._longest_shared(prompt, identity)
-        preset = self._runner.preset_tokens
-        num_preset = min(len(preset), self._reusable(prompt)) if tuple(prompt[: len(preset)]) == preset else 0
+        num_preset = self._num_preset(prompt)
         if shared <= num_preset:
             source, shared = None, 0
         num_reserved = max(num_tokens, len(prompt))
@@ -198,6 +202,11 @@ class KVCache:
         target.num_reserved = num_reserved
         target.prompt_length = len(prompt)
         return Place(choice.target, num_past, shared)
+
+    def _num_preset(self, prompt: list[int]) -> int:
+        """How many of a prompt's tokens come with the bundle."""
+        preset = self._runner.preset_tokens
+        return min(len(preset), self._reusable(prompt)) if tuple(prompt[: len(preset)]) == preset else 0
 
     def _reusable(self, prompt_ids: Sequence[int]) -> int:
         """How many of a prompt's tokens need not be run."""

@@ -73,6 +73,7 @@ def load_model(bundle: Bundle, config: Config) -> Model:
         num_slots=config.engine.slots,
         prefill_chunk=config.engine.prefill_chunk,
         solo_prefill_chunk=min(config.engine.solo_prefill_chunk, config.engine.context_length),
+        max_stall_seconds=config.engine.max_stall_ms / 1000,
         max_answer_seconds=config.engine.max_answer_seconds,
     )
     return Model(

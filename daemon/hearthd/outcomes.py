@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Final, Protocol
 
 from hearthd.errors import (
+    DeadlineTooShortError,
     InvalidRequestError,
     ModelNotFoundError,
     NotPermittedError,
@@ -57,6 +58,8 @@ class Refusal(enum.Enum):
     """Why a call was refused."""
 
     QUEUE_FULL = "queue_full"
+    DEADLINE = "deadline"
+    """No answer would have begun before it."""
     RATE = "rate"
     """Too many calls or tokens in a minute."""
     QUOTA = "quota"
@@ -108,6 +111,8 @@ def refusal_of(error: BaseException) -> Refusal | None:
     match error:
         case QueueFullError():
             return Refusal.QUEUE_FULL
+        case DeadlineTooShortError():
+            return Refusal.DEADLINE
         case QuotaExceededError():
             return _LIMITS.get(error.limit.partition(" ")[0], Refusal.RATE)
         case UnauthenticatedError():
@@ -132,6 +137,8 @@ def unfinished_by(error: Exception | None, seconds_left: float | None) -> Unfini
         case None:
             is_late = seconds_left is not None and seconds_left <= 0
             return Unfinished.DEADLINE if is_late else Unfinished.CANCELLED
+        case DeadlineTooShortError():
+            return Unfinished.DEADLINE
         case SlowReaderError():
             return Unfinished.SLOW_READER
         case PolicyRefusedError():

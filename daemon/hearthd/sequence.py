@@ -58,6 +58,8 @@ class Sequence:
     sampler: Sampler = field(init=False)
     answer: Answer = field(init=False)
     output_ids: list[int] = field(init=False, default_factory=list)
+    num_read: int = field(init=False, default=0)
+    """Prompt tokens that need not be run any more; while it waits, as far as the cache held them when it came."""
     num_cached: int = field(init=False, default=0)
     """Prompt tokens whose KV came from an earlier sequence."""
     drafter: Drafter | None = field(init=False, default=None)

@@ -21,6 +21,7 @@ from google.rpc import error_details_pb2, status_pb2
 
 from hearthd.errors import (
     MAX_PROBLEMS,
+    DeadlineTooShortError,
     EngineCrashedError,
     InvalidRequestError,
     ModelNotFoundError,
@@ -98,6 +99,8 @@ def status_of(error: Exception) -> RpcStatus:
             return _try_again(
                 str(error), error.retry_after_seconds, error_details_pb2.QuotaFailure(violations=[violation])
             )
+        case DeadlineTooShortError():
+            return RpcStatus(grpc.StatusCode.DEADLINE_EXCEEDED, str(error))
         case SlowReaderError():
             return RpcStatus(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
         case NotServingError():

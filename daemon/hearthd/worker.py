@@ -12,14 +12,13 @@ import asyncio
 import enum
 import queue
 import threading
-from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Final
 
-from hearthd.errors import EngineCrashedError, HearthdError, NotServingError, QueueFullError
+from hearthd.errors import DeadlineTooShortError, EngineCrashedError, HearthdError, NotServingError, QueueFullError
 from hearthd.events import Event, Failed, Finished
 from hearthd.logs import log_incident
 from hearthd.model import Model, prove
@@ -35,7 +34,6 @@ __all__ = ["Counts", "State", "Worker"]
 _STOP_AGAIN_SECONDS: Final = 0.05
 _MIN_RETRY_SECONDS: Final = 1.0
 _MAX_RETRY_SECONDS: Final = 60.0
-_NUM_REMEMBERED: Final = 32
 # The engine outlives a failed run; one that fails run after run is broken, and a new process may not be.
 _MAX_FAILURES_IN_A_ROW: Final = 8
 
@@ -86,7 +84,6 @@ class Worker:
         self._thread = threading.Thread(target=self._run, name="inference", daemon=True)
         self._chats: set[ChatStream] = set()
         self._streams: dict[Sequence, ChatStream] = {}
-        self._recent_seconds: deque[float] = deque(maxlen=_NUM_REMEMBERED)
         self._no_chats = asyncio.Event()
         self._no_chats.set()
         self._model: Model | None = None
@@ -156,7 +153,7 @@ class Worker:
             self.counts.refused += 1
             raise QueueFullError(
                 f"the queue is full: {model.engine.num_slots} chats run and {self._max_queued} wait; try again later",
-                self._retry_seconds(model.engine.num_slots),
+                _retry_seconds(model.engine.seconds_until_end),
             )
         chat = ChatStream(
             priority, max_backlog_bytes=self._stream_backlog_bytes, submit=self._submit, leave=self._leave
@@ -226,7 +223,9 @@ class Worker:
         if chat.finished is not None:
             self._remember(chat.finished)
         else:
-            if chat.error is not None:
+            if isinstance(chat.error, DeadlineTooShortError):
+                self.counts.refused += 1
+            elif chat.error is not None:
                 self.counts.failed += 1
             elif chat.sequence is not None:
                 self.counts.cancelled += 1
@@ -241,19 +240,11 @@ class Worker:
     def _remember(self, finished: Finished) -> None:
         self.counts.finished += 1
         self._count_tokens(finished.prompt_tokens, finished.cached_prompt_tokens, finished.completion_tokens)
-        self._recent_seconds.append(finished.prefill_seconds + finished.decode_seconds)
 
     def _count_tokens(self, prompt: int, cached_prompt: int, completion: int) -> None:
         self.counts.prompt_tokens += prompt
         self.counts.cached_prompt_tokens += cached_prompt
         self.counts.completion_tokens += completion
-
-    def _retry_seconds(self, num_slots: int) -> float:
-        """Estimate when the next of the running chats ends, from how long the last ones ran."""
-        if not self._recent_seconds:
-            return _MIN_RETRY_SECONDS
-        mean = sum(self._recent_seconds) / len(self._recent_seconds)
-        return min(max(mean / num_slots, _MIN_RETRY_SECONDS), _MAX_RETRY_SECONDS)
 
     def _remove(self, chat: ChatStream) -> None:
         sequence = chat.sequence
@@ -376,6 +367,11 @@ class Worker:
         self.state = State.ENDED
         self._loaded.set_exception(error)
         self._ended.set_result(None)
+
+
+def _retry_seconds(until_end: float | None) -> float:
+    """Return when to come again: when the next of those that run has ended."""
+    return min(max(until_end or 0.0, _MIN_RETRY_SECONDS), _MAX_RETRY_SECONDS)
 
 
 def _name_this_thread(name: str) -> None:
