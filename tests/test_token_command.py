@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from hearthd import paths
 from hearthd.__main__ import main
 from hearthd.tokens import create_token, list_tokens
 
@@ -85,3 +86,36 @@ def test_the_list_says_role_dates_and_what_is_not_valid(token_file: Path, capsys
     ]
     assert tokens[0]["expires"] is None
     assert all(re.fullmatch(date, tokens[1][key]) for key in ("created", "expires"))
+
+
+def test_a_token_file_that_systemd_copies_is_read_and_changed_where_it_comes_from(
+    token_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    configure(token_file, '[auth]\ntoken_file = "$CREDENTIALS_DIRECTORY/tokens"\n')
+    assert main(["token", "list"]) == 78
+    assert "as root, while it runs" in capsys.readouterr().err
+    # What root finds of the running service.
+    credentials = tmp_path / "credentials/hearthd.service"
+    environment = paths.service_environment({}, credentials=credentials.parent)
+    assert environment == {}
+    credentials.mkdir(parents=True)
+    environment = paths.service_environment({}, credentials=credentials.parent)
+    assert environment == {"CREDENTIALS_DIRECTORY": str(credentials)}
+    monkeypatch.setenv(*environment.popitem())
+    create_token(credentials / "tokens", "phone")
+    assert main(["token", "list"]) == 0
+    assert capsys.readouterr().out.startswith("phone\t")
+    for words in (["create", "guest"], ["revoke", "phone"]):
+        assert main(["token", *words]) == 78
+        assert "change the file that it is made of, with --token-file" in capsys.readouterr().err
+    assert main(["token", "create", "guest", "--token-file", str(tmp_path / "credstore")]) == 0
+    assert [token.name for token in list_tokens(tmp_path / "credstore")] == ["guest"]
+
+
+def test_no_device_is_paired_by_a_token_file_that_systemd_copies(
+    token_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tmp_path / "credentials"))
+    configure(token_file, '[tls]\ndirectory = "auto"\n[auth]\ntoken_file = "$CREDENTIALS_DIRECTORY/tokens"\n')
+    assert main(["pair", "phone", "--address", "192.0.2.1"]) == 78
+    assert 'no device can be added to; set it to "auto"' in capsys.readouterr().err

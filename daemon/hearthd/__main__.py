@@ -246,7 +246,7 @@ def _check_config(parsed: argparse.Namespace) -> None:
     from hearthd.tokens import list_tokens
 
     file = choose_file(parsed.config)
-    config = load_config(file)
+    config = load_config(file, paths.service_environment())
     # Before anything that may be wrong: it may be another file than the one that somebody has in mind.
     if not parsed.quiet:
         print(f"configuration: {file or 'no file, the defaults'}", flush=True)

@@ -210,7 +210,7 @@ def _read(kind: Kind, value: object, environment: Mapping[str, str], where: str,
         if directory is None:
             raise ConfigError(
                 f"{where} is {_shown(written)}, and systemd has passed no credentials; start the daemon as a service "
-                "with LoadCredential, or give another path"
+                "with LoadCredential (other commands: as root, while it runs), or give another path"
             )
         value = os.fspath(directory / value.partition("/")[2])
     try:

@@ -8,20 +8,29 @@ writes; then the system's places for root, then the XDG places of an ordinary us
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Final
 
 __all__ = [
+    "UNIT",
     "cache_directory",
     "configuration_file",
     "credentials_directory",
     "is_credential",
     "model_directory",
     "runtime_directory",
+    "service_environment",
     "state_directory",
     "tls_directory",
     "token_file",
     "unix_socket",
     "usage_file",
 ]
+
+
+UNIT: Final = "hearthd.service"
+"""The service, where a command is not told another one."""
+# systemd.exec(5): below it a directory for each unit, which nobody but root and the service may look into.
+_CREDENTIALS: Final = Path("/run/credentials")
 
 
 def _absolute(environment: Mapping[str, str], name: str) -> Path | None:
@@ -115,10 +124,22 @@ def credentials_directory(environment: Mapping[str, str] = os.environ) -> Path |
     return _absolute(environment, "CREDENTIALS_DIRECTORY")
 
 
+def service_environment(
+    environment: Mapping[str, str] = os.environ, *, unit: str = UNIT, credentials: Path = _CREDENTIALS
+) -> dict[str, str]:
+    """Return an environment with the secrets of the running service, so that its configuration can be read in a shell.
+
+    As far as they may be looked at: root may. credentials: is for tests.
+    """
+    directory = credentials / unit
+    found = {"CREDENTIALS_DIRECTORY": str(directory)} if os.access(directory, os.R_OK | os.X_OK) else {}
+    return found | dict(environment)
+
+
 def is_credential(path: Path, environment: Mapping[str, str] = os.environ) -> bool:
     """Whether systemd has put the file there.
 
     It alone decides who may read it: an access list for the service's user shows as permission bits of a group.
     """
     directory = credentials_directory(environment)
-    return directory is not None and directory in path.parents
+    return _CREDENTIALS in path.parents or (directory is not None and directory in path.parents)

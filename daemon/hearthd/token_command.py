@@ -68,20 +68,30 @@ def _file(parsed: argparse.Namespace, config: Config) -> Path:
     return parsed.token_file.absolute() if parsed.token_file else config.auth.token_file or paths.token_file()
 
 
+def _changed_file(parsed: argparse.Namespace, config: Config) -> Path:
+    path = _file(parsed, config)
+    if paths.is_credential(path):
+        raise ConfigError(
+            f"{path} is a copy that systemd made when the service started; change the file that it is made of, with "
+            "--token-file (the unit names /etc/credstore/hearth.tokens), and restart the service"
+        )
+    return path
+
+
 def _create(parsed: argparse.Namespace) -> None:
-    config = load_config(parsed.config)
+    config = load_config(parsed.config, paths.service_environment())
     if parsed.role not in config.roles:
         raise ConfigError(
             f"there is no role {parsed.role[:80]!r}; give one of {', '.join(config.roles)}, or add a section "
             "[roles.NAME] to the configuration first"
         )
-    path = _file(parsed, config)
+    path = _changed_file(parsed, config)
     print(create_token(path, parsed.name, role=parsed.role, seconds_valid=parsed.expires))
     print(f"hearthd: this is the only time that the token is shown; its hash stands in {path}", file=sys.stderr)
 
 
 def _list(parsed: argparse.Namespace) -> None:
-    config = load_config(parsed.config)
+    config = load_config(parsed.config, paths.service_environment())
     tokens = list_tokens(_file(parsed, config))
     if parsed.json:
         print(json.dumps({"tokens": [_described(token) for token in tokens]}))
@@ -104,6 +114,6 @@ def _described(token: Token) -> dict[str, object]:
 
 
 def _revoke(parsed: argparse.Namespace) -> None:
-    path = _file(parsed, load_config(parsed.config))
+    path = _changed_file(parsed, load_config(parsed.config, paths.service_environment()))
     revoke_token(path, parsed.name)
     print(f"hearthd: {parsed.name} is revoked in {path}", file=sys.stderr)

@@ -7,13 +7,13 @@ argument.
 
 import argparse
 import json
-import os
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Final
 
+from hearthd import paths
 from hearthd.config import Config, load_config
 from hearthd.doctor import board, disk, running
 from hearthd.doctor.finding import Finding, Level, good, note, problem
@@ -25,7 +25,6 @@ from hearthd.logs import describe_exception
 
 __all__ = ["add_parser", "diagnose"]
 
-_UNIT: Final = "hearthd.service"
 _MARKS: Final = {Level.GOOD: "good   ", Level.NOTE: "note   ", Level.WARNING: "warning", Level.PROBLEM: "PROBLEM"}
 
 
@@ -39,13 +38,15 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )
     parser.add_argument("--quick", action="store_true", help="neither hash the model nor measure the memory")
     parser.add_argument("--json", action="store_true", help="write one JSON object to standard output")
-    parser.add_argument("--unit", default=_UNIT, metavar="UNIT", help=f"which unit to ask systemd for ({_UNIT})")
+    parser.add_argument(
+        "--unit", default=paths.UNIT, metavar="UNIT", help=f"which unit to ask systemd for ({paths.UNIT})"
+    )
     parser.add_argument("--config", type=Path, metavar="FILE", help="TOML file, as for `serve`")
     parser.set_defaults(run=_run)
 
 
 def _run(parsed: argparse.Namespace) -> int:
-    environment = _environment(parsed.unit)
+    environment = paths.service_environment(unit=parsed.unit)
     findings = []
     for finding in diagnose(
         System(), lambda: load_config(parsed.config, environment), unit=parsed.unit, is_quick=parsed.quick
@@ -63,7 +64,7 @@ def _run(parsed: argparse.Namespace) -> int:
 
 
 def diagnose(
-    system: System, load: Callable[[], Config], *, unit: str = _UNIT, is_quick: bool = False
+    system: System, load: Callable[[], Config], *, unit: str = paths.UNIT, is_quick: bool = False
 ) -> Iterable[Finding]:
     """Run every check. load: reads the configuration, raises ConfigError."""
     from hearthd.listeners import find_listeners
@@ -125,10 +126,3 @@ def _checked(name: str, check: Callable[[], Iterable[Finding]]) -> Iterable[Find
 def _line(finding: Finding) -> str:
     remedy = f"\n{'':25}-> {finding.remedy}" if finding.remedy else ""
     return f"{_MARKS[finding.level]}  {finding.check:<16}{finding.text}{remedy}"
-
-
-def _environment(unit: str, environment: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """Return the environment with what systemd gives to the unit, so that its configuration can be read here too."""
-    credentials = Path("/run/credentials") / unit
-    found = {"CREDENTIALS_DIRECTORY": str(credentials)} if os.access(credentials, os.R_OK | os.X_OK) else {}
-    return found | dict(environment)

@@ -103,7 +103,7 @@ def _pair(parsed: argparse.Namespace) -> None:
     if not 1 <= parsed.minutes <= 60:
         raise ConfigError(f"--minutes is {parsed.minutes}; give 1 to 60")
     file = choose_file(parsed.config)
-    config = load_config(file)
+    config = load_config(file, paths.service_environment())
     given_hosts, given_port = _given_addresses(parsed.address)
     listeners = find_listeners(config.server, config.tls, config.auth)
     is_exposed = bool(given_hosts) or any(listener.is_exposed for listener in listeners)
@@ -152,7 +152,13 @@ def _pair(parsed: argparse.Namespace) -> None:
 
 
 def _token_file(config: Config) -> Path:
-    return config.auth.token_file or paths.token_file()
+    path = config.auth.token_file or paths.token_file()
+    if paths.is_credential(path):
+        raise ConfigError(
+            f'auth.token_file is {path}, which systemd made and no device can be added to; set it to "auto", and '
+            "restart the daemon; or make the token by `hearthd token create` in the file that systemd copies"
+        )
+    return path
 
 
 def _given_addresses(texts: Sequence[str]) -> tuple[list[str], int | None]:
