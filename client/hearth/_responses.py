@@ -162,7 +162,13 @@ def parse_answer(final: chat_pb2.Final, text: str, token_logprobs: tuple[values.
     return values.Answer(
         text=text,
         finish_reason=_FINISH_REASONS.get(final.finish_reason, values.FinishReason.UNKNOWN),
-        usage=values.Usage(usage.prompt_tokens, usage.cached_prompt_tokens, usage.completion_tokens),
+        usage=values.Usage(
+            usage.prompt_tokens,
+            usage.cached_prompt_tokens,
+            usage.completion_tokens,
+            usage.drafted_tokens,
+            usage.accepted_tokens,
+        ),
         timings=values.Timings(
             queue_seconds=timings.queue_ms / 1000,
             prefill_seconds=timings.prefill_ms / 1000,

@@ -138,6 +138,10 @@ class Usage:
     cached_prompt_tokens: int
     """Of those, the ones taken from the daemon's cache."""
     completion_tokens: int
+    drafted_tokens: int = 0
+    """Of the answer: those that were guessed ahead."""
+    accepted_tokens: int = 0
+    """Those of them that came without a run of their own."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -132,6 +132,7 @@ class EngineConfig:
     solo_prefill_chunk: Annotated[int, Whole(2, 512)] = 256
     max_stall_ms: Annotated[int, Whole(1, 10_000)] = 100
     max_answer_seconds: Annotated[float, Number(1.0, 86400.0)] = 600.0
+    drafts: Annotated[bool, Flag()] = True
     kv_bytes: Annotated[int, ByteSize(2**50)] = 0
 
     @property

@@ -214,6 +214,8 @@ def _to_final(event: Finished, request_id: str, model_name: str) -> chat_pb2.Fin
             prompt_tokens=event.prompt_tokens,
             cached_prompt_tokens=event.cached_prompt_tokens,
             completion_tokens=event.completion_tokens,
+            drafted_tokens=event.drafted_tokens,
+            accepted_tokens=event.accepted_tokens,
         ),
         timings=chat_pb2.Timings(
             queue_ms=event.queue_seconds * 1000,

@@ -5,6 +5,7 @@
 """
 
 import ctypes
+import logging
 import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from typing import Final
 from hearthd.bundle import Bundle
 from hearthd.chat_template import Message
 from hearthd.config import Config
+from hearthd.drafts.drafting import Drafting
+from hearthd.drafts.exactness import is_exact
 from hearthd.engine import Engine
 from hearthd.errors import BundleError
 from hearthd.events import Failed, Finished
@@ -27,6 +30,8 @@ __all__ = ["Model", "default_sampling", "load_model", "prove", "return_free_memo
 # They take no memory of their own: that is the budget's.
 _PLACES_FOR_A_SLOT: Final = 2
 _MORE_PLACES: Final = 4
+_logger = logging.getLogger(__name__)
+
 _PROOF: Final = (Message("user", "Hello"),)
 
 
@@ -75,6 +80,7 @@ def load_model(bundle: Bundle, config: Config) -> Model:
         solo_prefill_chunk=min(config.engine.solo_prefill_chunk, config.engine.context_length),
         max_stall_seconds=config.engine.max_stall_ms / 1000,
         max_answer_seconds=config.engine.max_answer_seconds,
+        drafting=_drafting(runner, tokenizer) if config.engine.drafts else None,
     )
     return Model(
         name=config.model.name,
@@ -89,6 +95,17 @@ def load_model(bundle: Bundle, config: Config) -> Model:
         license=manifest.license,
         source=manifest.source,
     )
+
+
+def _drafting(runner: Runner, tokenizer: ChatTokenizer) -> Drafting | None:
+    """Return drafts for a runner that can verify them; None if it cannot, or would give other bits with them."""
+    if not runner.can_verify:
+        _logger.info("no drafts: the model was built by an older hearthd; build it again for faster answers")
+        return None
+    if not is_exact(runner, tokenizer.encode_chat(_PROOF)):
+        _logger.warning("no drafts: on this processor they would change answers; nothing else is affected")
+        return None
+    return Drafting(context_length=runner.context_length)
 
 
 def prove(model: Model, turn: AbstractContextManager[None] | None = None) -> None:

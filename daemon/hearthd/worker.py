@@ -63,6 +63,8 @@ class Counts:
     prompt_tokens: int = 0
     cached_prompt_tokens: int = 0
     completion_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
     def __add__(self, other: "Counts") -> "Counts":
         """Return the counts of two threads together."""
@@ -232,6 +234,7 @@ class Worker:
             if chat.sequence is not None and chat.sequence.admitted is not None:
                 sequence = chat.sequence
                 self._count_tokens(len(sequence.prompt_ids), sequence.num_cached, len(sequence.output_ids))
+                self._count_drafts(sequence.num_drafted, sequence.num_accepted)
         self._remove(chat)
         self._chats.discard(chat)
         if not self._chats:
@@ -240,11 +243,16 @@ class Worker:
     def _remember(self, finished: Finished) -> None:
         self.counts.finished += 1
         self._count_tokens(finished.prompt_tokens, finished.cached_prompt_tokens, finished.completion_tokens)
+        self._count_drafts(finished.drafted_tokens, finished.accepted_tokens)
 
     def _count_tokens(self, prompt: int, cached_prompt: int, completion: int) -> None:
         self.counts.prompt_tokens += prompt
         self.counts.cached_prompt_tokens += cached_prompt
         self.counts.completion_tokens += completion
+
+    def _count_drafts(self, drafted: int, accepted: int) -> None:
+        self.counts.drafted_tokens += drafted
+        self.counts.accepted_tokens += accepted
 
     def _remove(self, chat: ChatStream) -> None:
         sequence = chat.sequence

@@ -88,6 +88,8 @@ class StatusService(status_pb2_grpc.StatusServiceServicer):
             prompt_tokens_count=counts.prompt_tokens + sum(len(sequence.prompt_ids) for sequence in begun),
             cached_prompt_tokens_count=counts.cached_prompt_tokens + sum(sequence.num_cached for sequence in begun),
             completion_tokens_count=counts.completion_tokens + sum(len(sequence.output_ids) for sequence in begun),
+            drafted_tokens_count=counts.drafted_tokens + sum(sequence.num_drafted for sequence in begun),
+            accepted_tokens_count=counts.accepted_tokens + sum(sequence.num_accepted for sequence in begun),
             model=self._model_name,
             warnings=self._warnings(),
             interactive=_count(sequences, Priority.INTERACTIVE),
