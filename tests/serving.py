@@ -36,6 +36,7 @@ from hearthd.config import (
 from hearthd.engine import Engine
 from hearthd.logs import configure_logging
 from hearthd.model import Model
+from hearthd.models.facts import ModelFacts
 from hearthd.notify import Notifier
 from hearthd.sampling import SamplingParams
 from hearthd.server import Server
@@ -111,9 +112,10 @@ async def serving(
     load: Callable[[Config], Model] | None = None,
     notifier: Notifier | None = None,
     load_again: Callable[[], Config] | None = None,
+    survey: Callable[[Config], ModelFacts] | None = None,
 ) -> AsyncIterator[Server]:
     """Run a daemon; in the block it is ready, and after it has ended as SIGTERM would end it."""
-    server = Server(config, load or (lambda _: make_model(make_runner())), notifier, load_again)
+    server = Server(config, load or (lambda _: make_model(make_runner())), notifier, load_again, survey)
     running = asyncio.create_task(server.run())
     ready = asyncio.create_task(server.is_ready.wait())
     await asyncio.wait((running, ready), return_when=asyncio.FIRST_COMPLETED)

@@ -21,6 +21,7 @@ from hearthd.model import Model
 from hearthd.server import Server
 from hearthd.tokens import create_token, revoke_token
 from serving import (
+    NAME,
     PROOF_FORWARDS,
     answer,
     asynchronous,
@@ -81,7 +82,8 @@ async def test_health_answers_for_the_daemon_and_each_service(tmp_path: Path) ->
         assert [await check(channel, service) for service in SERVICES] == [SERVING] * 5
         assert await code_of(check(channel, "nope")) is grpc.StatusCode.NOT_FOUND
         listed = await health_pb2_grpc.HealthStub(channel).List(health_pb2.HealthListRequest())
-        assert {name: each.status for name, each in listed.statuses.items()} == dict.fromkeys(SERVICES, SERVING)
+        names = [*SERVICES, f"hearth.v1.ChatService/{NAME}"]
+        assert {name: each.status for name, each in listed.statuses.items()} == dict.fromkeys(names, SERVING)
         watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(service="nope"))
         assert (await watch.read()).status == health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
         watch.cancel()

@@ -14,7 +14,7 @@ from hearthd.policy.policy_file import PolicyFile
 from hearthd.reload import Apply
 from hearthd.tls import CertificateSource, find_files, read_certificate
 
-__all__ = ["Access", "Certificates", "HasLimits", "Limits", "LogLevel", "Rules"]
+__all__ = ["Access", "Certificates", "HasLimits", "Limits", "LogLevel", "Models", "Rules"]
 
 
 class HasLimits(Protocol):
@@ -94,6 +94,22 @@ class Rules:
     def prepare(self, config: Config) -> Apply:
         """Read the policy file. Raises ConfigError if it cannot be used."""
         return self._policy.prepare(config.policy.file, config.roles)
+
+
+class Models:
+    """Which models there are beside the default one, and how each is served. Chats that run go on as they are.
+
+    One that is not installed is a warning, as at the start: nobody else is kept waiting for it.
+    """
+
+    keys = frozenset({"models", "models.max_bytes", "models.max_wait_seconds"})
+
+    def __init__(self, models: ModelPool) -> None:
+        self._models = models
+
+    def prepare(self, config: Config) -> Apply:
+        """Any models that the configuration admits can be named."""
+        return lambda: self._models.change_models(config)
 
 
 class LogLevel:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final, Protocol
 
-from hearthd.config import Config, settings
+from hearthd.config import Config, ModelOptions, settings
 from hearthd.errors import ConfigError
 from hearthd.logs import log_incident
 
@@ -28,15 +28,16 @@ _logger = logging.getLogger(__name__)
 
 Apply = Callable[[], object]
 """Makes a change that was prepared. Cannot fail."""
-# The section of sections, which is one key here.
+# Sections of sections: all roles are one key here, and so are all models, but for the default one.
 _ROLES: Final = "roles"
+_MODELS: Final = "models"
 
 
 class Reloadable(Protocol):
     """A part of the daemon that can take new values while it serves."""
 
     keys: frozenset[str]
-    """`section.key`, or `roles`; no other part's."""
+    """`section.key`, `roles` or `models`; no other part's."""
 
     def prepare(self, config: Config) -> Apply:
         """Check what a configuration means for this part, and change nothing. In a thread of its own.
@@ -73,7 +74,7 @@ class Reload:
         self._check = check
         self._is_refused = False
         self._live = frozenset().union(*(part.keys for part in parts))
-        unknown = self._live - {*settings(config), _ROLES}
+        unknown = self._live - {*settings(config), _ROLES, _MODELS}
         assert not unknown, f"no such keys: {unknown}"
 
     def find_problem(self) -> str | None:
@@ -122,10 +123,19 @@ def _mix(old: Config, new: Config, live: Iterable[str]) -> Config:
         section, _, key = name.partition(".")
         if section == _ROLES:
             sections[_ROLES] = new.roles
+        elif name == _MODELS:
+            sections["model_options"] = _with_default_of(old, new)
         else:
             section_now = sections.get(section, getattr(old, section))
             sections[section] = replace(section_now, **{key: getattr(getattr(new, section), key)})
     return replace(old, **sections)
+
+
+def _with_default_of(old: Config, new: Config) -> dict[str, ModelOptions]:
+    """Return the new models' options, but the default one's as they were: it is loaded at the start."""
+    default = old.model.name
+    options = {name: each for name, each in new.model_options.items() if name != default}
+    return options | {name: each for name, each in old.model_options.items() if name == default}
 
 
 def _differing(old: Config, new: Config) -> Iterable[str]:
@@ -133,3 +143,5 @@ def _differing(old: Config, new: Config) -> Iterable[str]:
     yield from (key for key in before if before[key] != after[key])
     if old.roles != new.roles:
         yield _ROLES
+    names = dict.fromkeys((*old.model_options, *new.model_options))
+    yield from (f"{_MODELS}.{name}" for name in names if old.model_options.get(name) != new.model_options.get(name))

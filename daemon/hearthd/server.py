@@ -29,7 +29,7 @@ from hearthd.errors import NotServingError
 from hearthd.health import HealthService
 from hearthd.instance_lock import hold_socket
 from hearthd.listeners import find_listeners
-from hearthd.live_parts import Access, Certificates, Limits, LogLevel, Rules
+from hearthd.live_parts import Access, Certificates, Limits, LogLevel, Models, Rules
 from hearthd.logs import describe_exception
 from hearthd.metering import Meters
 from hearthd.model import Model
@@ -99,7 +99,7 @@ class Server:
         self._models = ModelPool(config, load, survey)
         self._policy = PolicyFile(config.policy.file, config.roles)
         self._audit_log = _open_audit_log(config.audit)
-        self._health = HealthService((*_SERVICES, _HEALTH))
+        self._health = HealthService((*_SERVICES, _HEALTH), self._models.health, self._models.changed)
         self._tokenising = Tokenising()
         self._status_service = StatusService(
             models=self._models, observation=self._observation, model_name=config.model.name, warnings=self._warnings
@@ -223,7 +223,7 @@ class Server:
     def _make_parts(self) -> list[Reloadable]:
         services = [service for _, service in self._services if isinstance(service, ChatService | ModelService)]
         parts: list[Reloadable] = [Limits(self._models, services), Access(self._authenticator)]
-        parts += [Rules(self._policy), LogLevel()]
+        parts += [Models(self._models), Rules(self._policy), LogLevel()]
         return [*parts, Certificates(self._certificates)] if self._certificates else parts
 
     def _warn(self) -> None:
@@ -270,7 +270,7 @@ class Server:
 
     async def _serve(self) -> None:
         """Serve until told to stop, or until the inference thread ends by itself; then drain."""
-        await self._health.set_serving(True)
+        self._health.set_serving(True)
         self._notifier.ready(self._status())
         self.is_ready.set()
         stopping = asyncio.create_task(self._must_stop.wait())
@@ -285,7 +285,7 @@ class Server:
             await asyncio.wait((stopping, crashing), return_when=asyncio.FIRST_COMPLETED)
             # It must not say READY after STOPPING.
             await _cancel(reloading)
-            await self._health.set_serving(False)
+            self._health.set_serving(False)
             if crashing.done():
                 crashing.result()
             await self._drain(crashing)
@@ -329,7 +329,7 @@ class Server:
         self._notifier.stopping(f"shutting down: {self._models.num_chats} chats may finish within {grace:g} s")
         self._notifier.extend_timeout(grace + 2 * CLOSE_SECONDS)
         _logger.info("shutting down: %d chats may finish within %g s", self._models.num_chats, grace)
-        await self._health.end_watches()
+        self._health.end_watches()
         idle = asyncio.create_task(self._models.wait_until_idle())
         hurry = asyncio.create_task(self._must_hurry.wait())
         try:
@@ -344,8 +344,8 @@ class Server:
 
     async def _close(self) -> None:
         """Close connections and end the thread, within CLOSE_SECONDS or so, however far `run` has come."""
-        await self._health.set_serving(False)
-        await self._health.end_watches()
+        self._health.set_serving(False)
+        self._health.end_watches()
         self._models.stop()
         # Not `stop(None)`: chats that have just failed must still be able to say so.
         await asyncio.gather(*(server.stop(CLOSE_SECONDS / 2) for server in self._servers))

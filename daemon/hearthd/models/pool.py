@@ -96,6 +96,10 @@ class ModelPool:
         """Of all models since the start."""
         return sum((worker.counts for worker in self.workers), self._residents.retired)
 
+    def health(self) -> dict[str, bool]:
+        """Return for each model whether a chat with it can begin, though it may have to be loaded first."""
+        return {entry.name: entry.failure is None for entry in self.entries}
+
     def find_problem(self) -> str | None:
         """Return which models cannot be loaded; None if there is none."""
         failed = [entry.name for entry in self.entries if entry.failure is not None]
@@ -175,6 +179,31 @@ class ModelPool:
         self._config = self._residents.config = replace(self._config, limits=limits)
         for worker in self.workers:
             worker.change_limits(max_queued=max_queued, default_max_tokens=default_max_tokens)
+
+    def change_models(self, config: Config) -> None:
+        """Serve the models that a configuration names, each as it says; but the default one stays as it is.
+
+        One that is not named any more, or otherwise than before, goes when its users have done.
+        """
+        old = self._config
+        new = replace(old, models=config.models, model_options=config.model_options)
+        self._config = self._residents.config = new
+        before = self._entries
+        self._entries = {name: before.get(name) or _entry(new, name) for name in new.model_names}
+        for name in before.keys() - self._entries.keys():
+            before[name].is_removed = True
+            self._residents.part_with(before[name])
+        for name, entry in self._entries.items():
+            if entry is self.default:
+                continue
+            fresh = _entry(new, name)
+            entry.keep, entry.idle_seconds = fresh.keep, fresh.idle_seconds
+            is_new, is_other = name not in before, new.for_model(name).engine != old.for_model(name).engine
+            if is_new or is_other:
+                self._residents.renew(entry)
+            elif not entry.num_users:
+                self._residents.rest(entry)
+        self.changed.ring()
 
     # The daemon's life.
 

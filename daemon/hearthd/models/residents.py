@@ -86,6 +86,8 @@ class Residents:
                     await self._make_room(entry)
                 if self._is_wanted(entry):
                     await self.load(entry)
+                    if entry.is_removed:
+                        self.part_with(entry)
         except Exception as error:  # noqa: BLE001 - whatever it is, those who wait must hear of it
             self.note_failure(entry, error)
             await asyncio.to_thread(_collect)
@@ -154,6 +156,23 @@ class Residents:
             if self.crashed is not None and not self.crashed.done():
                 self.crashed.set_exception(error)
 
+    def renew(self, entry: Entry) -> None:
+        """Find out what is known of a model that is new, or configured otherwise; let what is loaded of it go."""
+        entry.failure = None
+        if entry.worker is not None:
+            self.part_with(entry)
+        self._spawn(self._renew(entry))
+
+    async def _renew(self, entry: Entry) -> None:
+        try:
+            await self.look_at(entry)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the others go on
+            self.note_failure(entry, error)
+        else:
+            if entry.keep and not self.is_closed:
+                self.bring(entry)
+        self._changed.ring()
+
     # Making room.
 
     async def _make_room(self, entry: Entry) -> None:
@@ -183,7 +202,7 @@ class Residents:
         """Note that nobody uses a model now."""
         self._changed.ring()
         entry.stop_idling()
-        if entry.idle_seconds and not entry.keep:
+        if entry.idle_seconds and not entry.keep and entry.worker is not None:
             entry.idle_timer = asyncio.get_running_loop().call_later(entry.idle_seconds, self._part_if_idle, entry)
 
     def _part_if_idle(self, entry: Entry) -> None:
