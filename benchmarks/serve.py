@@ -14,6 +14,7 @@ import json
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -97,6 +98,10 @@ def _run(name: str, bench: Bench) -> dict[str, Any]:
         result = asyncio.run(SCENARIOS[name](bench))
     except (ServerError, EngineError, InstallError, HearthdError) as failure:
         error = str(failure)
+    except Exception as failure:  # noqa: BLE001 - a fault of this scenario: what the others found stays
+        error = f"{type(failure).__name__}: {failure}"
+        traceback.print_exc()
+    if error:
         bench.say(f"{name}: {error}")
     for target in result.targets:
         mark = {Verdict.MET: "met    ", Verdict.NOT_MET: "NOT MET"}.get(target.verdict, "-      ")

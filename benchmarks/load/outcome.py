@@ -47,9 +47,16 @@ class Outcome:
     """From arrival to slot, by the server."""
 
     @property
+    def first_token(self) -> float | None:
+        """When the first token came; of an answer without text, whose first token ended it, when that was said."""
+        if self.deltas:
+            return self.deltas[0]
+        return self.ended if self.end is End.ANSWERED else None
+
+    @property
     def first_token_seconds(self) -> float | None:
         """Time to first token, from when the request was due."""
-        return self.deltas[0] - self.scheduled if self.deltas else None
+        return None if self.first_token is None else self.first_token - self.scheduled
 
     @property
     def gaps(self) -> list[float]:

@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
+from load.report import rates
+
 # Okabe and Ito's colours, which the colour-blind can tell apart.
 _COLOURS = ("#d55e00", "#0072b2", "#56b4e9")
 _WIDTH, _HEIGHT, _LEFT, _TOP, _GAP_X, _GAP_Y = 320, 200, 60, 40, 70, 80
@@ -21,22 +23,22 @@ _SERVERS = {"house": "Hearth", "peer": "llama-cpp-python's server"}
 def draw(report: Mapping[str, Any]) -> str:
     """Return the SVG's text. There are no panels if no arrivals were offered."""
     scenarios = report["scenarios"]
-    rates = list(scenarios.get("house", {}).get("figures", {}))
+    names = rates(scenarios)
     titles: list[str] = []
     panels = []
-    for row, rate in enumerate(rates):
+    for row, rate in enumerate(names):
         for column, (times, title) in enumerate(_TIMES.items()):
             curves = {}
             for server, label in _SERVERS.items():
                 for name, found in scenarios.get(server, {}).get("figures", {}).items():
-                    if (name == rate or name.startswith(f"{rate},")) and times in found["curves"]:
+                    if name.partition(",")[0] == rate and times in found["curves"]:
                         curves[label + name[len(rate) :]] = found["curves"][times]
             titles += [label for label in curves if label not in titles]
             left, top = _LEFT + column * (_WIDTH + _GAP_X), _TOP + row * (_HEIGHT + _GAP_Y)
             panels.append((left, top, f"{title}, {rate}", curves))
     colours = {label: _COLOURS[index % len(_COLOURS)] for index, label in enumerate(titles)}
     width = _LEFT + len(_TIMES) * (_WIDTH + _GAP_X)
-    below = _TOP + len(rates) * (_HEIGHT + _GAP_Y)
+    below = _TOP + len(names) * (_HEIGHT + _GAP_Y)
     height = below + 20 * len(titles) + 10
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}"',

@@ -10,8 +10,7 @@ from typing import Any
 
 from load.targets import Verdict
 
-OURS, PEER = "house", "peer"
-_TITLES = {OURS: "Hearth", PEER: "llama-cpp-python"}
+_TITLES = {"house": "Hearth", "peer": "llama-cpp-python"}
 _Row = tuple[str, Sequence[str]]
 
 
@@ -34,7 +33,7 @@ def markdown(report: Mapping[str, Any]) -> str:
     ]
     if rows:
         text += ["", *_table(("target", "wanted", "measured", "", ""), rows)]
-    if OURS in scenarios and scenarios[OURS]["figures"]:
+    if any(scenarios[server]["figures"] for server in _TITLES if server in scenarios):
         text += ["", *side_by_side(scenarios)]
     text += _missing(scenarios, report["left_out"])
     return "\n".join(text) + "\n"
@@ -50,12 +49,11 @@ def measured(target: Mapping[str, Any]) -> str:
 def side_by_side(scenarios: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Return a table with a column for each server and rate."""
     columns: list[tuple[str, Mapping[str, Any]]] = []
-    rates = scenarios[OURS]["figures"]
-    for rate in rates:
-        for server in (OURS, PEER):
+    for rate in rates(scenarios):
+        for server, title in _TITLES.items():
             for name, found in scenarios.get(server, {"figures": {}})["figures"].items():
-                if name == rate or name.startswith(f"{rate},"):
-                    columns.append((f"{_TITLES[server]}, {name}", found))
+                if name.partition(",")[0] == rate:
+                    columns.append((f"{title}, {name}", found))
     rows: list[_Row] = [
         ("requests", [f"{each['requests']}" for _, each in columns]),
         ("answered", [f"{each['answered']}" for _, each in columns]),
@@ -79,6 +77,12 @@ def side_by_side(scenarios: Mapping[str, Mapping[str, Any]]) -> list[str]:
         ("generator late by at most, ms", [number(each["generator_late_ms"]) for _, each in columns]),
     ]
     return _table(("", *(title for title, _ in columns)), rows)
+
+
+def rates(scenarios: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Return the names of the rates at which any server was offered arrivals, in their order."""
+    names = [name for server in _TITLES if server in scenarios for name in scenarios[server]["figures"]]
+    return list(dict.fromkeys(name.partition(",")[0] for name in names))
 
 
 def number(value: float) -> str:

@@ -115,7 +115,11 @@ def result(
     refused = [attempt for attempt in attempts if attempt.end is End.REFUSED]
     answered = {name: sum(each.end is End.ANSWERED for each in found) for name, found in visits.items()}
     served = sum(number == answers_each for number in answered.values())
-    waits = [each.deltas[0] - each.scheduled for each in attempts if each.end is End.ANSWERED and each.deltas]
+    waits = [
+        each.first_token_seconds
+        for each in attempts
+        if each.end is End.ANSWERED and each.first_token_seconds is not None
+    ]
     refusal_ms = [1000 * (each.ended - each.sent) for each in refused]
     with_delay = sum(each.retry_after is not None for each in refused)
     health_ms = [1000 * each for each in checks]

@@ -52,8 +52,8 @@ async def _arrive(server: HearthServer) -> Caller:
 async def _ask(server: HearthServer, caller: Caller, system: str, question: str) -> Outcome:
     await asyncio.to_thread(server.wait_until_quiet)
     outcome = await caller.ask(request(question, system=system, max_tokens=2))
-    if outcome.end is not End.ANSWERED or not outcome.deltas:
-        raise ServerError(f"a question was not answered: {outcome.reason or 'without a word'}")
+    if outcome.end is not End.ANSWERED:
+        raise ServerError(f"a question was not answered: {outcome.reason}")
     return outcome
 
 
@@ -89,4 +89,5 @@ def _target(name: str, cold: list[Outcome], again: list[Outcome], times: int) ->
 
 def _first(outcome: Outcome) -> float:
     """From sending: the generator's own time before that is no server's."""
-    return outcome.deltas[0] - outcome.sent
+    assert outcome.first_token is not None, "it was answered"
+    return outcome.first_token - outcome.sent
