@@ -3,8 +3,9 @@
     .venv/bin/python tests/soak.py [--minutes 10] [--threads 1] [--callers 4] [--pause 0.5] [--model DIRECTORY]
 
 Prints a line each interval and a summary. Ends with 1 if anything went wrong: an error that was not asked for, a daemon
-that did not come to rest, descriptors or threads that stayed, or a resident set that grew more than 1 % over the last
-half (of a run of 10 minutes or more: the first minutes fill buffers for the first time). Leaves nothing behind.
+that did not come to rest, descriptors or threads that stayed, a silence after which systemd's watchdog would have ended
+it, or a resident set that grew more than 1 % over the last half (of a run of 10 minutes or more: the first minutes fill
+buffers for the first time). Leaves nothing behind.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ SLOTS = 3
 MAX_GROWTH_PERCENT = 1.0
 LONG_ENOUGH_MINUTES = 10.0
 REST_SECONDS = 30.0
+# As in the unit (deploy/systemd/hearthd.service).
+WATCHDOG_SECONDS = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +46,39 @@ class Sample:
     resident_mb: float
     num_descriptors: int
     num_threads: int
+
+
+class LifeSigns:
+    """systemd's end of NOTIFY_SOCKET: the longest silence between two signs of life. A context manager."""
+
+    def __init__(self, path: Path) -> None:
+        self.environment = {"NOTIFY_SOCKET": str(path), "WATCHDOG_USEC": str(round(WATCHDOG_SECONDS * 1e6))}
+        self.longest_seconds = 0.0
+        self.number = 0
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._socket.bind(str(path))
+        self._thread = threading.Thread(target=self._listen)
+
+    def __enter__(self) -> LifeSigns:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as own:
+            own.sendto(b"END", self._socket.getsockname())
+        self._thread.join()
+        self._socket.close()
+
+    def _listen(self) -> None:
+        last = None
+        while (said := self._socket.recv(4096)) != b"END":
+            # The watchdog runs from READY on.
+            if said.startswith((b"READY=1", b"WATCHDOG=1")):
+                now = time.monotonic()
+                if last is not None:
+                    self.longest_seconds = max(self.longest_seconds, now - last)
+                    self.number += 1
+                last = now
 
 
 class Tally:
@@ -77,7 +113,7 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def start_daemon(directory: Path, place: Place, model: Path, threads: int) -> subprocess.Popen[bytes]:
+def start_daemon(directory: Path, place: Place, model: Path, threads: int, signs: LifeSigns) -> subprocess.Popen[bytes]:
     config = directory / "hearthd.toml"
     config.write_text(
         f'[server]\nunix_socket = "{directory}/s"\ntcp = ["127.0.0.1:{place.port}"]\ndrain_grace_seconds = 5\n'
@@ -93,7 +129,7 @@ def start_daemon(directory: Path, place: Place, model: Path, threads: int) -> su
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
-            env=kept | {"STATE_DIRECTORY": str(directory)},
+            env=kept | signs.environment | {"STATE_DIRECTORY": str(directory)},
         )
 
 
@@ -155,7 +191,7 @@ def come_to_rest(place: Place, pid: int, before: Sample, begin: float) -> list[s
         threading.Event().wait(0.5)
 
 
-def soak(options: argparse.Namespace, directory: Path) -> int:
+def soak(options: argparse.Namespace, directory: Path, signs: LifeSigns) -> int:
     tls_directory = directory / "tls"
     tls_directory.mkdir()
     token_file = directory / "tokens"
@@ -167,7 +203,7 @@ def soak(options: argparse.Namespace, directory: Path) -> int:
         context_length=CONTEXT,
         stop=threading.Event(),
     )
-    daemon = start_daemon(directory, place, options.model, options.threads)
+    daemon = start_daemon(directory, place, options.model, options.threads, signs)
     tally = Tally()
     callers: list[threading.Thread] = []
     try:
@@ -195,6 +231,9 @@ def soak(options: argparse.Namespace, directory: Path) -> int:
         if (directory / "s").exists():
             problems.append("the socket was left behind")
         problems += [f"{count} x {what}" for what, count in tally.errors.items()]
+        print(f"\n{signs.number} signs of life, {signs.longest_seconds:.1f} s apart at most")
+        if signs.longest_seconds >= WATCHDOG_SECONDS or not signs.number:
+            problems.append(f"the watchdog would have ended it: it allows {WATCHDOG_SECONDS:g} s of silence")
         return report(options, samples, tally, problems, status.num_prompt_tokens, status.num_completion_tokens)
     except Exception:
         print((directory / "log").read_text(errors="replace")[-2000:], file=sys.stderr)
@@ -254,7 +293,7 @@ def report(
             *problems,
             f"the resident set grew {growth:.2f} % over the last half; {MAX_GROWTH_PERCENT} is meant",
         ]
-    print(f"\n{tally.visits.total()} visits: " + ", ".join(f"{name} {n}" for name, n in tally.visits.most_common()))
+    print(f"{tally.visits.total()} visits: " + ", ".join(f"{name} {n}" for name, n in tally.visits.most_common()))
     print(f"{num_prompt_tokens} tokens read, {num_completion_tokens} written in {options.minutes:g} minutes")
     print(
         f"resident {samples[0].resident_mb:.1f} MB at first, {samples[-1].resident_mb:.1f} MB at last, at most "
@@ -269,8 +308,8 @@ def report(
 def main() -> int:
     options = parse(sys.argv[1:])
     # A short path: that of a Unix socket has at most 107 bytes.
-    with tempfile.TemporaryDirectory(prefix="soak.") as directory:
-        return soak(options, Path(directory))
+    with tempfile.TemporaryDirectory(prefix="soak.") as directory, LifeSigns(Path(directory) / "notify") as signs:
+        return soak(options, Path(directory), signs)
 
 
 if __name__ == "__main__":
