@@ -90,6 +90,8 @@ class FakeRunner:
         self.preset_tokens = preset_tokens
         self.min_run = min_run
         self.num_rests = 0
+        self.num_threads = 4
+        self.thread_changes: list[int] = []
         self.logits_after = logits_after or hashed_logits(vocab_size)
         self.fail_next: Exception | None = None
         """Raised by the next forward, which leaves garbage behind."""
@@ -199,6 +201,10 @@ class FakeRunner:
                 raise RunTerminated
             if self._is_gated:
                 self._num_allowed -= 1
+
+    def change_threads(self, num_threads: int) -> None:
+        self.num_threads = num_threads
+        self.thread_changes.append(num_threads)
 
     def rest(self) -> None:
         self.num_rests += 1

@@ -67,7 +67,12 @@ BUILD_FOLDERS = {
 # Packages that few may know: everybody else stays testable, and replaceable, without them.
 ONLY_IN = {
     # The oracle runs what others exported, whose inputs are not those of Hearth's own graphs.
-    "onnxruntime": {"hearthd.runner", "hearthd.build.quantization.session", "hearthd.build.quantization.oracle"},
+    "onnxruntime": {
+        "hearthd.runner",
+        "hearthd.session",
+        "hearthd.build.quantization.session",
+        "hearthd.build.quantization.oracle",
+    },
     "systemd": {"hearthd.notify", "hearthd.logs"},
     "torch": {"hearthd.build.sources.optimum_export"},
     "transformers": {"hearthd.build.sources.optimum_export"},

@@ -180,6 +180,7 @@ def parse_answer(final: chat_pb2.Final, text: str, token_logprobs: tuple[values.
         request_id=final.request_id,
         model=final.model,
         token_logprobs=token_logprobs,
+        throttled=final.throttled,
     )
 
 

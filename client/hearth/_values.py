@@ -169,6 +169,8 @@ class Answer:
     model: str
     token_logprobs: tuple[TokenLogprob, ...] = ()
     """Empty unless `top_logprobs` was set."""
+    throttled: bool = False
+    """Whether the daemon held back meanwhile, because its board was hot or short of power."""
 
 
 @dataclass(frozen=True, slots=True)

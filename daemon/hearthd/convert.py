@@ -179,8 +179,13 @@ def fit_to_context(call: ChatCall, num_prompt_tokens: int, context_length: int) 
     return replace(call.params, max_tokens=min(max_tokens, room))
 
 
-def to_chat_response(event: Event, request_id: str, model_name: str) -> chat_pb2.ChatResponse:
-    """Return what the caller sees of an event. A Failed is no response, and must not come here."""
+def to_chat_response(
+    event: Event, request_id: str, model_name: str, *, is_throttled: bool = False
+) -> chat_pb2.ChatResponse:
+    """Return what the caller sees of an event. A Failed is no response, and must not come here.
+
+    is_throttled: whether the daemon held anything back meanwhile.
+    """
     match event:
         case Queued():
             wait = event.expected_wait_seconds
@@ -191,7 +196,7 @@ def to_chat_response(event: Event, request_id: str, model_name: str) -> chat_pb2
                 delta=chat_pb2.TextDelta(text=event.text, token_logprobs=map(_to_logprob, event.token_logprobs))
             )
         case Finished():
-            return chat_pb2.ChatResponse(final=_to_final(event, request_id, model_name))
+            return chat_pb2.ChatResponse(final=_to_final(event, request_id, model_name, is_throttled))
         case _:
             raise TypeError(f"{type(event).__name__} is no response")
 
@@ -206,7 +211,7 @@ def _to_logprob(logprob: TokenLogprob) -> chat_pb2.TokenLogprob:
     )
 
 
-def _to_final(event: Finished, request_id: str, model_name: str) -> chat_pb2.Final:
+def _to_final(event: Finished, request_id: str, model_name: str, is_throttled: bool) -> chat_pb2.Final:
     decoded = event.completion_tokens - 1
     return chat_pb2.Final(
         finish_reason=_FINISH_REASONS[event.reason],
@@ -227,6 +232,7 @@ def _to_final(event: Finished, request_id: str, model_name: str) -> chat_pb2.Fin
         ),
         request_id=request_id,
         model=model_name,
+        throttled=is_throttled,
     )
 
 

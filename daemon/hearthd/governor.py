@@ -65,13 +65,13 @@ class Governor:
         max_celsius: float,
         *,
         clock: Callable[[], float] = time.monotonic,
-        poll_seconds: float = _POLL_SECONDS,
+        poll_seconds: float | None = None,
     ) -> None:
         """max_celsius: 0 to watch, and hold nothing back."""
         self._sensors = sensors
         self._max_celsius = max_celsius
         self._clock = clock
-        self._poll_seconds = poll_seconds
+        self._poll_seconds = _POLL_SECONDS if poll_seconds is None else poll_seconds
         self._changed = clock() - _DOWN_SECONDS
         self._cool_since: float | None = None
         self.reading = BoardReading()

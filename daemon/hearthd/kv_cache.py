@@ -102,6 +102,13 @@ class Runner(Protocol):
     def give_back_prompt(self, num_tokens: int) -> None:
         """Give back what is there for the reading of prompts of more than so many tokens."""
 
+    @property
+    def num_threads(self) -> int:
+        """Threads that a run computes with."""
+
+    def change_threads(self, num_threads: int) -> None:
+        """Compute with so many threads from the next run on. KV stays, and logits are the same, bit for bit."""
+
     def terminate(self) -> None:
         """Stop the forward that runs now, from any thread; it raises RunTerminated. The next forward works."""
 

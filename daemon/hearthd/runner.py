@@ -17,16 +17,12 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from hearthd.bundle import Bundle
-from hearthd.errors import BundleError, ConfigError, ShortOfMemoryError
+from hearthd.errors import ConfigError
 from hearthd.kv_buffers import DecoderShape, KVSlots, PromptBuffers
 from hearthd.kv_cache import RunTerminated
-from hearthd.plain_attention import choose_plain_attention
+from hearthd.session import open_session
 
 __all__ = ["DecoderShape", "OnnxRunner"]
-
-# What ONNX Runtime says when it gets no memory, for which it has no error of its own.
-_NO_MEMORY = ("bad_alloc", "Failed to allocate memory")
-
 
 # Chunks of prompts come in two sizes again and again: while others decode, and while nobody does.
 _PROMPT_BINDINGS = 2
@@ -107,23 +103,9 @@ class OnnxRunner:
         None) and the reading of a full prompt need.
         Raises BundleError if ONNX Runtime refuses the graph, ConfigError if kv_bytes is too little to say anything.
         """
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = num_threads
-        options.inter_op_num_threads = 1
-        # Shapes differ from run to run: a remembered pattern would only hold memory.
-        options.enable_mem_pattern = False
-        options.log_severity_level = 3
-        choose_plain_attention()
-        try:
-            self._session = ort.InferenceSession(str(model_path), options, providers=["CPUExecutionProvider"])
-        # ONNX Runtime raises types of its own, which derive from Exception alone.
-        except Exception as error:
-            if any(words in str(error) for words in _NO_MEMORY):
-                raise ShortOfMemoryError(
-                    f"there is not enough memory to load {model_path}; stop other programs, or raise the service's "
-                    "MemoryMax, or serve a smaller model"
-                ) from error
-            raise BundleError(f"ONNX Runtime cannot load {model_path}: {str(error).splitlines()[0]}") from error
+        self._model_path = model_path
+        self.num_threads = num_threads
+        self._session = open_session(model_path, num_threads)
         self.num_slots = num_slots
         self.vocab_size = shape.vocab_size
         self.preset_tokens = preset_tokens
@@ -333,6 +315,17 @@ class OnnxRunner:
         finally:
             with self._lock:
                 self._running = None
+
+    def change_threads(self, num_threads: int) -> None:
+        """Compute with so many threads from the next run on. KV stays, and no bit of any answer depends on it.
+
+        Loads the graph again, which takes its time. The old one goes first: a small board has no room for both.
+        """
+        for bindings in (self._bindings, self._prompt_bindings, self._verify_bindings):
+            bindings.clear()
+        del self._session
+        self._session = open_session(self._model_path, num_threads)
+        self.num_threads = num_threads
 
     def terminate(self) -> None:
         """Stop the run in progress, if there is one. Any thread."""

@@ -96,7 +96,7 @@ class Server:
         self._meters = Meters(self._daily_usage)
         self._pairing = PairingGate(config.auth.token_file)
         self._observation = Observation(config, root)
-        self._models = ModelPool(config, load, survey)
+        self._models = ModelPool(config, load, survey, lambda: self._observation.governor.throttle)
         self._policy = PolicyFile(config.policy.file, config.roles)
         self._audit_log = _open_audit_log(config.audit)
         self._health = HealthService((*_SERVICES, _HEALTH), self._models.health, self._models.changed)

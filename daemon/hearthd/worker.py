@@ -13,19 +13,20 @@ import enum
 import queue
 import threading
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
 from typing import Final
 
 from hearthd.errors import DeadlineTooShortError, EngineCrashedError, HearthdError, NotServingError, QueueFullError
 from hearthd.events import Event, Failed, Finished
+from hearthd.governor import FULL, Throttle
 from hearthd.logs import log_incident
 from hearthd.model import Model, prove
 from hearthd.models.baton import Baton
+from hearthd.restraint import Restraint
 from hearthd.scheduling.priority import Priority
 from hearthd.sequence import Sequence
 from hearthd.stream import ChatStream
+from hearthd.thread_name import name_this_thread
 
 __all__ = ["Counts", "State", "Worker"]
 
@@ -75,11 +76,18 @@ class Worker:
     """The inference thread as the event loop sees it. All methods belong to the loop that called `start`."""
 
     def __init__(
-        self, load: Callable[[], Model], *, max_queued: int, stream_backlog_bytes: int, baton: Baton | None = None
+        self,
+        load: Callable[[], Model],
+        *,
+        max_queued: int,
+        stream_backlog_bytes: int,
+        baton: Baton | None = None,
+        throttle: Callable[[], Throttle] = lambda: FULL,
     ) -> None:
         """load: called in the inference thread. baton: held for each step; None if no other model is served."""
         self._load = load
         self._baton = baton or Baton()
+        self._throttle = throttle
         self._max_queued = max_queued
         self._stream_backlog_bytes = stream_backlog_bytes
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
@@ -314,11 +322,13 @@ class Worker:
             self._call_loop(lambda error=error: self._fail_to_load(error))  # type: ignore[misc]
             return
         self._engine = model.engine
-        _name_this_thread(self._thread.name)
+        # After loading: ONNX Runtime's own threads would have inherited the name.
+        name_this_thread(self._thread.name)
+        restraint = Restraint(model, self._throttle)
         self._call_loop(lambda: self._loaded.set_result(model))
         try:
             while not self._must_stop:
-                self._step()
+                self._step(restraint)
         except BaseException as error:  # noqa: BLE001 - nobody may wait for a dead thread
             crash = EngineCrashedError(log_incident("the inference thread crashed", error))
             self._call_loop(lambda: self._end(crash))
@@ -327,11 +337,11 @@ class Worker:
         finally:
             del self._engine
 
-    def _step(self) -> None:
+    def _step(self, restraint: Restraint) -> None:
         self._take_commands()
         if self._must_stop or not self._engine.has_work:
             return
-        with self._baton:
+        with self._baton, restraint:
             if self._must_stop:  # while others had their turns
                 return
             events = self._engine.step()
@@ -380,12 +390,3 @@ class Worker:
 def _retry_seconds(until_end: float | None) -> float:
     """Return when to come again: when the next of those that run has ended."""
     return min(max(until_end or 0.0, _MIN_RETRY_SECONDS), _MAX_RETRY_SECONDS)
-
-
-def _name_this_thread(name: str) -> None:
-    """Name the thread for the kernel: `top -H` and `ps -T` show which one works.
-
-    After loading: ONNX Runtime's own threads would have inherited the name.
-    """
-    with suppress(OSError):
-        Path("/proc/thread-self/comm").write_text(name)

@@ -19,6 +19,7 @@ from typing import Final
 
 from hearthd.config import Config, ModelOptions
 from hearthd.errors import ConfigError, HearthdError, NotServingError, QueueFullError
+from hearthd.governor import FULL, Throttle
 from hearthd.model import Model
 from hearthd.models.bell import Bell
 from hearthd.models.entry import Entry
@@ -40,6 +41,7 @@ class ModelPool:
         config: Config,
         load: Callable[[Config], Model],
         survey: Callable[[Config], ModelFacts] | None = None,
+        throttle: Callable[[], Throttle] = lambda: FULL,
     ) -> None:
         """load: called in a model's inference thread. survey: says what is known of it before, in another thread.
 
@@ -49,7 +51,7 @@ class ModelPool:
         self._entries = {name: _entry(config, name) for name in config.model_names}
         self.changed = Bell()
         """Rings when a model is waited for, loaded, no longer used, about to leave, gone, or failed."""
-        self._residents = Residents(config, load, survey, self.changed)
+        self._residents = Residents(config, load, survey, self.changed, throttle)
         self.state = State.LOADING
         """Of the daemon: it serves when the default model has been proven."""
 

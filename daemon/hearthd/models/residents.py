@@ -17,6 +17,7 @@ from typing import Any, Final
 
 from hearthd.config import Config
 from hearthd.errors import ConfigError, HearthdError
+from hearthd.governor import Throttle
 from hearthd.logs import log_incident
 from hearthd.model import Model, return_free_memory
 from hearthd.models.baton import Baton
@@ -43,6 +44,7 @@ class Residents:
         load: Callable[[Config], Model],
         survey: Callable[[Config], ModelFacts] | None,
         changed: Bell,
+        throttle: Callable[[], Throttle],
     ) -> None:
         """load: called in a model's inference thread. survey: in another one. Both get the model's own configuration.
 
@@ -64,6 +66,7 @@ class Residents:
         self._survey = survey
         self._changed = changed
         self._baton = Baton()
+        self._throttle = throttle
         self._turn = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -111,6 +114,7 @@ class Residents:
             max_queued=config.limits.max_queued,
             stream_backlog_bytes=config.server.stream_backlog_bytes,
             baton=self._baton,
+            throttle=self._throttle,
         )
         self.alive.append(worker)
         try:

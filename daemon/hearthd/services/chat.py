@@ -101,9 +101,12 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
                         screen=screen,
                     )
                 )
+                is_throttled = False
                 async for event in chat:
+                    is_throttled |= self._observation.governor.throttle.level > 0
                     _charge(meter, chat)
-                    await self._write(context, chat, to_chat_response(event, call.request_id, model.name))
+                    response = to_chat_response(event, call.request_id, model.name, is_throttled=is_throttled)
+                    await self._write(context, chat, response)
             finally:
                 _charge(meter, chat)
                 _record_end(chat, screen)
