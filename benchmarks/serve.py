@@ -12,6 +12,7 @@ import asyncio
 import datetime
 import json
 import os
+import signal
 import sys
 import time
 import traceback
@@ -151,6 +152,10 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
+def _end(number: int, frame: object) -> None:  # noqa: ARG001 - as signal calls it
+    sys.exit(128 + number)
+
+
 def _names(text: str) -> tuple[str, ...]:
     names = tuple(name.strip() for name in text.split(",") if name.strip())
     if unknown := set(names) - SCENARIOS.keys():
@@ -185,4 +190,6 @@ def _speaker() -> Callable[[str], None]:
 
 
 if __name__ == "__main__":
+    # Ended from outside, it leaves no daemon behind either.
+    signal.signal(signal.SIGTERM, _end)
     sys.exit(main())
