@@ -230,6 +230,21 @@ class FakeRunner:
         self._touch(target, num_tokens)
         self._count_blocks()
 
+    kv_token_bytes = 8
+
+    def read_kv(self, slot: int, start: int, end: int) -> bytes:
+        assert _GARBAGE not in self.slots[slot][:end]
+        assert end <= len(self.slots[slot])
+        return np.array(self.slots[slot][start:end], np.int64).tobytes()
+
+    def write_kv(self, slot: int, start: int, kv: bytes, num_skipped: int) -> None:
+        tokens = np.frombuffer(kv, np.int64).tolist()[num_skipped:]
+        start += num_skipped
+        assert start <= len(self.slots[slot])
+        self.slots[slot] = [*self.slots[slot][:start], *tokens]
+        self._touch(slot, start + len(tokens))
+        self._count_blocks()
+
     def give_back(self, slot: int, num_tokens: int) -> None:
         if self.kv_budget.blocks(num_tokens) < self.kv_budget.blocks(self._touched[slot]):
             self._touched[slot] = self.kv_budget.blocks(num_tokens) * self.kv_budget.block_tokens

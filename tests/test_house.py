@@ -31,6 +31,7 @@ LAYERS = (
     {
         "hearthd.batch",
         "hearthd.collector",
+        "hearthd.idle_time",
         "hearthd.scheduling.chunks",
         "hearthd.scheduling.waits",
         "hearthd.drafts.drafting",

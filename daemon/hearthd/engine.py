@@ -9,9 +9,9 @@ One thread calls it. Knows no asyncio, no gRPC and no threads; time comes from t
 `worker`.
 """
 
-import logging
 import time
 from collections.abc import Callable, Iterable
+from collections.abc import Sequence as Tokens
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +30,8 @@ from hearthd.events import (
     TokenLogprob,
     TokenProbability,
 )
+from hearthd.idle_time import IdleTime
+from hearthd.kv.stored_prefixes import StoredPrefixes
 from hearthd.kv_cache import KVCache, Runner, RunTerminated
 from hearthd.scheduling.chunks import ChunkSizes
 from hearthd.scheduling.pace import Pace
@@ -53,7 +55,8 @@ __all__ = [
     "TokenProbability",
 ]
 
-_logger = logging.getLogger(__name__)
+# Where only the disk is waited for, somebody who comes or goes is heard that soon.
+_DISK_SECONDS = 0.02
 
 
 class Engine:
@@ -70,6 +73,7 @@ class Engine:
         max_stall_seconds: float = 0.1,
         max_answer_seconds: float = 600.0,
         drafting: Drafting | None = None,
+        stored: StoredPrefixes | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """num_slots: sequences that run at once; the runner has more slots if others can be paused. None: all of them.
@@ -80,6 +84,7 @@ class Engine:
         machine runs them within a second; None for the same size.
         max_stall_seconds: what a run of a prompt may take while answers are written, as far as can be told before.
         max_answer_seconds: from the slot to the end.
+        stored: prefixes on disk.
         drafting: guesses further tokens where that is faster; only with `Runner.can_verify`.
         """
         self._runner = runner
@@ -92,7 +97,9 @@ class Engine:
             alone=prefill_chunk if solo_prefill_chunk is None else solo_prefill_chunk,
             max_stall_seconds=max_stall_seconds,
         )
-        self._cache = KVCache(runner)
+        self._cache = KVCache(runner, stored)
+        self._stored = stored
+        self._idle_time = IdleTime(self._cache, runner, prefill_chunk)
         self._num_slots = runner.num_slots if num_slots is None else num_slots
         self._scheduler = Scheduler(self._num_slots)
         self._waits = Waits(self._scheduler, self._pace)
@@ -130,7 +137,7 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether a step would do anything."""
-        return not self._scheduler.is_idle or self._cache.next_unread(self._chunks.beside) is not None
+        return not self._scheduler.is_idle or self._idle_time.has_work
 
     @property
     def prefilling(self) -> Sequence | None:
@@ -169,6 +176,15 @@ class Engine:
         """Run so many sequences at once, at most `num_slots`; those that are too many are paused by the next step."""
         self._scheduler.num_places = max(1, min(num_places, self._num_slots))
 
+    def share_prompts(self, prompts: Iterable[Tokens[int]]) -> None:
+        """Share these beginnings of prompts with all callers, and no others; read them as soon as nobody asks."""
+        self._cache.share(list(prompts))
+
+    def wake_by(self, wake: Callable[[], None]) -> None:
+        """Have `wake` called when `has_work` may have become true by itself; in any thread."""
+        if self._stored is not None:
+            self._stored.on_room = wake
+
     def remove(self, sequence: Sequence) -> None:
         """Take a sequence out, wherever it is; it has no further event. No effect on one that has ended."""
         if sequence.state in (SequenceState.PREFILLING, SequenceState.DECODING, SequenceState.PAUSED):
@@ -194,7 +210,7 @@ class Engine:
         batch = list(self._batch)
         try:
             if self._scheduler.is_idle:
-                self._read_answers()
+                self._idle_time.use()
             else:
                 self._prefill()
                 self._decode(batch)
@@ -245,7 +261,7 @@ class Engine:
         try:
             self._collector.begin(sequence)
             num_tokens = min(len(sequence.prompt_ids) + sequence.params.max_tokens, self.context_length)
-            place = self._cache.acquire(sequence.prompt_ids, sequence.cache_identity, num_tokens)
+            place = self._cache.acquire(sequence.prompt_ids, sequence.cache_identity, num_tokens, sequence.num_first)
         except Exception as error:  # noqa: BLE001 - of this sequence alone; the others go on
             self._collector.fail(sequence, error)
             return True
@@ -281,6 +297,10 @@ class Engine:
         sequence = self._scheduler.next_prompt()
         if sequence is None:
             return
+        num_fetched = self._cache.fetch(sequence.slot, 0.0 if self._batch else _DISK_SECONDS)
+        if num_fetched is None:
+            return
+        sequence.num_cached = num_fetched or sequence.num_cached
         done = self._cache.num_tokens(sequence.slot)
         left = len(sequence.prompt_ids) - done
         most = self._chunks.choose(sequence, list(self._batch))
@@ -364,25 +384,6 @@ class Engine:
         """Note that the KV of a sequence's last token is written: always one at a time, whatever a run had."""
         self._cache.extend(sequence.slot, sequence.output_ids[-1:])
         self._scheduler.note_written(sequence, 1)
-
-    def _read_answers(self) -> None:
-        """Read a chunk of what was written: only KV that a prompt's run wrote can be reused."""
-        unread = self._cache.next_unread(self._chunks.beside)
-        if unread is None:
-            return
-        slot, chunk = unread
-        if not self._cache.make_room_to_read(slot, len(chunk)):
-            return
-        try:
-            self._run([chunk], slot, [self._cache.num_tokens(slot)])
-        except RunTerminated:
-            raise
-        except Exception as error:  # noqa: BLE001 - of nobody's answer; who asks next hears of it
-            # Its type alone: a message could quote what was said.
-            _logger.warning("an answer could not be read again, and is not cached: %s", type(error).__name__)
-            self._cache.forget(slot)
-        else:
-            self._cache.note_read(slot, len(chunk))
 
     def _run(self, rows: list[Iterable[int]], first_slot: int, past_lengths: list[int]) -> NDArray[np.float32]:
         return self._runner.forward(np.array(rows, np.int64), first_slot, np.array(past_lengths, np.int32))

@@ -160,6 +160,21 @@ class KVSlots:
         for array in self.arrays:
             array[target, :, :num_tokens] = array[source, :, :num_tokens]
 
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one position's KV."""
+        return self._num_rows * self._row_bytes
+
+    def read_bytes(self, slot: int, start: int, end: int) -> bytes:
+        """Return a copy of some positions: (arrays, kv_heads, positions, head_dim)."""
+        return np.stack([array[slot, :, start:end] for array in self.arrays]).tobytes()
+
+    def write_bytes(self, slot: int, start: int, kv: bytes, num_skipped: int) -> None:
+        """Write what `read_bytes` gave, but for its first num_skipped positions."""
+        _, num_heads, _, head_dim = self.arrays[0].shape
+        values = np.frombuffer(kv, self.arrays[0].dtype).reshape(len(self.arrays), num_heads, -1, head_dim)
+        self.write(slot, start + num_skipped, list(values[:, :, num_skipped:]))
+
     def read(self, slot: int, num_tokens: int) -> NDArray[Any]:
         """Return a copy of a slot's first positions, (layers, 2, kv_heads, num_tokens, head_dim)."""
         stacked = np.stack([array[slot, :, :num_tokens] for array in self.arrays])

@@ -13,104 +13,13 @@ Knows no scheduling; moves KV only through `Runner`, the engine's view of a mode
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
-import numpy as np
-from numpy.typing import NDArray
-
-from hearthd.kv.budget import KVBudget
 from hearthd.kv.eviction import Eviction, loss_of, num_usable, plan_eviction
+from hearthd.kv.runner_protocol import Runner, RunTerminated
 from hearthd.kv.slot import Slot, num_shared
+from hearthd.kv.stored_prefixes import PUBLIC, StoredPrefixes
 
 __all__ = ["KVCache", "Place", "RunTerminated", "Runner"]
-
-
-class RunTerminated(Exception):  # noqa: N818 - not an error: somebody asked for it
-    """`Runner.terminate` stopped the forward in the middle. No KV position before its past lengths has changed."""
-
-
-class Runner(Protocol):
-    """What the engine needs of a model: token ids and KV slots in, logits out.
-
-    All methods but `terminate` are called by the inference thread alone.
-    """
-
-    @property
-    def num_slots(self) -> int:
-        """KV slots, each of `context_length` positions; they need not all fit the memory at once."""
-
-    @property
-    def kv_budget(self) -> KVBudget:
-        """What the slots, and the reading of a prompt, may take of memory."""
-
-    @property
-    def context_length(self) -> int:
-        """Positions of a slot."""
-
-    @property
-    def vocab_size(self) -> int:
-        """V, the width of the logits; at least the tokenizer's number of ids."""
-
-    @property
-    def min_run(self) -> int:
-        """Tokens that belong into one run at least, for KV and logits that do not depend on where a text was cut.
-
-        If it is over 1, decoding writes other bits than prefill would: such KV serves its own answer alone.
-        """
-
-    @property
-    def preset_tokens(self) -> tuple[int, ...]:
-        """Token ids whose KV the bundle carries, maybe none."""
-
-    def load_preset(self, slot: int) -> None:
-        """Write the preset tokens' KV to the slot's first positions."""
-
-    def forward(
-        self, token_ids: NDArray[np.int64], first_slot: int, past_lengths: NDArray[np.int32]
-    ) -> NDArray[np.float32]:
-        """Run S tokens of B sequences; return the logits after each one's last token.
-
-        token_ids: int64 (B, S). Row b belongs to slot first_slot + b; the KV of its tokens is written from position
-        past_lengths[b] on, past_lengths: int32 (B,). Returns float32 (B, V), valid until the next call.
-        Raises RunTerminated if `terminate` stopped it.
-        """
-
-    @property
-    def can_verify(self) -> bool:
-        """Whether `verify` can be called."""
-
-    def verify(self, token_ids: NDArray[np.int64], slot: int, num_past: int) -> NDArray[np.float32]:
-        """Run S tokens of one slot as S steps would; return the logits after each of them.
-
-        token_ids: int64 (S,); their KV is written from position num_past on. Returns float32 (S, V), valid until the
-        next call; logits and KV are those of S calls of `forward`, bit for bit. Raises RunTerminated if `terminate`
-        stopped it.
-        """
-
-    def rest(self) -> None:
-        """Give back memory that only a run needs: there will be none for a while, perhaps."""
-
-    def swap_slots(self, a: int, b: int, num_a: int, num_b: int) -> None:
-        """Exchange two slots, of which so many positions are in use."""
-
-    def copy_slot(self, source: int, target: int, num_tokens: int) -> None:
-        """Copy the first num_tokens positions of one slot to another."""
-
-    def give_back(self, slot: int, num_tokens: int) -> None:
-        """Give back the memory of a slot behind its first num_tokens positions."""
-
-    def give_back_prompt(self, num_tokens: int) -> None:
-        """Give back what is there for the reading of prompts of more than so many tokens."""
-
-    @property
-    def num_threads(self) -> int:
-        """Threads that a run computes with."""
-
-    def change_threads(self, num_threads: int) -> None:
-        """Compute with so many threads from the next run on. KV stays, and logits are the same, bit for bit."""
-
-    def terminate(self) -> None:
-        """Stop the forward that runs now, from any thread; it raises RunTerminated. The next forward works."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,14 +50,25 @@ class _Choice:
 class KVCache:
     """The books of all slots. A slot is held by one sequence, or idle."""
 
-    def __init__(self, runner: Runner) -> None:
+    def __init__(self, runner: Runner, stored: StoredPrefixes | None = None) -> None:
+        """stored: the prefixes on disk, if there is to be such a thing."""
         self._runner = runner
+        self._stored = stored
         self._budget = runner.kv_budget
         self._slots = [Slot() for _ in range(runner.num_slots)]
         # Blocks that the prompt buffers may have in use.
         self._prompt_blocks = 0
         # Counts acquisitions and releases: the time by which uses grow old.
         self._clock = 0
+        # Beginnings of prompts that the owner shares with everybody.
+        self._public: list[list[int]] = []
+        # Slots that are held for them.
+        self._warming: list[tuple[Slot, list[int]]] = []
+        self.num_hits = 0
+        """Prompts whose beginning was in memory."""
+        # What was tried out before has left nothing of use.
+        for number in range(runner.num_slots):
+            runner.give_back(number, 0)
 
     @property
     def has_idle_slot(self) -> bool:
@@ -165,19 +85,25 @@ class KVCache:
         return len(self._slots[slot].tokens)
 
     def num_found(self, prompt_ids: Sequence[int], identity: str) -> int:
-        """Return how many of a prompt's first tokens `acquire` would not leave to be run, now."""
+        """Return how many of a prompt's first tokens `acquire` and `fetch` would not leave to be run, now."""
         prompt = list(prompt_ids)
-        return max(self._longest_shared(prompt, identity)[1], self._num_preset(prompt))
+        num_public = self._num_public(prompt)
+        found = max(self._longest_shared(prompt, identity, num_public)[1], self._num_preset(prompt))
+        if self._stored is None:
+            return found
+        return max(found, self._stored.num_found(prompt, identity, num_public, self._reusable(prompt)))
 
-    def acquire(self, prompt_ids: Sequence[int], identity: str, num_tokens: int) -> Place | None:
+    def acquire(self, prompt_ids: Sequence[int], identity: str, num_tokens: int, num_first: int = 0) -> Place | None:
         """Take an idle slot, with as much of the prompt's KV in it as can be had without computing.
 
-        num_tokens: prompt and answer at most; memory for them is set aside. At least `Runner.min_run` tokens of the
-        prompt are left to run, if it has as many. None if no slot or not enough memory is left beside those that are
-        held. What the runner's context_length allows always fits when nothing is held.
+        num_tokens: prompt and answer at most; memory for them is set aside. num_first: the prompt's tokens up to the
+        end of its first message, where that is worth remembering. More may come from the disk: see `fetch`. At least
+        `Runner.min_run` tokens of the prompt are left to run, if it has as many. None if no slot or not enough memory
+        is left beside those that are held. What the runner's context_length allows always fits when nothing is held.
         """
         prompt = list(prompt_ids)
-        source, shared = self._longest_shared(prompt, identity)
+        num_public = self._num_public(prompt)
+        source, shared = self._longest_shared(prompt, identity, num_public)
         num_preset = self._num_preset(prompt)
         if shared <= num_preset:
             source, shared = None, 0
@@ -205,10 +131,48 @@ class KVCache:
         target.num_reusable = num_past
         target.unread = []
         target.identity = identity
+        target.num_public = num_public
+        target.num_first = num_first or num_public
         target.is_held = True
         target.num_reserved = num_reserved
         target.prompt_length = len(prompt)
+        self.num_hits += shared > 0
+        if self._stored is not None:
+            self._stored.look_for(target, prompt, self._reusable(prompt))
         return Place(choice.target, num_past, shared)
+
+    def fetch(self, slot: int, wait_seconds: float) -> int | None:
+        """Take what has come from the disk for a slot's prompt, before that is run; wait so long if there is nothing.
+
+        Returns None as long as more is to come; then the tokens that came from there.
+        """
+        return 0 if self._stored is None else self._stored.fetch(self._slots[slot], slot, wait_seconds)
+
+    def share(self, prompts: Sequence[Sequence[int]]) -> None:
+        """Share beginnings of prompts with everybody, and read them while nobody asks; those of before no more."""
+        self._public = [list(prompt) for prompt in prompts]
+        for slot in self._slots:
+            slot.num_public = self._num_public(slot.tokens)
+        for prompt in self._public:
+            place = self.acquire(prompt, PUBLIC, len(prompt)) if len(prompt) < self._runner.context_length else None
+            if place is not None:
+                slot = self._slots[place.slot]
+                if self._stored is not None:
+                    # All of it: here no logits are wanted of its last tokens.
+                    self._stored.look_for(slot, prompt, len(prompt))
+                self._warming.append((slot, prompt))
+
+    def warm_some(self, wait_seconds: float) -> None:
+        """Take what the disk has of a shared prompt; what it has not is to be read, as an answer of before."""
+        slot, prompt = self._warming[0]
+        number = self._slots.index(slot)
+        if self.fetch(number, wait_seconds) is not None:
+            del self._warming[0]
+            slot.tokens = prompt.copy()
+            self.release(number)
+
+    def _num_public(self, prompt: list[int]) -> int:
+        return max((num_shared(prompt, public) for public in self._public), default=0)
 
     def _num_preset(self, prompt: list[int]) -> int:
         """How many of a prompt's tokens come with the bundle."""
@@ -230,10 +194,13 @@ class KVCache:
         """Let a slot go idle. It keeps its reusable tokens for prompts of the same identity."""
         self._clock += 1
         released = self._slots[slot]
+        if self._stored is not None:
+            self._stored.drop(released)
         released.unread = released.tokens[released.num_reusable :]
         del released.tokens[released.num_reusable :]
         released.is_held = False
         released.settle(self._clock)
+        self._consider(released)
 
     def forget(self, slot: int) -> None:
         """Note that a slot holds nothing of use: a run over it failed."""
@@ -269,17 +236,37 @@ class KVCache:
         idle.tokens.extend(idle.unread[:num_tokens])
         idle.num_reusable = len(idle.tokens)
         del idle.unread[:num_tokens]
+        self._consider(idle)
+
+    @property
+    def has_warming(self) -> bool:
+        """Whether `warm_some` has anything to do."""
+        return bool(self._warming)
+
+    @property
+    def has_saving(self) -> bool:
+        """Whether `save_some` would do anything."""
+        return self._stored is not None and self._stored.has_work
+
+    def save_some(self) -> None:
+        """Hand a chunk of a prefix over that is to be stored."""
+        if self._stored is not None:
+            self._stored.save_some(self._slots)
+
+    def _consider(self, slot: Slot) -> None:
+        if self._stored is not None:
+            self._stored.consider(slot)
 
     def swap(self, a: int, b: int) -> None:
         """Exchange two slots, with all that is known of them."""
         self._runner.swap_slots(a, b, self.num_tokens(a), self.num_tokens(b))
         self._slots[a], self._slots[b] = self._slots[b], self._slots[a]
 
-    def _longest_shared(self, prompt: list[int], identity: str) -> tuple[int | None, int]:
+    def _longest_shared(self, prompt: list[int], identity: str, num_public: int) -> tuple[int | None, int]:
         """Find the slot that shares most tokens with a prompt's beginning; also one that runs, which can be copied."""
         best, most = None, 0
         for number, slot in enumerate(self._slots):
-            found = num_usable(slot, prompt, identity, 0)
+            found = num_usable(slot, prompt, identity, num_public)
             # Equal ones: rather one that can be taken as it is.
             if found > most or (best is not None and found == most and self._slots[best].is_held):
                 best, most = number, found

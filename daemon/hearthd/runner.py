@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 
 from hearthd.bundle import Bundle
 from hearthd.errors import ConfigError
+from hearthd.kv.runner_protocol import RunTerminated
 from hearthd.kv_buffers import DecoderShape, KVSlots, PromptBuffers
-from hearthd.kv_cache import RunTerminated
 from hearthd.session import open_session
 
 __all__ = ["DecoderShape", "OnnxRunner"]
@@ -353,6 +353,20 @@ class OnnxRunner:
         """Copy the first num_tokens positions of a slot to another."""
         self._slots_change(target)
         self._slots.copy(source, target, num_tokens)
+
+    @property
+    def kv_token_bytes(self) -> int:
+        """Bytes of one position's KV."""
+        return self._slots.token_bytes
+
+    def read_kv(self, slot: int, start: int, end: int) -> bytes:
+        """Return a copy of some positions' KV."""
+        return self._slots.read_bytes(slot, start, end)
+
+    def write_kv(self, slot: int, start: int, kv: bytes, num_skipped: int) -> None:
+        """Write what `read_kv` gave to positions from `start` on, but for the first num_skipped of them."""
+        self._slots_change(slot)
+        self._slots.write_bytes(slot, start, kv, num_skipped)
 
     def give_back(self, slot: int, num_tokens: int) -> None:
         """Give back the memory of a slot behind its first num_tokens positions."""

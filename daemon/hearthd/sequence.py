@@ -38,6 +38,8 @@ class Sequence:
     prompt_ids: tuple[int, ...]
     params: SamplingParams
     """Have passed `sampling.validate`."""
+    num_first: int = 0
+    """Of the prompt's tokens, those up to the end of the system message: what other conversations may begin with."""
     cache_identity: str
     """KV is reused only between sequences of equal identity."""
     arrived: float

@@ -42,6 +42,10 @@ class Slot:
     identity: str = ""
     num_public: int = 0
     """The first of its tokens, which the owner shares with everybody."""
+    num_first: int = 0
+    """Of its tokens, those up to the end of the first message, where that is worth remembering."""
+    num_cuts: int = 0
+    """How often tokens were taken off its end."""
     is_held: bool = False
     num_reserved: int = 0
     """Positions that whoever holds it may fill."""
@@ -101,12 +105,17 @@ class Slot:
         """Forget the tokens behind the first num_tokens, and what was to be read behind them."""
         if num_tokens >= self.num_kept:
             return
+        self.num_cuts += 1
         self.unread = self.unread[: max(num_tokens - len(self.tokens), 0)]
         if num_tokens < len(self.tokens):
             del self.tokens[num_tokens:]
             self.num_reusable = min(self.num_reusable, num_tokens)
         self._cut_parts_at(num_tokens)
         self.parts = [part for part in self.parts if part.end <= num_tokens]
+
+    def uses_of(self, num_tokens: int) -> int:
+        """Return how many prompts had the first num_tokens tokens."""
+        return next((part.uses for part in self.parts if part.end >= num_tokens), 0)
 
     def beginning(self, num_tokens: int) -> list[Part]:
         """Return the parts of the first num_tokens tokens, for a slot that they are copied to."""

@@ -1,0 +1,219 @@
+"""Prefixes on disk: the KV of prompts' beginnings that must not be computed again after a restart.
+
+A directory of files, each named for the model, its number of tokens and its key, which is a hash of model, identity and
+token ids. What is damaged, readable by others or not ours is removed when it is met; a name that is not of this form is
+left alone. The least recently used go when all take more than their share. A disk that takes nothing costs nobody an
+answer: it is said once, and tried again later.
+
+Knows no slots and no runner. `find` is for the inference thread and touches no disk; the rest runs in the threads of
+`loading` and `saving`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import re
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+
+from hearthd.durable_file import replace_file
+from hearthd.kv.prefix_file import DamagedPrefixError, file_size, is_ours, read_chunks, written
+
+__all__ = ["PrefixStore", "StoredPrefix"]
+
+_logger = logging.getLogger(__name__)
+
+_NAME: Final = re.compile(r"([0-9a-f]{16})-([0-9]{1,7})-([0-9a-f]{64})\.kv(\.new)?")
+# A disk that was full or broken is left in peace for so long.
+_RETRY_SECONDS: Final = 600.0
+# What is left free of a disk: others need it more.
+_MARGIN_BYTES: Final = 32 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class StoredPrefix:
+    """One prefix: of how many tokens, under which key."""
+
+    num_tokens: int
+    key: bytes
+
+
+class PrefixStore:
+    """The prefixes of one model in a directory, which other models and daemons may share."""
+
+    def __init__(
+        self,
+        directory: Path,
+        fingerprint: bytes,
+        token_bytes: int,
+        *,
+        max_bytes: int,
+        margin_bytes: int = _MARGIN_BYTES,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """fingerprint: of everything that KV depends on beside identity and tokens. token_bytes: of a token's KV.
+
+        A directory that cannot be used is told in one line; the store is empty then, and stays so.
+        """
+        self._directory = directory
+        self._fingerprint = hashlib.sha256(fingerprint).digest()
+        self._token_bytes = token_bytes
+        self._max_bytes = max_bytes
+        self._margin_bytes = margin_bytes
+        self._clock = clock
+        self._retry_at = 0.0
+        # Keys by number of tokens. Threads replace entries; `find` reads.
+        self._index: dict[int, frozenset[bytes]] = {}
+        self._changing = threading.Lock()
+        self.problem: str | None = None
+        """What is wrong with the disk, in plain words; None if nothing is."""
+        self.num_hits = 0
+        """Prefixes that were read and used."""
+        self.num_saved = 0
+        self.num_removed = 0
+        """Files that were damaged, foreign or open to others."""
+        self.stored_bytes = 0
+        """Of all files that are there, as of the last look."""
+        self._open()
+
+    def find(self, prompt_ids: Sequence[int], identities: Sequence[tuple[str, int]], least: int) -> StoredPrefix | None:
+        """Return the longest prefix of a prompt that is stored, of at least so many tokens.
+
+        identities: each with the tokens of the prompt that may be looked for under it.
+        """
+        most = max((num for _, num in identities), default=0)
+        lengths = [num for num in sorted(self._index, reverse=True) if least <= num <= most]
+        for num_tokens in lengths:
+            for identity, limit in identities:
+                if num_tokens <= limit:
+                    key = self.key(identity, prompt_ids[:num_tokens])
+                    if key in self._index.get(num_tokens, ()):
+                        return StoredPrefix(num_tokens, key)
+        return None
+
+    def key(self, identity: str, token_ids: Sequence[int]) -> bytes:
+        """Return the name of a prefix."""
+        name = identity.encode()
+        hashed = hashlib.sha256(self._fingerprint + len(name).to_bytes(4, "little") + name)
+        hashed.update(np.asarray(token_ids, np.int32).tobytes())
+        return hashed.digest()
+
+    def has(self, prefix: StoredPrefix) -> bool:
+        """Whether a prefix is stored."""
+        return prefix.key in self._index.get(prefix.num_tokens, ())
+
+    def takes(self, num_tokens: int) -> bool:
+        """Whether a prefix of so many tokens can be stored now, as far as is known."""
+        is_rested = self.problem is None or self._clock() >= self._retry_at
+        return is_rested and file_size(num_tokens, self._token_bytes) <= self._max_bytes
+
+    # In the threads of `loading` and `saving`.
+
+    def read(self, prefix: StoredPrefix) -> Iterator[bytes]:
+        """Yield the KV of a prefix, chunk by chunk. Raises DamagedPrefixError or OSError, and forgets it then."""
+        path = self._path(prefix)
+        try:
+            yield from read_chunks(path, prefix.key, prefix.num_tokens, self._token_bytes)
+        except DamagedPrefixError as error:
+            _logger.warning("a stored prefix is damaged (%s) and was removed", error)
+            self.num_removed += 1
+            self._remove(path)
+            self._forget(prefix)
+            raise
+        except OSError:
+            self._forget(prefix)
+            raise
+        with suppress(OSError):
+            os.utime(path)
+
+    def write(self, prefix: StoredPrefix, chunks: Iterable[bytes]) -> None:
+        """Store a prefix. A disk that does not take it is told once; whatever `chunks` raises leaves nothing behind."""
+        size = file_size(prefix.num_tokens, self._token_bytes)
+        try:
+            self._make_room(size)
+            status = os.statvfs(self._directory)
+            if status.f_bavail * status.f_frsize < size + self._margin_bytes:
+                raise OSError(None, "the disk is nearly full")
+            replace_file(self._path(prefix), written(prefix.key, prefix.num_tokens, self._token_bytes, chunks))
+        except OSError as error:
+            self._retry_at = self._clock() + _RETRY_SECONDS
+            if self.problem is None:
+                _logger.warning(
+                    "prefixes cannot be stored in %s: %s; answers are right without, and slower after a restart",
+                    self._directory,
+                    error.strerror,
+                )
+            self.problem = f"prefixes cannot be stored in {self._directory}: {error.strerror}"
+            return
+        self.problem = None
+        self.num_saved += 1
+        self.stored_bytes += size
+        with self._changing:
+            self._index[prefix.num_tokens] = self._index.get(prefix.num_tokens, frozenset()) | {prefix.key}
+
+    def _open(self) -> None:
+        try:
+            self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            for path, status in self._look():
+                found = _NAME.fullmatch(path.name)
+                assert found
+                num_tokens, is_mine = int(found[2]), found[1] == self._fingerprint[:8].hex()
+                is_whole = not is_mine or status.st_size == file_size(num_tokens, self._token_bytes)
+                if found[4] or not is_ours(status) or not is_whole:
+                    self.num_removed += 1
+                    self._remove(path)
+                elif is_mine:
+                    key = bytes.fromhex(found[3])
+                    self._index[num_tokens] = self._index.get(num_tokens, frozenset()) | {key}
+            self._make_room(0)
+        except OSError as error:
+            self.problem = f"prefixes cannot be stored in {self._directory}: {error.strerror}"
+            self._retry_at = self._clock() + _RETRY_SECONDS
+            _logger.warning("%s; answers are right without, and slower after a restart", self.problem)
+        if self.num_removed:
+            _logger.warning("%d files of stored prefixes were damaged or not ours, and were removed", self.num_removed)
+
+    def _make_room(self, size: int) -> None:
+        """Remove the least recently used until so many bytes more are within the limit. Raises OSError."""
+        files = sorted(self._look(), key=lambda found: found[1].st_mtime)
+        total = sum(status.st_size for _, status in files)
+        for path, status in files:
+            if total + size <= self._max_bytes:
+                break
+            self._remove(path)
+            total -= status.st_size
+            found = _NAME.fullmatch(path.name)
+            if found and found[1] == self._fingerprint[:8].hex():
+                self._forget(StoredPrefix(int(found[2]), bytes.fromhex(found[3])))
+        self.stored_bytes = total
+
+    def _look(self) -> list[tuple[Path, os.stat_result]]:
+        found = []
+        with os.scandir(self._directory) as entries:
+            for entry in entries:
+                if _NAME.fullmatch(entry.name):
+                    with suppress(FileNotFoundError):  # another daemon's
+                        found.append((Path(entry.path), entry.stat(follow_symlinks=False)))
+        return found
+
+    def _path(self, prefix: StoredPrefix) -> Path:
+        name = f"{self._fingerprint[:8].hex()}-{prefix.num_tokens}-{prefix.key.hex()}.kv"
+        return self._directory / name
+
+    def _forget(self, prefix: StoredPrefix) -> None:
+        with self._changing:
+            self._index[prefix.num_tokens] = self._index.get(prefix.num_tokens, frozenset()) - {prefix.key}
+
+    @staticmethod
+    def _remove(path: Path) -> None:
+        with suppress(OSError):
+            path.unlink()

@@ -1,0 +1,165 @@
+"""Which beginnings of prompts go to the disk and come from there, as the inference thread sees it.
+
+To the disk: a prompt's first message, if it is long or has come twice, and what the owner shares with everybody. From
+there: whatever is longer than what memory has. Either way chunk by chunk, while threads of their own do what waits for
+the disk. Knows slots' books and the runner's KV; no files. Called by `kv_cache`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from hearthd.kv.loading import Loading
+from hearthd.kv.prefix_file import CHUNK
+from hearthd.kv.prefix_store import PrefixStore, StoredPrefix
+from hearthd.kv.runner_protocol import Runner
+from hearthd.kv.saving import Saving
+from hearthd.kv.slot import Slot
+
+__all__ = ["PUBLIC", "StoredPrefixes"]
+
+# The identity of what the owner shares with everybody; no caller's, which are names.
+PUBLIC: Final = "\0public"
+
+
+@dataclass(slots=True)
+class _Incoming:
+    loading: Loading
+    tokens: list[int]
+    num_past: int
+    """Positions that the slot has already, and that stay as they are."""
+    num_written: int = 0
+
+
+@dataclass(slots=True)
+class _Outgoing:
+    saving: Saving
+    slot: Slot
+    num_cuts: int
+
+
+class StoredPrefixes:
+    """The traffic between slots and a store."""
+
+    def __init__(self, store: PrefixStore, runner: Runner, *, min_tokens: int) -> None:
+        """min_tokens: a first message of so many is stored when it comes for the first time."""
+        self.store = store
+        self._runner = runner
+        self._min_tokens = min_tokens
+        self._incoming: dict[Slot, _Incoming] = {}
+        self._outgoing: _Outgoing | None = None
+        self._wanted: list[Slot] = []
+        self.on_room: Callable[[], None] = lambda: None
+        """Called in another thread when `has_work` may have become true."""
+
+    # From the disk.
+
+    def num_found(self, prompt: Sequence[int], identity: str, num_public: int, most: int) -> int:
+        """Return how many tokens of a prompt the disk has, `most` at most."""
+        found = self.store.find(prompt, [(identity, most), (PUBLIC, min(num_public, most))], CHUNK)
+        return 0 if found is None else found.num_tokens
+
+    def look_for(self, slot: Slot, prompt: Sequence[int], most: int) -> None:
+        """Begin to load the longest prefix of a prompt, of `most` tokens at most, if that is more than is there."""
+        self.drop(slot)
+        num_past = len(slot.tokens)
+        identities = [(slot.identity, most), (PUBLIC, min(slot.num_public, most))]
+        found = self.store.find(prompt, identities, num_past + CHUNK)
+        if found is not None:
+            self._incoming[slot] = _Incoming(Loading(self.store, found), list(prompt[: found.num_tokens]), num_past)
+
+    def fetch(self, slot: Slot, number: int, wait_seconds: float) -> int | None:
+        """Write what has come for a slot to its KV; wait so long for more if there is nothing.
+
+        Returns None while more is to come; then the tokens that the slot has from the disk, 0 if it must do without.
+        """
+        incoming = self._incoming.get(slot)
+        if incoming is None:
+            return 0
+        for chunk in incoming.loading.take(wait_seconds):
+            start = incoming.num_written
+            size = min(CHUNK, len(incoming.tokens) - start)
+            skipped = min(max(incoming.num_past - start, 0), size)
+            if skipped < size:
+                self._runner.write_kv(number, start, chunk, skipped)
+            incoming.num_written += size
+        if incoming.loading.result is None:
+            return None
+        del self._incoming[slot]
+        if not incoming.loading.result:
+            return 0
+        slot.tokens = incoming.tokens
+        slot.num_reusable = len(incoming.tokens)
+        self.store.num_hits += 1
+        return len(incoming.tokens)
+
+    def drop(self, slot: Slot) -> None:
+        """Do not wait for what a slot is waiting for."""
+        incoming = self._incoming.pop(slot, None)
+        if incoming is not None:
+            incoming.loading.cancel()
+
+    # To the disk.
+
+    def consider(self, slot: Slot) -> None:
+        """Store a slot's first message when there is time, if it is worth it."""
+        if slot not in self._wanted and self._prefix_of(slot) is not None:
+            self._wanted.append(slot)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `save_some` would do anything."""
+        out = self._outgoing
+        if out is None:
+            return bool(self._wanted)
+        is_whole = out.saving.num_given == out.saving.prefix.num_tokens
+        return out.slot.num_cuts != out.num_cuts or out.saving.has_ended or (not is_whole and out.saving.has_room)
+
+    def save_some(self, slots: Sequence[Slot]) -> None:
+        """Hand over a chunk of what is to be stored."""
+        out = self._outgoing
+        if out is None:
+            self._outgoing = out = self._begin()
+        if out is None:
+            return
+        saving, number_of = out.saving, {slot: number for number, slot in enumerate(slots)}
+        if out.slot.num_cuts != out.num_cuts:
+            saving.abort()
+            self._outgoing = None
+        elif saving.has_ended:
+            self._outgoing = None
+        elif saving.has_room and saving.num_given < saving.prefix.num_tokens:
+            start = saving.num_given
+            end = min(start + CHUNK, saving.prefix.num_tokens)
+            saving.give(self._runner.read_kv(number_of[out.slot], start, end), end - start)
+
+    def finish(self, seconds: float) -> None:
+        """Wait for what was handed over to be written; what was not is left out."""
+        if self._outgoing is not None:
+            if self._outgoing.saving.num_given < self._outgoing.saving.prefix.num_tokens:
+                self._outgoing.saving.abort()
+            self._outgoing.saving.wait(seconds)
+
+    def _tell_room(self) -> None:
+        self.on_room()
+
+    def _begin(self) -> _Outgoing | None:
+        while self._wanted:
+            slot = self._wanted.pop(0)
+            prefix = self._prefix_of(slot)
+            if prefix is not None:
+                return _Outgoing(Saving(self.store, prefix, self._tell_room), slot, slot.num_cuts)
+        return None
+
+    def _prefix_of(self, slot: Slot) -> StoredPrefix | None:
+        num_tokens = slot.num_first
+        is_public = num_tokens <= slot.num_public
+        if not CHUNK <= num_tokens <= slot.num_reusable or not self.store.takes(num_tokens):
+            return None
+        if not is_public and num_tokens < self._min_tokens and slot.uses_of(num_tokens) < 2:
+            return None
+        identity = PUBLIC if is_public else slot.identity
+        prefix = StoredPrefix(num_tokens, self.store.key(identity, slot.tokens[:num_tokens]))
+        return None if self.store.has(prefix) else prefix

@@ -1,0 +1,398 @@
+"""Prefixes on disk: what comes back is what was written, or nothing; whatever files suffer, answers are right."""
+
+import os
+import random
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import tiny_tokenizers as tiny
+from fakes import FakeRunner, expected_tokens
+from hearthd.engine import Engine, Failed, Sequence
+from hearthd.kv import prefix_store
+from hearthd.kv.loading import Loading
+from hearthd.kv.prefix_file import CHUNK, DamagedPrefixError, file_size, written
+from hearthd.kv.prefix_store import PrefixStore, StoredPrefix
+from hearthd.kv.stored_prefixes import StoredPrefixes
+from hearthd.sampling import SamplingParams
+
+TOKENIZER = tiny.chat_tokenizer("byte_per_token")
+SYSTEM = [(7 * at + at * at) % 250 for at in range(150)]
+MB = 2**20
+
+
+def open_store(directory: Path, *, max_bytes: int = MB, fingerprint: bytes = b"model", margin: int = 0) -> PrefixStore:
+    return PrefixStore(directory, fingerprint, 8, max_bytes=max_bytes, margin_bytes=margin)
+
+
+def chunks_of(num_tokens: int, seed: int = 0) -> list[bytes]:
+    data = random.Random(seed).randbytes(num_tokens * 8)
+    return [data[at : at + CHUNK * 8] for at in range(0, len(data), CHUNK * 8)]
+
+
+def stored(store: PrefixStore, token_ids: list[int], identity: str = "a", seed: int = 0) -> StoredPrefix:
+    prefix = StoredPrefix(len(token_ids), store.key(identity, token_ids))
+    store.write(prefix, chunks_of(len(token_ids), seed))
+    return prefix
+
+
+def only_file(directory: Path) -> Path:
+    (path,) = directory.iterdir()
+    return path
+
+
+class TestStore:
+    def test_what_was_written_is_found_after_a_restart_and_comes_back_bit_for_bit(self, tmp_path: Path) -> None:
+        stored(open_store(tmp_path), SYSTEM)
+        store = open_store(tmp_path)
+        found = store.find([*SYSTEM, 1, 2], [("a", 152)], 1)
+        assert found == StoredPrefix(150, store.key("a", SYSTEM))
+        assert list(store.read(found)) == chunks_of(150)
+
+    def test_the_longest_prefix_is_found(self, tmp_path: Path) -> None:
+        store = open_store(tmp_path)
+        for num in (70, 150, 90):
+            stored(store, SYSTEM[:num])
+        assert [getattr(store.find(SYSTEM, [("a", most)], 1), "num_tokens", 0) for most in (200, 149, 80, 60)] == [
+            150,
+            90,
+            70,
+            0,
+        ]
+        assert store.find(SYSTEM, [("a", 200)], 151) is None
+
+    def test_neither_another_identity_nor_another_model_nor_other_tokens_find_it(self, tmp_path: Path) -> None:
+        stored(open_store(tmp_path), SYSTEM)
+        assert open_store(tmp_path).find(SYSTEM, [("b", 200)], 1) is None
+        assert open_store(tmp_path, fingerprint=b"other").find(SYSTEM, [("a", 200)], 1) is None
+        assert open_store(tmp_path).find([1, *SYSTEM[1:]], [("a", 200)], 1) is None
+
+    def test_files_are_for_their_owner_alone_and_hold_no_token_ids(self, tmp_path: Path) -> None:
+        stored(open_store(tmp_path / "deep" / "prefixes"), SYSTEM)
+        path = only_file(tmp_path / "deep" / "prefixes")
+        assert path.stat().st_mode & 0o777 == 0o600
+        assert path.parent.stat().st_mode & 0o777 == 0o700
+        data = path.read_bytes()
+        assert len(data) == file_size(150, 8)
+        for dtype in ("<i4", "<i8", "u1"):
+            import numpy as np
+
+            assert np.asarray(SYSTEM[:16]).astype(dtype).tobytes() not in data
+
+    def test_the_least_recently_used_go_when_all_take_too_much(self, tmp_path: Path) -> None:
+        store = open_store(tmp_path, max_bytes=2 * file_size(150, 8))
+        prefixes = []
+        for age, first in enumerate((1, 2, 3)):
+            prefixes.append(stored(store, [first, *SYSTEM[1:]]))
+            for path in tmp_path.glob(f"*{prefixes[-1].key.hex()}*"):
+                os.utime(path, (1000 + age, 1000 + age))
+        assert [store.has(prefix) for prefix in prefixes] == [False, True, True]
+        list(store.read(prefixes[1]))
+        prefixes.append(stored(store, [4, *SYSTEM[1:]]))
+        assert [store.has(prefix) for prefix in prefixes] == [False, True, False, True]
+        assert len(list(tmp_path.iterdir())) == 2
+        assert store.stored_bytes == 2 * file_size(150, 8)
+
+    def test_what_is_larger_than_all_may_be_is_not_taken(self, tmp_path: Path) -> None:
+        assert not open_store(tmp_path, max_bytes=1000).takes(150)
+
+    def test_what_a_killed_writer_left_is_removed_and_other_files_stay(self, tmp_path: Path) -> None:
+        stored(open_store(tmp_path), SYSTEM)
+        path = only_file(tmp_path)
+        Path(f"{path}.new").write_bytes(b"half")
+        (tmp_path / "holiday.jpg").write_bytes(b"not ours")
+        (tmp_path / "notes.kv").write_bytes(b"not ours either")
+        store = open_store(tmp_path)
+        assert {each.name for each in tmp_path.iterdir()} == {path.name, "holiday.jpg", "notes.kv"}
+        assert store.num_removed == 1
+
+    def test_an_aborted_write_leaves_nothing(self, tmp_path: Path) -> None:
+        def broken() -> Iterator[bytes]:
+            yield chunks_of(64)[0]
+            raise RuntimeError
+
+        store = open_store(tmp_path)
+        with pytest.raises(RuntimeError):
+            store.write(StoredPrefix(150, store.key("a", SYSTEM)), broken())
+        assert list(tmp_path.iterdir()) == []
+        assert store.problem is None
+
+    def test_a_directory_that_cannot_be_used_is_one_line_and_no_error(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        (tmp_path / "file").write_text("")
+        store = open_store(tmp_path / "file" / "prefixes")
+        assert store.find(SYSTEM, [("a", 200)], 1) is None
+        assert not store.takes(150)
+        assert [record.levelname for record in caplog.records] == ["WARNING"]
+        assert "cannot be stored" in str(store.problem)
+
+
+DAMAGE: dict[str, Callable[[Path], object]] = {
+    "truncated": lambda path: os.truncate(path, path.stat().st_size - 7),
+    "empty": lambda path: os.truncate(path, 0),
+    "longer": lambda path: path.write_bytes(path.read_bytes() + b"x"),
+    "readable by others": lambda path: path.chmod(0o640),
+    "a link": lambda path: (path.rename(path.parent / "real"), path.symlink_to(path.parent / "real")),
+    "a hard link": lambda path: os.link(path, path.parent / "real"),
+    "a named pipe": lambda path: (path.unlink(), os.mkfifo(path, 0o600)),
+}
+
+
+class TestDamage:
+    @pytest.mark.parametrize("damage", DAMAGE)
+    @pytest.mark.parametrize("when", ["before the start", "while it runs"])
+    def test_what_is_not_ours_any_more_is_removed_and_not_used(self, tmp_path: Path, damage: str, when: str) -> None:
+        store = open_store(tmp_path)
+        prefix = stored(store, SYSTEM)
+        path = only_file(tmp_path)
+        DAMAGE[damage](path)
+        if when == "before the start":
+            store = open_store(tmp_path)
+            assert not store.has(prefix)
+        else:
+            with pytest.raises((DamagedPrefixError, OSError)):
+                list(store.read(prefix))
+        assert store.find(SYSTEM, [("a", 200)], 1) is None
+        assert damage == "a link" or not os.path.lexists(path)
+
+    @given(st.integers(0, file_size(150, 8) - 1), st.integers(0, 7))
+    @settings(max_examples=60)
+    def test_any_flipped_bit_is_noticed(self, tmp_path_factory: pytest.TempPathFactory, at: int, bit: int) -> None:
+        directory = tmp_path_factory.mktemp("flipped")
+        prefix = stored(open_store(directory), SYSTEM)
+        path = only_file(directory)
+        data = bytearray(path.read_bytes())
+        data[at] ^= 1 << bit
+        path.write_bytes(data)
+        store = open_store(directory)
+        with pytest.raises(DamagedPrefixError):
+            list(store.read(prefix))
+        assert not store.has(prefix)
+        assert not path.exists()
+
+    def test_a_whole_file_of_another_prefix_under_this_name_is_noticed(self, tmp_path: Path) -> None:
+        store = open_store(tmp_path)
+        prefix, other = stored(store, SYSTEM), stored(store, SYSTEM[::-1])
+        names = {path.name.split("-")[2]: path for path in tmp_path.iterdir()}
+        names[f"{prefix.key.hex()}.kv"].write_bytes(names[f"{other.key.hex()}.kv"].read_bytes())
+        with pytest.raises(DamagedPrefixError, match="header"):
+            list(store.read(prefix))
+
+
+class TestFullDisk:
+    def test_is_told_once_and_tried_again_later(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        now = [0.0]
+        store = PrefixStore(tmp_path, b"model", 8, max_bytes=MB, margin_bytes=0, clock=lambda: now[0])
+
+        def full(*_: object) -> None:
+            raise OSError(28, "No space left on device")
+
+        with monkeypatch.context() as patched:
+            patched.setattr(prefix_store, "replace_file", full)
+            for _ in range(3):
+                stored(store, SYSTEM)
+        assert len(caplog.records) == 1
+        assert "No space left on device" in str(store.problem)
+        assert not store.takes(150)
+        now[0] += 601
+        assert store.takes(150)
+        assert store.has(stored(store, SYSTEM))
+        assert store.problem is None
+
+    def test_a_disk_is_never_filled_to_the_brim(self, tmp_path: Path) -> None:
+        store = open_store(tmp_path, margin=2**60)
+        assert not store.has(stored(store, SYSTEM))
+        assert "nearly full" in str(store.problem)
+
+
+def test_a_disk_that_hangs_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from hearthd.kv import loading
+
+    monkeypatch.setattr(loading, "_PATIENCE_SECONDS", 0.0)
+    released = threading.Event()
+    store = open_store(tmp_path)
+    prefix = stored(store, SYSTEM)
+
+    def hang(_: object) -> Iterator[bytes]:
+        released.wait(30)
+        yield b""
+
+    monkeypatch.setattr(store, "read", hang)
+    incoming = Loading(store, prefix)
+    try:
+        while incoming.result is None:
+            assert list(incoming.take(0.01)) == []
+        assert incoming.result is False
+    finally:
+        released.set()
+
+
+def asked(prompt: list[int], num_first: int = 150, identity: str = "a") -> Sequence:
+    params = SamplingParams(max_tokens=6, temperature=0.0)
+    return Sequence(
+        request_id="r", prompt_ids=tuple(prompt), params=params, cache_identity=identity, arrived=0.0,
+        num_first=num_first,
+    )  # fmt: skip
+
+
+class Daemon:
+    """An engine over a directory of prefixes; what a restart makes anew."""
+
+    def __init__(self, directory: Path, *, min_tokens: int = 100, min_run: int = 2, num_slots: int = 3) -> None:
+        self.runner = FakeRunner(num_slots=num_slots, min_run=min_run)
+        self.prefixes = StoredPrefixes(open_store(directory), self.runner, min_tokens=min_tokens)
+        self.engine = Engine(self.runner, TOKENIZER, prefill_chunk=16, stored=self.prefixes)
+        self.moved = threading.Event()
+        self.engine.wake_by(self.moved.set)
+
+    @property
+    def store(self) -> PrefixStore:
+        return self.prefixes.store
+
+    def run(self, *sequences: Sequence) -> None:
+        """Answer, and then use the idle time until there is no more to do."""
+        for sequence in sequences:
+            self.engine.add(sequence)
+        while True:
+            self.moved.clear()
+            while self.engine.has_work:
+                assert not any(isinstance(event, Failed) for _, event in self.engine.step())
+            if self.prefixes._outgoing is None:
+                break
+            assert self.moved.wait(30)
+        for sequence in sequences:
+            assert sequence.output_ids == expected_tokens(
+                self.runner.logits_after, sequence.prompt_ids, sequence.params, eos_ids=TOKENIZER.eos_ids
+            )
+
+
+class TestEngine:
+    def test_a_system_prompt_is_not_read_again_after_a_restart(self, tmp_path: Path) -> None:
+        Daemon(tmp_path).run(asked([*SYSTEM, 5, 6, 7]))
+        daemon = Daemon(tmp_path)
+        sequence = asked([*SYSTEM, 9, 8, 7])
+        daemon.run(sequence)
+        assert sequence.num_cached == 150
+        assert daemon.store.num_hits == 1
+        prompt_runs = [size for _, _, size in daemon.runner.calls if size > 1]
+        # The question, and the answer while nobody asks.
+        assert prompt_runs[0] == 3
+
+    def test_only_what_is_longer_than_in_memory_is_taken_from_the_disk(self, tmp_path: Path) -> None:
+        Daemon(tmp_path).run(asked([*SYSTEM, 5, 6, 7]))
+        daemon = Daemon(tmp_path)
+        for last in (1, 2, 3):
+            daemon.run(asked([*SYSTEM, last, 8, 7]))
+        assert daemon.store.num_hits == 1
+
+    def test_a_short_one_is_stored_when_it_comes_again(self, tmp_path: Path) -> None:
+        daemon = Daemon(tmp_path, min_tokens=1000)
+        daemon.run(asked([*SYSTEM, 1, 2, 3]))
+        assert list(tmp_path.iterdir()) == []
+        daemon.run(asked([*SYSTEM, 4, 5, 6]))
+        assert len(list(tmp_path.iterdir())) == 1
+
+    def test_a_prompt_without_a_system_message_is_not_stored(self, tmp_path: Path) -> None:
+        daemon = Daemon(tmp_path)
+        for _ in range(3):
+            daemon.run(asked([*SYSTEM, 1, 2, 3], num_first=0))
+        assert list(tmp_path.iterdir()) == []
+
+    def test_other_callers_neither_find_nor_are_found(self, tmp_path: Path) -> None:
+        Daemon(tmp_path).run(asked([*SYSTEM, 5, 6, 7], identity="a"))
+        daemon = Daemon(tmp_path)
+        sequence = asked([*SYSTEM, 9, 8, 7], identity="b")
+        daemon.run(sequence)
+        assert sequence.num_cached == 0
+
+    @pytest.mark.parametrize("damage", ["truncated", "flipped early", "flipped late"])
+    def test_a_damaged_file_costs_time_and_no_answer(self, tmp_path: Path, damage: str) -> None:
+        Daemon(tmp_path).run(asked([*SYSTEM, 5, 6, 7]))
+        path = only_file(tmp_path)
+        daemon = Daemon(tmp_path)
+        data = bytearray(path.read_bytes())
+        match damage:
+            case "truncated":
+                del data[500:]
+            case "flipped early":
+                data[60] ^= 1
+            case "flipped late":
+                data[-40] ^= 1
+        path.write_bytes(data)
+        # Memory has a part of it, which must survive what the damaged file has brought.
+        daemon.run(asked([*SYSTEM[:70], 9, 9, 9], num_first=0))
+        sequence = asked([*SYSTEM, 9, 8, 7])
+        daemon.run(sequence)
+        assert sequence.num_cached == 70
+        assert daemon.store.num_removed == 1
+        assert daemon.store.num_saved == 1
+
+    def test_who_leaves_while_it_is_loaded_leaves_nothing(self, tmp_path: Path) -> None:
+        Daemon(tmp_path).run(asked([*SYSTEM, 5, 6, 7]))
+        daemon = Daemon(tmp_path, num_slots=1)
+        leaving = asked([*SYSTEM, 9, 8, 7])
+        daemon.engine.add(leaving)
+        daemon.engine._schedule()
+        daemon.engine.remove(leaving)
+        daemon.run(asked([*SYSTEM[:140], 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3], num_first=0))
+
+    def test_what_is_thrown_away_while_it_is_stored_is_not_stored(self, tmp_path: Path) -> None:
+        daemon = Daemon(tmp_path, num_slots=1)
+        daemon.engine.add(asked([*SYSTEM, 5, 6, 7]))
+        while daemon.prefixes._outgoing is None:
+            daemon.engine.step()
+        daemon.run(asked([9, 9, 9], num_first=0))
+        assert daemon.store.num_saved == 0
+        assert not [path for path in tmp_path.iterdir() if path.suffix == ".kv"]
+
+
+class TestSharedPrompts:
+    def test_are_read_while_nobody_asks_and_serve_everybody(self, tmp_path: Path) -> None:
+        daemon = Daemon(tmp_path)
+        daemon.engine.share_prompts([SYSTEM])
+        daemon.run()
+        first, second = asked([*SYSTEM, 5, 6], identity="a"), asked([*SYSTEM, 7, 8], identity="b")
+        daemon.run(first, second)
+        assert (first.num_cached, second.num_cached) == (150, 150)
+        again = Daemon(tmp_path)
+        third = asked([*SYSTEM, 5, 6], identity="c")
+        again.run(third)
+        # Only what is configured is shared, now.
+        assert third.num_cached == 0
+        again = Daemon(tmp_path)
+        again.engine.share_prompts([SYSTEM])
+        again.run()
+        assert again.store.num_hits == 1
+        assert again.runner.calls == []
+        fourth = asked([*SYSTEM, 5, 6], identity="d")
+        again.run(fourth)
+        assert fourth.num_cached == 150
+
+    def test_what_stands_behind_them_is_not_shared(self, tmp_path: Path) -> None:
+        daemon = Daemon(tmp_path)
+        daemon.engine.share_prompts([SYSTEM])
+        daemon.run(asked([*SYSTEM, 1, 2, 3, 4, 5, 6], identity="a"))
+        other = asked([*SYSTEM, 1, 2, 3, 4, 5, 6], identity="b")
+        daemon.run(other)
+        assert other.num_cached == 150
+
+    def test_whoever_asks_goes_first(self, tmp_path: Path) -> None:
+        daemon = Daemon(tmp_path)
+        daemon.engine.share_prompts([SYSTEM])
+        sequence = asked([3, 4, 5], num_first=0)
+        daemon.engine.add(sequence)
+        daemon.engine.step()
+        assert sequence.output_ids
+
+
+def test_a_file_is_written_piece_by_piece() -> None:
+    pieces = list(written(b"k" * 32, 150, 8, chunks_of(150)))
+    assert [len(piece) for piece in pieces] == [48, 512, 512, 176, 32]
+    assert sum(map(len, pieces)) == file_size(150, 8)
