@@ -1,0 +1,135 @@
+"""Answers of the real default model depend on no schedule: who came when, who was paused, who left, what was cached.
+
+Mixes are drawn from a seed; each answer is compared, token by token, with that of an engine that has no company and no
+cache. Half of them are greedy, half are sampled with a seed. The same over a model of hashes, hundreds of times:
+`test_engine.py`.
+"""
+
+import random
+from collections import Counter
+from dataclasses import dataclass, replace
+
+import pytest
+
+from hearthd.bundle import Bundle
+from hearthd.drafts.drafting import Drafting
+from hearthd.engine import Engine, Failed, RunTerminated, Sequence
+from hearthd.runner import OnnxRunner
+from hearthd.sampling import SamplingParams
+from hearthd.scheduling.priority import Priority
+from hearthd.sequence import SequenceState
+from hearthd.tokenizer import ChatTokenizer, Message
+
+pytestmark = pytest.mark.model
+
+SLOTS, PLACES, CONTEXT = 2, 6, 384
+HOUSE = "You are the voice of a house. There is a kitchen with two lamps, a bath with one, and a cellar with none. " * 2
+QUESTIONS = (
+    "Which rooms have a lamp?",
+    "Turn the lights in the kitchen off. " * 8,
+    "Repeat after me: one two three four five six seven, one two three four five six seven, one two",
+    "Why is the sky blue?",
+)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A request, and what it gives alone."""
+
+    prompt_ids: tuple[int, ...]
+    params: SamplingParams
+    answer: list[int]
+
+
+def sequence_of(prompt_ids: tuple[int, ...], params: SamplingParams, priority: Priority, account: str) -> Sequence:
+    return Sequence(
+        request_id="",
+        prompt_ids=prompt_ids,
+        params=params,
+        cache_identity="house",
+        arrived=0.0,
+        priority=priority,
+        account=account,
+    )
+
+
+@pytest.fixture(scope="module")
+def runner(default_bundle: Bundle) -> OnnxRunner:
+    return OnnxRunner.from_bundle(default_bundle, num_slots=PLACES, context_length=CONTEXT, num_threads=2)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(default_bundle: Bundle) -> ChatTokenizer:
+    return ChatTokenizer.from_bundle(default_bundle)
+
+
+@pytest.fixture(scope="module")
+def requests(runner: OnnxRunner, tokenizer: ChatTokenizer) -> list[Asked]:
+    requests = []
+    greedy = SamplingParams(temperature=0.0, max_tokens=20)
+    sampled = SamplingParams(temperature=0.9, top_p=0.95, repetition_penalty=1.1, seed=7, max_tokens=20)
+    for number, question in enumerate(QUESTIONS):
+        prompt_ids = tuple(tokenizer.encode_chat([Message("system", HOUSE), Message("user", question)]))
+        for params in (greedy, replace(sampled, seed=number)):
+            alone = sequence_of(prompt_ids, params, Priority.NORMAL, "alone")
+            engine = Engine(runner, tokenizer, prefill_chunk=256)
+            engine.add(alone)
+            while alone.state is not SequenceState.ENDED:
+                engine.step()
+            requests.append(Asked(prompt_ids, params, alone.output_ids))
+    assert len({tuple(each.answer) for each in requests}) > len(QUESTIONS)
+    return requests
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_no_schedule_changes_an_answer(
+    runner: OnnxRunner, tokenizer: ChatTokenizer, requests: list[Asked], seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chance = random.Random(seed)
+    drafting = Drafting(context_length=CONTEXT) if runner.can_verify else None
+    engine = Engine(
+        runner,
+        tokenizer,
+        num_slots=SLOTS,
+        prefill_chunk=chance.choice((16, 48, 64)),
+        solo_prefill_chunk=128,
+        drafting=drafting,
+    )
+    forward, terminated = runner.forward, 0
+
+    def stopped_sometimes(*arguments: object) -> object:
+        nonlocal terminated
+        if chance.random() < 0.05:
+            terminated += 1
+            raise RunTerminated
+        return forward(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(runner, "forward", stopped_sometimes)
+    running: dict[Sequence, Asked] = {}
+    left: dict[Sequence, Asked] = {}
+    seen: Counter[SequenceState] = Counter()
+    to_come = 12
+    for _ in range(2000):
+        if to_come and chance.random() < 0.25:
+            asked = chance.choice(requests)
+            sequence = sequence_of(asked.prompt_ids, asked.params, chance.choice(list(Priority)), chance.choice("ab"))
+            engine.add(sequence)
+            running[sequence] = asked
+            to_come -= 1
+        if running and chance.random() < 0.02:
+            sequence = chance.choice(list(running))
+            left[sequence] = running.pop(sequence)
+            engine.remove(sequence)
+        assert not any(isinstance(event, Failed) for _, event in engine.step())
+        seen.update(sequence.state for sequence in running)
+        if not to_come and not engine.has_work:
+            break
+    assert not engine.has_work, "somebody waits for ever"
+    assert (engine.num_running, engine.num_paused, engine.num_waiting) == (0, 0, 0)
+    for sequence, asked in running.items():
+        assert sequence.output_ids == asked.answer
+    for sequence, asked in left.items():
+        assert sequence.output_ids == asked.answer[: len(sequence.output_ids)]
+    assert seen[SequenceState.PAUSED], "nobody was paused"
+    assert seen[SequenceState.WAITING], "nobody waited"
+    assert any(sequence.num_cached for sequence in running), "nothing was cached"
