@@ -23,6 +23,7 @@ from hearthd.config_sections import (
     MODEL_NAME,
     AuditConfig,
     AuthConfig,
+    CacheConfig,
     DiscoveryConfig,
     EngineConfig,
     LimitsConfig,
@@ -43,6 +44,7 @@ from hearthd.setting import Kind, Place
 __all__ = [
     "AuditConfig",
     "AuthConfig",
+    "CacheConfig",
     "Config",
     "DiscoveryConfig",
     "EngineConfig",
@@ -70,7 +72,9 @@ _MAX_FILE_BYTES: Final = 2**20
 # What a path may begin with: secrets that systemd hands over (systemd.exec(5), LoadCredential).
 _CREDENTIALS: Final = "$CREDENTIALS_DIRECTORY"
 # Fields whose default in a file is not the default of the dataclass, because it depends on the environment.
-_AUTO: Final = frozenset({("server", "unix_socket"), ("auth", "usage_file"), ("model", "directory")})
+_AUTO: Final = frozenset(
+    {("server", "unix_socket"), ("auth", "usage_file"), ("model", "directory"), ("cache", "directory")}
+)
 # Sections of sections: `[roles.NAME]`, and `[models.NAME]` beside the keys of [models]. Not from the environment, whose
 # names could not be told apart.
 _ROLES: Final = "roles"
@@ -88,6 +92,7 @@ class Config:
     auth: AuthConfig = field(default_factory=AuthConfig)
     discovery: DiscoveryConfig = field(default_factory=DiscoveryConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
+    cache: CacheConfig = field(default_factory=CacheConfig)
     limits: LimitsConfig = field(default_factory=LimitsConfig)
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     audit: AuditConfig = field(default_factory=AuditConfig)

@@ -18,6 +18,7 @@ __all__ = [
     "MODEL_NAME",
     "AuditConfig",
     "AuthConfig",
+    "CacheConfig",
     "DiscoveryConfig",
     "EngineConfig",
     "LimitsConfig",
@@ -149,6 +150,16 @@ class LimitsConfig:
     default_max_tokens: Annotated[int, Whole(1, 131072)] = 512
     max_messages: Annotated[int, Whole(1, 4096)] = 256
     max_request_bytes: Annotated[int, Whole(1024, 4 * 2**20)] = 256 * 1024
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheConfig:
+    """What is kept of prompts."""
+
+    directory: Annotated[Path | None, Place(auto=paths.prefix_directory)] = None
+    max_bytes: Annotated[int, ByteSize(2**50)] = 256 * 2**20
+    min_tokens: Annotated[int, Whole(64, 131072)] = 256
+    shared_prompts: Annotated[tuple[str, ...], Strings(16)] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

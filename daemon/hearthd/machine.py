@@ -12,7 +12,7 @@ from pathlib import Path
 
 __all__ = ["Machine", "ResidentSet", "available_bytes"]
 
-# Shared anonymous memory, which KV buffers are, has this name in a process's map.
+# Shared anonymous memory has these names in a process's map.
 _SHARED_ANONYMOUS = ("/dev/zero", "/memfd:", "/SYSV")
 
 

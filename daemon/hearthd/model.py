@@ -9,7 +9,7 @@ import logging
 import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from hearthd.bundle import Bundle
 from hearthd.chat_template import Message
@@ -19,10 +19,17 @@ from hearthd.drafts.exactness import is_exact
 from hearthd.engine import Engine
 from hearthd.errors import BundleError
 from hearthd.events import Failed, Finished
+from hearthd.kv.prefix_store import PrefixStore
+from hearthd.kv.stored_prefixes import StoredPrefixes
 from hearthd.kv_cache import Runner
+from hearthd.processor_kind import processor_kind
 from hearthd.sampling import SamplingParams
 from hearthd.sequence import Sequence
+from hearthd.shared_prompts import encode_shared_prompts
 from hearthd.tokenizer import ChatTokenizer
+
+if TYPE_CHECKING:
+    from hearthd.runner import OnnxRunner
 
 __all__ = ["Model", "default_sampling", "load_model", "prove", "return_free_memory"]
 
@@ -81,7 +88,9 @@ def load_model(bundle: Bundle, config: Config) -> Model:
         max_stall_seconds=config.engine.max_stall_ms / 1000,
         max_answer_seconds=config.engine.max_answer_seconds,
         drafting=_drafting(runner, tokenizer) if config.engine.drafts else None,
+        stored=_open_prefixes(bundle, config, runner),
     )
+    engine.share_prompts(encode_shared_prompts(config, tokenizer))
     return Model(
         name=config.model.name,
         engine=engine,
@@ -95,6 +104,17 @@ def load_model(bundle: Bundle, config: Config) -> Model:
         license=manifest.license,
         source=manifest.source,
     )
+
+
+def _open_prefixes(bundle: Bundle, config: Config, runner: "OnnxRunner") -> StoredPrefixes | None:
+    """Return the prefixes on disk that are this model's on this processor; None without a directory for them."""
+    if config.cache.directory is None:
+        return None
+    fingerprint = "\n".join((bundle.manifest.to_json(), runner.kv_version, processor_kind()))
+    store = PrefixStore(
+        config.cache.directory, fingerprint.encode(), runner.kv_token_bytes, max_bytes=config.cache.max_bytes
+    )
+    return StoredPrefixes(store, runner, min_tokens=config.cache.min_tokens)
 
 
 def _drafting(runner: Runner, tokenizer: ChatTokenizer) -> Drafting | None:

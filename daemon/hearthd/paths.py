@@ -17,6 +17,7 @@ __all__ = [
     "credentials_directory",
     "is_credential",
     "model_directory",
+    "prefix_directory",
     "runtime_directory",
     "service_environment",
     "state_directory",
@@ -65,7 +66,7 @@ def model_directory(environment: Mapping[str, str] = os.environ, *, is_root: boo
 
 
 def cache_directory(environment: Mapping[str, str] = os.environ, *, is_root: bool | None = None) -> Path:
-    """Return the directory for what can be fetched again: checkpoints."""
+    """Return the directory for what can be fetched or computed again: checkpoints, prefixes."""
     if found := _absolute(environment, "CACHE_DIRECTORY"):
         return found
     if found := _absolute(environment, "STATE_DIRECTORY"):
@@ -74,6 +75,11 @@ def cache_directory(environment: Mapping[str, str] = os.environ, *, is_root: boo
     if os.geteuid() == 0 if is_root is None else is_root:
         return Path("/var/cache/hearth")
     return (_absolute(environment, "XDG_CACHE_HOME") or _home(environment) / ".cache") / "hearth"
+
+
+def prefix_directory(environment: Mapping[str, str] = os.environ, *, is_root: bool | None = None) -> Path:
+    """Return where the daemon keeps prompts' beginnings over restarts: they can be computed again."""
+    return cache_directory(environment, is_root=is_root) / "prefixes"
 
 
 def tls_directory(environment: Mapping[str, str] = os.environ, *, is_root: bool | None = None) -> Path:

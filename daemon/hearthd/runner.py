@@ -355,6 +355,11 @@ class OnnxRunner:
         self._slots.copy(source, target, num_tokens)
 
     @property
+    def kv_version(self) -> str:
+        """What the bits of KV depend on beside bundle and processor."""
+        return f"onnxruntime {ort.__version__}, {self._slots.arrays[0].dtype}"
+
+    @property
     def kv_token_bytes(self) -> int:
         """Bytes of one position's KV."""
         return self._slots.token_bytes

@@ -4,10 +4,11 @@ A caller's text never becomes a control token, whatever it contains; only the mo
 Knows no sequences and no model. Safe to use from any thread. Called by `services` (encoding) and `engine` (decoding).
 """
 
+import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime
-from typing import Any, Self
+from typing import Any, Final, Self
 
 from tokenizers import Tokenizer
 
@@ -19,6 +20,11 @@ from hearthd.errors import BundleError
 from hearthd.plain_text import PlainTextEncoder
 
 __all__ = ["ChatTokenizer", "IncrementalDecoder", "Message", "Role", "validate_messages"]
+
+
+# Characters of a system message, of which there are at least as many as tokens.
+_MIN_BEGINNING: Final = 64
+_MAX_BEGINNINGS: Final = 16
 
 
 class ChatTokenizer:
@@ -63,6 +69,8 @@ class ChatTokenizer:
         self._control_tokens = ControlTokens(tokens.values())
         self._plain_text = PlainTextEncoder(self._tokenizer, config, tokens.keys())
         self.control_ids = frozenset(tokens)
+        # By hash of the first message.
+        self._beginnings: dict[bytes, tuple[int, ...]] = {}
         self._decoder_config = config["decoder"]
         self._new_steps = decoder_steps(self._decoder_config)
 
@@ -107,6 +115,32 @@ class ChatTokenizer:
             if ids is not None:
                 return ids
         return self._encode_apart(rendered, mark)
+
+    def encode_beginning(self, first: Message) -> list[int]:
+        """Return the tokens that every conversation with this first message begins with.
+
+        Raises InvalidRequestError as `encode_chat` does.
+        """
+        one, other = (self.encode_chat([first, Message("user", text)]) for text in ("A", "0"))
+        num_equal = next((at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), len(one))
+        return one[:num_equal]
+
+    def count_beginning(self, messages: Sequence[Message], prompt_ids: Sequence[int]) -> int:
+        """Return how many of a conversation's tokens other ones with the same system message begin with, too.
+
+        0 without a system message, or with one that is not worth the counting.
+        """
+        if messages[0].role != "system" or len(messages[0].content) < _MIN_BEGINNING:
+            return 0
+        name = hashlib.sha256(messages[0].content.encode()).digest()
+        known = self._beginnings.get(name)
+        # A template may state the time: what was true yesterday need not be today.
+        if known is None or tuple(prompt_ids[: len(known)]) != known:
+            known = tuple(self.encode_beginning(messages[0]))
+            while len(self._beginnings) >= _MAX_BEGINNINGS:
+                self._beginnings.pop(next(iter(self._beginnings)), None)
+            self._beginnings[name] = known
+        return len(known) if tuple(prompt_ids[: len(known)]) == known else 0
 
     def _encode_as_it_is(self, rendered: str) -> list[int] | None:
         """Encode a text that holds no control token but the template's, if that is what comes out.

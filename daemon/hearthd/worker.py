@@ -322,6 +322,7 @@ class Worker:
             self._call_loop(lambda error=error: self._fail_to_load(error))  # type: ignore[misc]
             return
         self._engine = model.engine
+        self._engine.wake_by(lambda: self._commands.put(lambda: None))
         # After loading: ONNX Runtime's own threads would have inherited the name.
         name_this_thread(self._thread.name)
         restraint = Restraint(model, self._throttle)

@@ -20,7 +20,7 @@ __all__ = ["Saving"]
 _NUM_CHUNKS: Final = 4
 
 
-class _AbortedError(Exception):
+class _GivenUpError(Exception):
     """What was to be written is not there any more."""
 
 
@@ -36,7 +36,7 @@ class Saving:
         self._on_room = on_room
         # None: there will be no more of them.
         self._chunks: queue.Queue[bytes | None] = queue.Queue(_NUM_CHUNKS)
-        self._is_aborted = threading.Event()
+        self._has_given_up = threading.Event()
         self._thread = threading.Thread(target=self._write, name="prefix-write", daemon=True)
         self._thread.start()
 
@@ -55,9 +55,9 @@ class Saving:
         self._chunks.put_nowait(chunk)
         self.num_given += num_tokens
 
-    def abort(self) -> None:
+    def give_up(self) -> None:
         """Leave nothing behind."""
-        self._is_aborted.set()
+        self._has_given_up.set()
         with suppress(queue.Full):
             self._chunks.put_nowait(None)
 
@@ -68,7 +68,7 @@ class Saving:
     def _write(self) -> None:
         try:
             self._store.write(self.prefix, self._take())
-        except _AbortedError:
+        except _GivenUpError:
             pass
         finally:
             self._on_room()
@@ -77,8 +77,8 @@ class Saving:
         left = self.prefix.num_tokens
         while left > 0:
             chunk = self._chunks.get()
-            if chunk is None or self._is_aborted.is_set():
-                raise _AbortedError
+            if chunk is None or self._has_given_up.is_set():
+                raise _GivenUpError
             left -= CHUNK
             yield chunk
             self._on_room()

@@ -126,7 +126,7 @@ class StoredPrefixes:
             return
         saving, number_of = out.saving, {slot: number for number, slot in enumerate(slots)}
         if out.slot.num_cuts != out.num_cuts:
-            saving.abort()
+            saving.give_up()
             self._outgoing = None
         elif saving.has_ended:
             self._outgoing = None
@@ -139,7 +139,7 @@ class StoredPrefixes:
         """Wait for what was handed over to be written; what was not is left out."""
         if self._outgoing is not None:
             if self._outgoing.saving.num_given < self._outgoing.saving.prefix.num_tokens:
-                self._outgoing.saving.abort()
+                self._outgoing.saving.give_up()
             self._outgoing.saving.wait(seconds)
 
     def _tell_room(self) -> None:

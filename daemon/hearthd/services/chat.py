@@ -20,7 +20,7 @@ from hearthd.policy.policy_file import PolicyFile
 from hearthd.policy.screening import Screen
 from hearthd.sequence import Sequence
 from hearthd.services.chosen_model import find_model
-from hearthd.services.prompt import encoding
+from hearthd.services.prompt import encoding_with_beginning
 from hearthd.stream import ChatStream
 from hearthd.tokenising import Tokenising
 from hearthd.worker import Worker
@@ -86,12 +86,15 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
         screen = rules.screen_answer()
         with worker.admit(priority) as chat:
             try:
-                prompt_ids = await self._tokenising.run(current_caller().account, encoding(model, rules, call.messages))
+                prompt_ids, num_first = await self._tokenising.run(
+                    caller.account, encoding_with_beginning(model, rules, call.messages)
+                )
                 seconds_left = context.time_remaining()
                 chat.submit(
                     Sequence(
                         request_id=call.request_id,
                         prompt_ids=tuple(prompt_ids),
+                        num_first=num_first,
                         params=fit_to_context(call, len(prompt_ids), model.engine.context_length),
                         cache_identity=caller.identity,
                         arrived=arrived,

@@ -1,0 +1,97 @@
+"""System prompts that the owner shares: as the model gets them, whoever asks; and from configuration to cache."""
+
+from datetime import datetime
+from pathlib import Path
+
+import pytest
+
+import tiny_tokenizers as tiny
+from hearthd.chat_template import Message
+from hearthd.config import Config
+from hearthd.errors import ConfigError
+from hearthd.policy.policy_file import PolicyFile
+from hearthd.shared_prompts import encode_shared_prompts, read_shared_prompts
+from hearthd.tokenizer import ChatTokenizer
+from serving import make_config, make_tokenizer
+
+TEXT = "You run a house with a kitchen, two bedrooms and a garden. Answer in one sentence. " * 3
+
+
+def config(directory: Path, *texts: str, policy: str = "") -> Config:
+    names = []
+    for number, text in enumerate(texts):
+        path = directory / f"prompt{number}.txt"
+        path.write_text(text)
+        names.append(str(path))
+    (directory / "policy.toml").write_text(policy)
+    return make_config(directory, cache={"shared_prompts": tuple(names)}, policy={"file": directory / "policy.toml"})
+
+
+def begins_with_one(shared: list[list[int]], *messages: Message) -> int:
+    prompt = make_tokenizer().encode_chat(messages)
+    return max((len(each) for each in shared if prompt[: len(each)] == each), default=0)
+
+
+def test_every_chat_with_this_system_prompt_begins_with_it(tmp_path: Path) -> None:
+    shared = encode_shared_prompts(config(tmp_path, TEXT, "Other."), make_tokenizer())
+    assert len(shared) == 2
+    for question in ("Hello", "A", "0", " space"):
+        assert begins_with_one(shared, Message("system", TEXT.strip()), Message("user", question)) > 100
+    assert begins_with_one(shared, Message("system", "Third."), Message("user", "Hello")) == 0
+
+
+def test_the_policys_instructions_come_first_and_are_shared_themselves(tmp_path: Path) -> None:
+    policy = '[[system]]\nprompt = "Be polite."\n\n[[system]]\nprompt = "Only for guests."\nroles = ["guest"]\n'
+    made = config(tmp_path, TEXT, policy=policy)
+    object.__setattr__(made, "roles", {**made.roles, "guest": made.roles["user"]})
+    shared = encode_shared_prompts(made, make_tokenizer())
+    assert len(shared) == 4
+    rules = PolicyFile(made.policy.file, made.roles).current
+    for role in ("guest", "user"):
+        for messages in ([Message("user", "Hi")], [Message("system", TEXT.strip()), Message("user", "Hi")]):
+            assert begins_with_one(shared, *rules.for_role(role).add_prompt(messages)) > 10
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"), [(None, "cannot be read: No such file"), (b"\xff", "is not UTF-8"), (b" \n", "is empty")]
+)
+def test_a_file_that_is_no_prompt_is_one_clear_line(tmp_path: Path, content: bytes | None, reason: str) -> None:
+    path = tmp_path / "prompt.txt"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ConfigError, match=reason):
+        read_shared_prompts(make_config(tmp_path, cache={"shared_prompts": (str(path),)}))
+
+
+class TestBeginnings:
+    def test_end_before_the_users_words(self) -> None:
+        tokenizer = make_tokenizer()
+        system = Message("system", TEXT)
+        prompts = [tokenizer.encode_chat([system, Message("user", text)]) for text in ("Hello", "What?", "hello there")]
+        counts = {tokenizer.count_beginning([system, Message("user", "Hello")], prompt) for prompt in prompts}
+        assert len(counts) == 1
+        count = counts.pop()
+        assert len({tuple(prompt[:count]) for prompt in prompts}) == 1
+        assert count < min(map(len, prompts))
+
+    def test_without_a_system_message_there_is_none(self) -> None:
+        tokenizer = make_tokenizer()
+        for messages in ([Message("user", TEXT)], [Message("system", "short"), Message("user", "Hello")]):
+            assert tokenizer.count_beginning(messages, tokenizer.encode_chat(messages)) == 0
+
+    def test_a_template_that_tells_the_time_is_asked_again(self) -> None:
+        moment = [datetime(2026, 11, 22)]
+        tokenizer = ChatTokenizer(
+            tiny.byte_level(),
+            "{{ strftime_now('%A') }}" + tiny.CHATML,
+            eos_ids=[tiny.id_of("<|im_end|>")],
+            now=lambda: moment[0],
+        )
+        messages = [Message("system", TEXT), Message("user", "Hello")]
+        first = tokenizer.count_beginning(messages, tokenizer.encode_chat(messages))
+        moment[0] = datetime(2026, 11, 25)
+        prompt = tokenizer.encode_chat(messages)
+        second = tokenizer.count_beginning(messages, prompt)
+        assert first > 100
+        assert second > 100
+        assert prompt[:second] == tokenizer.encode_beginning(messages[0])
