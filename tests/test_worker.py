@@ -116,6 +116,36 @@ async def test_a_queue_full_of_less_urgent_chats_keeps_nobody_out() -> None:
 
 
 @asynchronous
+async def test_a_flood_that_fills_the_queue_gives_way_to_others_chat_by_chat() -> None:
+    runner = make_runner(is_gated=True)
+    async with working(runner, max_queued=3) as worker:
+        flood = [worker.admit(account="flood") for _ in range(5)]
+        for chat in flood:
+            chat.submit(sequence())
+        runner.allow()  # the first two have a slot when the first one's prompt is read
+        await begun(runner, 2)
+        others = [worker.admit(account="other") for _ in range(2)]
+        assert [chat.has_ended for chat in flood] == [False, False, False, True, True]
+        with pytest.raises(QueueFullError, match="2 chats run and 3 wait"):
+            [event async for event in flood[4]]
+        # Now one has three, the other two: nobody gives way for more of either, but for a third one.
+        for account in ("flood", "other"):
+            with pytest.raises(QueueFullError):
+                worker.admit(account=account)
+        others.append(worker.admit(account="third"))
+        assert [chat.has_ended for chat in flood] == [False, False, True, True, True]
+        # Those that run are left alone.
+        others.append(worker.admit(account="fourth"))
+        assert [chat.has_ended for chat in others] == [False, True, False, False]
+        with pytest.raises(QueueFullError):
+            worker.admit(account="fifth")
+        for chat in [*flood, *others]:
+            with chat:
+                pass
+        assert worker.counts.refused == 3 + 4
+
+
+@asynchronous
 @pytest.mark.parametrize(("estimate", "told"), [(None, 1.0), (0.2, 1.0), (4.5, 4.5), (300.0, 60.0)])
 async def test_the_time_to_wait_is_when_the_next_chat_will_have_ended(
     monkeypatch: pytest.MonkeyPatch, estimate: float | None, told: float

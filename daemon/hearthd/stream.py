@@ -30,6 +30,7 @@ class ChatStream:
     def __init__(
         self,
         priority: Priority,
+        account: str,
         *,
         max_backlog_bytes: int,
         submit: Callable[["ChatStream", Sequence], None],
@@ -37,6 +38,7 @@ class ChatStream:
     ) -> None:
         """submit: hands the sequence to the inference thread. leave: takes the chat out of the worker's books."""
         self.priority = priority
+        self.account = account
         self._max_backlog_bytes = max_backlog_bytes
         self._submit = submit
         self._leave = leave
@@ -81,6 +83,11 @@ class ChatStream:
     def error(self) -> Exception | None:
         """What ended the chat before it finished."""
         return self._error
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether it has got a slot; what the inference thread does at this moment, one learns later."""
+        return self.sequence is not None and self.sequence.admitted is not None
 
     def submit(self, sequence: Sequence) -> None:
         """Hand the sequence to the inference thread."""

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Final
 
+from hearthd.admission import last_of_longest, retry_seconds, rivals_of
 from hearthd.errors import DeadlineTooShortError, EngineCrashedError, HearthdError, NotServingError, QueueFullError
 from hearthd.events import Event, Failed, Finished
 from hearthd.governor import FULL, Throttle
@@ -30,11 +31,8 @@ from hearthd.thread_name import name_this_thread
 
 __all__ = ["Counts", "State", "Worker"]
 
-# Bounds of what a refused caller is told to wait.
 # Until a chat that left in the middle of its prompt is out of the engine.
 _STOP_AGAIN_SECONDS: Final = 0.05
-_MIN_RETRY_SECONDS: Final = 1.0
-_MAX_RETRY_SECONDS: Final = 60.0
 # The engine outlives a failed run; one that fails run after run is broken, and a new process may not be.
 _MAX_FAILURES_IN_A_ROW: Final = 8
 
@@ -92,7 +90,8 @@ class Worker:
         self._stream_backlog_bytes = stream_backlog_bytes
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="inference", daemon=True)
-        self._chats: set[ChatStream] = set()
+        # In the order in which they have come.
+        self._chats: dict[ChatStream, None] = {}
         self._streams: dict[Sequence, ChatStream] = {}
         self._no_chats = asyncio.Event()
         self._no_chats.set()
@@ -147,11 +146,8 @@ class Worker:
         """Chats that may wait."""
         return self._max_queued
 
-    def admit(self, priority: Priority = Priority.NORMAL) -> ChatStream:
-        """Give a chat a place, or refuse it at once.
-
-        Chats that are less urgent do not count: a queue that is full of them keeps nobody else out. So there are at
-        most as many times the limit as there are priorities.
+    def admit(self, priority: Priority = Priority.NORMAL, account: str = "") -> ChatStream:
+        """Give a chat a place, or refuse it at once; or refuse one that waits in its stead (`admission`).
 
         Raises QueueFullError with a time to wait, NotServingError while loading and draining.
         """
@@ -159,16 +155,22 @@ class Worker:
         if self.state is not State.SERVING:
             raise NotServingError("the daemon is shutting down; try again in a few seconds, or ask another one")
         limit = model.engine.num_slots + self._max_queued
-        if sum(chat.priority <= priority for chat in self._chats) >= limit:
-            self.counts.refused += 1
-            raise QueueFullError(
+        rivals = rivals_of(priority, self._chats)
+        if len(rivals) >= limit:
+            error = QueueFullError(
                 f"the queue is full: {model.engine.num_slots} chats run and {self._max_queued} wait; try again later",
-                _retry_seconds(model.engine.seconds_until_end),
+                retry_seconds(model.engine.seconds_until_end),
             )
+            giving_way = last_of_longest(rivals, account)
+            if giving_way is None:
+                self.counts.refused += 1
+                raise error
+            self._remove(giving_way)
+            giving_way.fail(error)
         chat = ChatStream(
-            priority, max_backlog_bytes=self._stream_backlog_bytes, submit=self._submit, leave=self._leave
+            priority, account, max_backlog_bytes=self._stream_backlog_bytes, submit=self._submit, leave=self._leave
         )
-        self._chats.add(chat)
+        self._chats[chat] = None
         self._no_chats.clear()
         return chat
 
@@ -233,7 +235,7 @@ class Worker:
         if chat.finished is not None:
             self._remember(chat.finished)
         else:
-            if isinstance(chat.error, DeadlineTooShortError):
+            if isinstance(chat.error, DeadlineTooShortError | QueueFullError):
                 self.counts.refused += 1
             elif chat.error is not None:
                 self.counts.failed += 1
@@ -244,7 +246,7 @@ class Worker:
                 self._count_tokens(len(sequence.prompt_ids), sequence.num_cached, len(sequence.output_ids))
                 self._count_drafts(sequence.num_drafted, sequence.num_accepted)
         self._remove(chat)
-        self._chats.discard(chat)
+        self._chats.pop(chat, None)
         if not self._chats:
             self._no_chats.set()
 
@@ -386,8 +388,3 @@ class Worker:
         self.state = State.ENDED
         self._loaded.set_exception(error)
         self._ended.set_result(None)
-
-
-def _retry_seconds(until_end: float | None) -> float:
-    """Return when to come again: when the next of those that run has ended."""
-    return min(max(until_end or 0.0, _MIN_RETRY_SECONDS), _MAX_RETRY_SECONDS)

@@ -84,7 +84,7 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
                 "is set; this daemon's policy screens answers, and they would tell what it hides",
             )
         screen = rules.screen_answer()
-        with worker.admit(priority) as chat:
+        with worker.admit(priority, caller.account) as chat:
             try:
                 prompt_ids, num_first = await self._tokenising.run(
                     caller.account, encoding_with_beginning(model, rules, call.messages)
