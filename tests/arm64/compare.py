@@ -45,6 +45,8 @@ class Answer:
     completion_tokens: int
     num_other_bits: int
     """KV values that depend on where a text is cut into runs."""
+    num_other_drafted: int = 0
+    """Logits and KV values that are others in a run of drafts than in steps."""
 
     @property
     def decode_step_seconds(self) -> float:
@@ -94,6 +96,8 @@ def compare(reference: Answer, other: Answer, kl_mean: float) -> Comparison:
         is_accepted = lead <= MAX_LEAD
     if other.num_other_bits:
         finding, is_accepted = f"{finding}; {other.num_other_bits} values of KV depend on how a text is cut", False
+    if other.num_other_drafted:
+        finding, is_accepted = f"{finding}; {other.num_other_drafted} values are others in a run of drafts", False
     if not kl_mean <= MAX_KL:
         finding, is_accepted = f"{finding}; KL over {MAX_KL}", False
     return Comparison(same, kl_mean, finding, is_accepted=is_accepted)

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hearthd.bundle import Bundle
+from hearthd.drafts.run_costs import LENGTHS
 from hearthd.engine import Delta, Engine, Failed, Finished, Sequence, TokenLogprob
 from hearthd.runner import OnnxRunner
 from hearthd.sampling import SamplingParams
@@ -69,6 +70,29 @@ def count_other_bits(runner: OnnxRunner, token_ids: Several[int]) -> int:
     return int(np.sum(whole != keys_and_values([token_ids[:first], *short])))
 
 
+def count_other_drafted(runner: OnnxRunner, token_ids: Several[int]) -> int:
+    """Count the logits and KV values that differ between runs of drafts and as many steps.
+
+    Of every length that is drafted, behind texts of several lengths, since kernels go through both in blocks.
+    """
+    if not runner.can_verify:
+        return 0
+    found = 0
+    for past in range(1, len(token_ids) - max(LENGTHS), 13):
+        runner.forward(np.array([token_ids[:past]], np.int64), 0, np.zeros(1, np.int32))
+        drafted = np.array(token_ids[past : past + max(LENGTHS)], np.int64)
+        steps = [
+            runner.forward(drafted[None, at : at + 1], 0, np.array([past + at], np.int32))[0].copy()
+            for at in range(len(drafted))
+        ]
+        written = runner.read_slot(0, past + len(drafted))[..., past:, :]
+        for length in LENGTHS:
+            found += int(np.sum(runner.verify(drafted[:length], 0, past) != np.array(steps[:length])))
+            again = runner.read_slot(0, past + length)[..., past:, :]
+            found += int(np.sum(again != written[..., :length, :]))
+    return found
+
+
 def main() -> None:
     """Print one JSON object, the fields of `compare.Answer`."""
     path, max_tokens, logits_path = Path(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
@@ -111,6 +135,7 @@ def main() -> None:
         "decode_seconds": finished.decode_seconds,
         "completion_tokens": finished.completion_tokens,
         "num_other_bits": count_other_bits(runner, sequence.prompt_ids[:32]),
+        "num_other_drafted": count_other_drafted(runner, [*sequence.prompt_ids, *sequence.output_ids]),
     }
     reference: dict[str, Any] = (
         json.loads(Path(sys.argv[4]).read_text(encoding="utf-8")) if len(sys.argv) > 4 else result

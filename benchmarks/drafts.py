@@ -1,0 +1,176 @@
+"""What drafts bring and cost: the same answers with and without them, step beside step, in one process.
+
+    python benchmarks/drafts.py [--bundle DIRECTORY] [--rounds N] [--tokens N] [--threads N]
+
+Two engines share a runner, one a slot each, and take turns by steps: whatever else the machine does meets both. Prints,
+for each task, how many of the drafted tokens were right and how much faster the answer came, as the median of the
+rounds' ratios. Exits with 1 if a draft changed an answer, or if drafts cost more than 3 % where they do not pay.
+
+The texts that do not pay are what counts for the 3 %; a machine that is busy with other things needs more rounds.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Sequence as Several
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hearthd.bundle import Bundle
+from hearthd.drafts.drafting import Drafting
+from hearthd.engine import Engine, Failed, Runner, Sequence
+from hearthd.runner import OnnxRunner
+from hearthd.sampling import SamplingParams
+from hearthd.tokenizer import ChatTokenizer, Message
+
+DEFAULT_BUNDLE = Path(__file__).resolve().parent.parent / ".cache/state/models/smollm2-135m"
+MAX_COST = 1.03
+Ids = NDArray[np.int64]
+NOTE = (
+    "The heating in the living room is controlled by a thermostat beside the door. It is set to 20 degrees from 6 in "
+    "the morning until 10 at night, and to 16 degrees during the night. On weekends the day begins at 8. The radiator "
+    "in the bathroom has a valve of its own, which is opened by the home controller ten minutes before somebody "
+    "showers, as far as it knows. The boiler stands in the basement, is serviced every September by the company "
+    "Lindner, telephone 0151 2345678, and was replaced in 2019. If the display shows E4, the pressure is too low: open "
+    "the blue valve under the boiler until the needle stands at 1.5 bar, then close it again and press reset."
+)
+CODE = (
+    "def mean(values):\n    total = 0\n    for value in values:\n        total += value\n"
+    "    return total / len(values)\n\ndef variance(values):\n    average = mean(values)\n    total = 0\n"
+    "    for value in values:\n"
+    "        total += (value - average) ** 2\n    return total / len(values)\n"
+)
+# What is said of each, and whether it goes back to a text that was given.
+TASKS = (
+    ("repeat", True, f"Repeat this text word for word:\n\n{NOTE}"),
+    ("edit", True, f"Rewrite this text, and put 21 degrees instead of 20 degrees:\n\n{NOTE}"),
+    ("summarise", True, f"Summarise this text in three sentences:\n\n{NOTE}"),
+    ("answer from a text", True, f"Read this text and answer: what must I do if the display shows E4?\n\n{NOTE}"),
+    ("document code", True, f"Add docstrings to this code:\n\n{CODE}"),
+    ("story", False, "Tell me a story about a lighthouse keeper and his cat."),
+    ("letter", False, "Write a long letter from a sailor to his daughter."),
+    ("explain", False, "Explain how bread rises in the oven, and why it smells so good."),
+    ("poem", False, "Write a poem about the sea."),
+)
+
+
+class OneSlot:
+    """A `Runner` of which an engine sees one slot, so that two engines can share it."""
+
+    num_slots = 1
+
+    def __init__(self, runner: OnnxRunner, slot: int) -> None:
+        self._runner = runner
+        self._slot = slot
+
+    def __getattr__(self, name: str) -> Any:
+        """Return what no slot belongs to."""
+        return getattr(self._runner, name)
+
+    def load_preset(self, slot: int) -> None:
+        """As `Runner`; so are the others."""
+        self._runner.load_preset(self._slot + slot)
+
+    def give_back(self, slot: int, num_tokens: int) -> None:
+        """As `Runner`."""
+        self._runner.give_back(self._slot + slot, num_tokens)
+
+    def forward(self, token_ids: Ids, first_slot: int, past_lengths: NDArray[np.int32]) -> NDArray[np.float32]:
+        """As `Runner`."""
+        return self._runner.forward(token_ids, self._slot + first_slot, past_lengths)
+
+    def verify(self, token_ids: Ids, slot: int, num_past: int) -> NDArray[np.float32]:
+        """As `Runner`."""
+        return self._runner.verify(token_ids, self._slot + slot, num_past)
+
+
+@dataclass
+class Answering:
+    """One engine's way through an answer."""
+
+    engine: Engine
+    sequence: Sequence
+    seconds: float = 0.0
+
+    def step(self) -> None:
+        """Take one step; only those that write are timed."""
+        is_writing = bool(self.sequence.output_ids)
+        started = time.perf_counter()
+        events = self.engine.step()
+        if is_writing:
+            self.seconds += time.perf_counter() - started
+        for _, event in events:
+            if isinstance(event, Failed):
+                raise event.error
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the answer is complete."""
+        return self.sequence.last_token is not None and not self.engine.num_running
+
+
+def answer_twice(
+    runner: OnnxRunner, tokenizer: ChatTokenizer, prompt_ids: Several[int], params: SamplingParams
+) -> tuple[Answering, Answering]:
+    """Answer without and with drafts, step beside step."""
+    both = []
+    for slot in range(2):
+        drafting = Drafting(context_length=runner.context_length) if slot else None
+        engine = Engine(cast(Runner, OneSlot(runner, slot)), tokenizer, drafting=drafting)
+        sequence = Sequence(
+            request_id="", prompt_ids=tuple(prompt_ids), params=params, cache_identity="", arrived=time.monotonic()
+        )
+        engine.add(sequence)
+        both.append(Answering(engine, sequence))
+    while not all(each.is_over for each in both):
+        for each in both:
+            if not each.is_over:
+                each.step()
+    return both[0], both[1]
+
+
+def main() -> int:
+    """Print the table, and return the exit code."""
+    parser = argparse.ArgumentParser(description="Measure what drafts bring and cost.")
+    parser.add_argument("--bundle", type=Path, default=DEFAULT_BUNDLE)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--tokens", type=int, default=160)
+    parser.add_argument("--threads", type=int, default=2)
+    arguments = parser.parse_args()
+    bundle = Bundle.open(arguments.bundle)
+    tokenizer = ChatTokenizer.from_bundle(bundle)
+    runner = OnnxRunner.from_bundle(bundle, num_slots=2, context_length=2048, num_threads=arguments.threads)
+    if not runner.can_verify:
+        sys.exit(f"{arguments.bundle} was built by an older hearthd; build it again")
+    print(f"{'task':<20}{'sampling':<10}{'tokens':>7}{'drafted':>9}{'right':>7}{'speed':>8}")
+    plain_ratios, is_same = [], True
+    for name, is_given, text in TASKS:
+        prompt_ids = tokenizer.encode_chat([Message("user", text)])
+        for sampling, temperature, top_p in (("greedy", 0.0, 1.0), ("0.7", 0.7, 0.9)):
+            params = SamplingParams(max_tokens=arguments.tokens, seed=1, temperature=temperature, top_p=top_p)
+            ratios = []
+            for _ in range(arguments.rounds):
+                without, drafted = answer_twice(runner, tokenizer, prompt_ids, params)
+                is_same &= without.sequence.output_ids == drafted.sequence.output_ids
+                ratios.append(without.seconds / drafted.seconds)
+            sequence = drafted.sequence
+            print(
+                f"{name:<20}{sampling:<10}{len(sequence.output_ids):>7}{sequence.num_drafted:>9}"
+                f"{sequence.num_accepted:>7}{statistics.median(ratios):>8.2f}",
+                flush=True,
+            )
+            if not is_given:
+                plain_ratios += ratios
+    cost = 1 / statistics.median(plain_ratios)
+    print(f"Where nothing is given to go back to: {cost:.3f} of the time without drafts, at most {MAX_COST}.")
+    print("All answers are the same with and without." if is_same else "AN ANSWER IS ANOTHER ONE WITH DRAFTS.")
+    return 0 if is_same and cost <= MAX_COST else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
