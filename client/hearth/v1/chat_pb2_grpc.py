@@ -105,7 +105,8 @@ class ChatServiceServicer(object):
         ask for that priority. Or: a rule of the owner's policy forbids what was sent, or what the
         model was about to write; then what came before stays said. Details: google.rpc.ErrorInfo,
         reason POLICY_RULE, with the rule's name. To send the same again does not help.
-        RESOURCE_EXHAUSTED  the queue is full of requests that are as urgent or more. Details: google.rpc.RetryInfo; trailer
+        RESOURCE_EXHAUSTED  the queue is full of requests that are as urgent or more; this can be said to one that waits,
+        when another caller comes who has fewer here. Details: google.rpc.RetryInfo; trailer
         `grpc-retry-pushback-ms` holds the same delay. Or: the caller has used up its role's
         tokens of a minute or of the day, or has as many chats as its role may have at once; details
         and trailer as for its calls of a minute. Prompt and answer count, as in `final.usage`, what
