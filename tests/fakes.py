@@ -91,6 +91,7 @@ class FakeRunner:
         self.min_run = min_run
         self.num_rests = 0
         self.num_threads = 4
+        self.load_seconds = 0.5
         self.thread_changes: list[int] = []
         self.logits_after = logits_after or hashed_logits(vocab_size)
         self.fail_next: Exception | None = None

@@ -212,6 +212,7 @@ def ended(why: FinishReason | Unfinished, **changes: Any) -> ChatEnd:
         "prefill_seconds": 0.5,
         "time_to_first_token_seconds": 0.75,
         "decode_seconds": 1.0,
+        "longest_gap_seconds": 0.4,
     }
     finished = Finished(reason=why, **(values | changes)) if isinstance(why, FinishReason) else None
     return ChatEnd(model="m", role="user", why=why, finished=finished)
@@ -231,6 +232,7 @@ def test_ends_of_chats_are_counted_by_outcome_and_times_by_model_and_priority() 
         ("hearth_queue_seconds", 0.5),
         ("hearth_time_to_first_token_seconds", 1.5),
         ("hearth_inter_token_seconds", 0.2),
+        ("hearth_longest_gap_seconds", 0.8),
     ):
         assert found[f"{name}_count", labels] == 2
         assert found[f"{name}_sum", labels] == pytest.approx(total)

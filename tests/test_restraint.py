@@ -63,6 +63,15 @@ def test_threads_change_once_for_each_level_that_says_so() -> None:
     assert steps.runner.thread_changes == [2, 4]
 
 
+def test_a_graph_that_takes_long_to_load_keeps_its_threads() -> None:
+    steps = Steps()
+    steps.runner.load_seconds = 6.0
+    steps.throttle = Throttle(3)
+    steps.step(0.05)
+    steps.step(0.0)
+    assert (steps.runner.thread_changes, steps.pauses) == ([], [0.05])
+
+
 def test_a_step_owes_a_pause_of_its_own_length_and_a_long_one_pays_in_parts() -> None:
     steps = Steps()
     steps.throttle = Throttle(3)
@@ -179,8 +188,10 @@ async def test_fewer_chats_run_at_once_and_all_are_answered(tmp_path: Path) -> N
     async with board(tmp_path, runner, engine={"slots": 4}, limits={"max_queued": 8}) as hot:
         hot.sysfs.zone(0, "cpu-thermal", 78.5)
         await hot.comes_to(78.5, 1)
+        chats = [asyncio.ensure_future(answer(hot.channel, chat_request(f"hello {n}", max_tokens=6))) for n in range(6)]
+        while (status := await hot.status()).running_count + status.queued_count < len(chats):
+            pass
         runner.open_gate()
-        chats = [answer(hot.channel, chat_request(f"hello {n}", max_tokens=6)) for n in range(6)]
         finals = [final for _, final in await asyncio.gather(*chats)]
     assert all(final.throttled for final in finals)
     # Half of the four.

@@ -176,6 +176,7 @@ def parse_answer(final: chat_pb2.Final, text: str, token_logprobs: tuple[values.
             decode_seconds=timings.decode_ms / 1000,
             decode_tokens_per_second=timings.decode_tokens_per_second,
             paused_seconds=timings.paused_ms / 1000,
+            longest_gap_seconds=timings.longest_gap_ms / 1000,
         ),
         request_id=final.request_id,
         model=final.model,

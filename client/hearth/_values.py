@@ -155,6 +155,8 @@ class Timings:
     decode_tokens_per_second: float
     paused_seconds: float = 0.0
     """While more urgent requests ran in its place; in none of the others."""
+    longest_gap_seconds: float = 0.0
+    """Between two tokens of the answer, without pauses."""
 
 
 @dataclass(frozen=True, slots=True)

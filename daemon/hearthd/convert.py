@@ -229,6 +229,7 @@ def _to_final(event: Finished, request_id: str, model_name: str, is_throttled: b
             decode_ms=event.decode_seconds * 1000,
             decode_tokens_per_second=decoded / event.decode_seconds if decoded > 0 and event.decode_seconds > 0 else 0,
             paused_ms=event.paused_seconds * 1000,
+            longest_gap_ms=event.longest_gap_seconds * 1000,
         ),
         request_id=request_id,
         model=model_name,

@@ -130,6 +130,11 @@ class Engine:
         return len(self._scheduler.paused)
 
     @property
+    def kv_bytes(self) -> tuple[int, int]:
+        """KV memory in use or reserved, and the most that may be. For any thread to read."""
+        return self._cache.num_bytes
+
+    @property
     def num_waiting(self) -> int:
         """Sequences that have not begun."""
         return self._scheduler.num_waiting

@@ -86,6 +86,8 @@ class Finished:
     """From the first token to the last, without pauses."""
     paused_seconds: float = 0.0
     """While more urgent ones ran in its place."""
+    longest_gap_seconds: float = 0.0
+    """Between two tokens, without pauses."""
     drafted_tokens: int = 0
     """Tokens of the answer that were guessed and run together with the ones before."""
     accepted_tokens: int = 0

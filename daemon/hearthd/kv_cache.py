@@ -80,6 +80,12 @@ class KVCache:
         """Blocks of the budget that are in use or reserved."""
         return sum(self._budget.blocks(slot.num_positions) for slot in self._slots) + self._prompt_blocks
 
+    @property
+    def num_bytes(self) -> tuple[int, int]:
+        """Memory that is in use or reserved, and the most that may be. For any thread to read."""
+        size = self._budget.block_bytes
+        return self.num_blocks * size, self._budget.num_blocks * size
+
     def num_tokens(self, slot: int) -> int:
         """Positions of a slot that hold a token's KV."""
         return len(self._slots[slot].tokens)

@@ -28,6 +28,8 @@ _logger = logging.getLogger(__name__)
 # No cancel and no ping waits longer for it.
 _MAX_PAUSE_SECONDS: Final = 0.2
 _MAX_DEBT_SECONDS: Final = 2.0
+# To change the number of threads loads the graph again. While that lasts nobody gets a token, and the watchdog nothing.
+_MAX_LOAD_SECONDS: Final = 5.0
 
 
 class Restraint:
@@ -72,7 +74,7 @@ class Restraint:
         self._obeyed = throttle
         self._engine.limit_running(throttle.max_running(self._engine.num_slots))
         num_threads = throttle.num_threads(self._num_threads)
-        if num_threads != self._runner.num_threads:
+        if num_threads != self._runner.num_threads and self._runner.load_seconds <= _MAX_LOAD_SECONDS:
             started = self._clock()
             self._runner.change_threads(num_threads)
             _logger.info("computing with %d threads; the change took %.1f s", num_threads, self._clock() - started)

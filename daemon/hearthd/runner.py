@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import platform
 import threading
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -105,7 +106,9 @@ class OnnxRunner:
         """
         self._model_path = model_path
         self.num_threads = num_threads
+        started = time.monotonic()
         self._session = open_session(model_path, num_threads)
+        self.load_seconds = time.monotonic() - started
         self.num_slots = num_slots
         self.vocab_size = shape.vocab_size
         self.preset_tokens = preset_tokens

@@ -74,6 +74,8 @@ class Sequence:
     prefilled: float | None = field(init=False, default=None)
     first_token: float | None = field(init=False, default=None)
     last_token: float | None = field(init=False, default=None)
+    longest_gap: float = field(init=False, default=0.0)
+    """Between two tokens, without pauses; seconds."""
     paused: float | None = field(init=False, default=None)
     """Since when it is."""
     paused_prefill_seconds: float = field(init=False, default=0.0)
@@ -85,6 +87,9 @@ class Sequence:
     def note_token(self, token_id: int, now: float) -> None:
         """Note the answer's next token."""
         self.output_ids.append(token_id)
+        if self.last_token is not None:
+            paused = self.paused_decode_seconds - self.paused_between_tokens
+            self.longest_gap = max(self.longest_gap, now - self.last_token - paused)
         self.last_token = now
         self.paused_between_tokens = self.paused_decode_seconds
         if self.first_token is None:
@@ -130,4 +135,5 @@ class Sequence:
             time_to_first_token_seconds=time_to_first_token,
             decode_seconds=decode_seconds,
             paused_seconds=self.paused_prefill_seconds + self.paused_decode_seconds,
+            longest_gap_seconds=self.longest_gap,
         )

@@ -137,6 +137,11 @@ class Worker:
         return len(self._chats)
 
     @property
+    def kv_bytes(self) -> tuple[int, int]:
+        """KV memory in use or reserved, and the most that may be."""
+        return (0, 0) if self._model is None else self._model.engine.kv_bytes
+
+    @property
     def sequences(self) -> list[Sequence]:
         """Those of the chats that are admitted and have been handed on. Not counted in `counts` yet."""
         return [chat.sequence for chat in self._chats if chat.sequence is not None]

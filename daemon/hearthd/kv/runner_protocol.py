@@ -104,6 +104,10 @@ class Runner(Protocol):
     def num_threads(self) -> int:
         """Threads that a run computes with."""
 
+    @property
+    def load_seconds(self) -> float:
+        """What loading the graph has taken, and `change_threads` would take again."""
+
     def change_threads(self, num_threads: int) -> None:
         """Compute with so many threads from the next run on. KV stays, and logits are the same, bit for bit."""
 

@@ -66,6 +66,14 @@ class Figures:
             registry=registry,
         )
 
+        self._longest_gap = Histogram(
+            "hearth_longest_gap_seconds",
+            "The longest time between two tokens of an answer, once for each answer.",
+            ("model", "priority"),
+            buckets=_TOKEN_BUCKETS,
+            registry=registry,
+        )
+
     def chat_ended(self, end: ChatEnd) -> None:
         """Count a chat, and its times if it finished."""
         self._chats.labels(end.model, end.role, end.why.value).inc()
@@ -80,6 +88,7 @@ class Figures:
         if finished.completion_tokens > 1:
             mean = finished.decode_seconds / (finished.completion_tokens - 1)
             self._inter_token.labels(end.model, end.priority).observe(mean)
+            self._longest_gap.labels(end.model, end.priority).observe(finished.longest_gap_seconds)
 
     def call_refused(self, refusal: Refusal) -> None:
         """Count a refused call."""

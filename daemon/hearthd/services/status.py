@@ -95,6 +95,8 @@ class StatusService(status_pb2_grpc.StatusServiceServicer):
             interactive=_count(sequences, Priority.INTERACTIVE),
             normal=_count(sequences, Priority.NORMAL),
             background=_count(sequences, Priority.BACKGROUND),
+            kv_bytes=sum(worker.kv_bytes[0] for worker in models.workers),
+            max_kv_bytes=sum(worker.kv_bytes[1] for worker in models.workers),
             recent=self._recent(),
             board=self._board(),
             models=map(_model, models.entries),
