@@ -4,6 +4,7 @@ import asyncio
 import importlib
 import importlib.util
 import json
+import re
 import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
@@ -297,6 +298,20 @@ def test_the_tables_rows_come_of_the_data(load: Any) -> None:
     json.dumps(whole_report(load))
 
 
+def test_a_peer_that_was_measured_alone_has_a_table_too(load: Any) -> None:
+    report = whole_report(load)
+    del report["scenarios"]["house"]
+    assert "|  | llama-cpp-python, 1/s | llama-cpp-python, 1/s, interrupting |" in load.report.markdown(report)
+    assert "llama-cpp-python" in load.plot.draw(report)
+    del report["scenarios"]["peer"]
+    assert "requests" not in load.report.markdown(report)
+
+
+def test_an_answer_without_text_has_its_first_token_at_its_end(load: Any) -> None:
+    assert outcome(load, at=1.0, ended=1.5).first_token_seconds == 0.5
+    assert outcome(load, end="failed", at=1.0, ended=1.5).first_token_seconds is None
+
+
 def test_the_plot_has_a_curve_for_each_server_that_was_measured(load: Any) -> None:
     space = "{http://www.w3.org/2000/svg}"
     root = ElementTree.fromstring(load.plot.draw(whole_report(load)))
@@ -419,6 +434,30 @@ def test_what_is_no_whole_answer_is_counted_with_its_reason(
 
 
 # All of it.
+
+
+def test_the_peers_server_joins_the_environment_of_its_engine_once(
+    load: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install = importlib.import_module("install")
+    installer = install.Installer(tmp_path, tmp_path / "none.gguf", lambda text: None)
+    environment = tmp_path / "environments/llama-cpp"
+    commands: list[list[str]] = []
+
+    def record(command: list[Any], environment_variables: Any = None) -> None:
+        commands.append([str(part) for part in command])
+        environment.mkdir(parents=True, exist_ok=True)
+
+    monkeypatch.setattr(installer, "_run", record)
+    monkeypatch.setattr(installer, "_compiler", dict)
+    requirements = install.REQUIREMENTS / "llama-cpp-server.txt"
+    assert installer.add("llama-cpp", requirements.stem) == environment / "bin/python"
+    assert [command[-1] for command in commands[2:]] == [str(requirements)]
+    installer.add("llama-cpp", requirements.stem)
+    assert len(commands) == 3
+    pins = [line for line in requirements.read_text().splitlines() if not line.startswith("#")]
+    assert pins
+    assert [line for line in pins if not re.fullmatch(r"[A-Za-z0-9_.-]+==[0-9][0-9a-z.]*", line)] == []
 
 
 def bench(load: Any, tmp_path: Path, scale: float) -> Any:

@@ -36,7 +36,8 @@ async def run(bench: Bench) -> Result:
     with server, EngineProcess((sys.executable, _WORKER), log) as engine:
         engine.ask(_SECONDS, call="load", model=str(bench.model.resolve()), config=str(server.config))
         callers = [server.caller(name) for name in names]
-        for number in range(bench.count(_ROUNDS, least=2) + 1):
+        max_tokens = bench.count(_ANSWER_TOKENS, least=8)
+        for number in range(bench.count(_ROUNDS) + 1):
             for streams in rates:
                 sides = []
                 # Each round the other one first.
@@ -44,10 +45,10 @@ async def run(bench: Bench) -> Result:
                     server.wait_until_quiet()
                     if over_grpc:
                         used = time.process_time()
-                        rate, seconds = await _over_grpc(callers[:streams])
+                        rate, seconds = await _over_grpc(callers[:streams], max_tokens)
                         shares.append((time.process_time() - used) / seconds)
                     else:
-                        rate = _alone(engine, streams)
+                        rate = _alone(engine, streams, max_tokens)
                     sides.append((over_grpc, rate))
                 both = dict(sides)
                 rates[streams].append((both[True], both[False]))
@@ -57,14 +58,11 @@ async def run(bench: Bench) -> Result:
     return _result(rates, statistics.median(shares))
 
 
-async def _over_grpc(callers: Sequence[Caller]) -> tuple[float, float]:
+async def _over_grpc(callers: Sequence[Caller], max_tokens: int) -> tuple[float, float]:
     """Return tokens/s of all streams together, and the seconds that it took."""
     started = time.monotonic()
     outcomes = await asyncio.gather(
-        *(
-            caller.ask(request(prompts.subject(number), max_tokens=_ANSWER_TOKENS))
-            for number, caller in enumerate(callers)
-        )
+        *(caller.ask(request(prompts.subject(number), max_tokens=max_tokens)) for number, caller in enumerate(callers))
     )
     seconds = time.monotonic() - started
     if lost := [each.reason for each in outcomes if each.end is not End.ANSWERED]:
@@ -72,8 +70,8 @@ async def _over_grpc(callers: Sequence[Caller]) -> tuple[float, float]:
     return sum(each.completion_tokens for each in outcomes) / seconds, seconds
 
 
-def _alone(engine: EngineProcess, streams: int) -> float:
-    requests = [{"content": prompts.subject(number), "max_tokens": _ANSWER_TOKENS} for number in range(streams)]
+def _alone(engine: EngineProcess, streams: int, max_tokens: int) -> float:
+    requests = [{"content": prompts.subject(number), "max_tokens": max_tokens} for number in range(streams)]
     answer = engine.ask(_SECONDS, call="run", requests=requests)
     return float(answer["tokens"] / answer["seconds"])
 
