@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,6 +25,7 @@ from hearthd.metrics.live import LiveFigures
 from hearthd.outcomes import CHAT_OUTCOMES, ChatEnd, Refusal, Unfinished
 from serving import asynchronous
 
+ROOT = Path(__file__).resolve().parent.parent
 ANY_PORT = Listener("127.0.0.1:0", "127.0.0.1:0")
 
 
@@ -347,3 +350,43 @@ def test_a_machine_without_sensors_has_no_figures_of_them() -> None:
     names = {name for name, _ in samples(registry)}
     assert names & {"hearth_temperature_celsius", "hearth_throttled", "hearth_max_kv_bytes"} == set()
     assert "hearth_thermal_level" in names
+
+
+# The documents.
+
+
+def known_names() -> set[str]:
+    """Every metric as Prometheus stores it, with all that a board can have."""
+    registry = CollectorRegistry()
+    Figures(registry)
+    board = status_pb2.BoardStatus(temperature_celsius=1, has_flags=True)
+    full = status_pb2.GetStatusResponse(max_kv_bytes=1, board=board)
+    registry.register(LiveFigures(lambda: full, lambda: 0))
+    return {
+        f"{family.name}_total" if family.type == "counter" else family.name
+        for family in text_string_to_metric_families(generate_latest(registry).decode())
+        # The daemon switches these off, for the whole process.
+        if not family.name.endswith("_created")
+    }
+
+
+def test_the_document_describes_every_metric_and_no_other() -> None:
+    text = (ROOT / "docs/observability.md").read_text(encoding="utf-8")
+    described = {
+        name for row in text.splitlines() if row.startswith("| `") for name in re.findall(r"`(hearth_\w+)`", row)
+    }
+    assert described == known_names()
+
+
+@pytest.mark.parametrize("file", ["docs/observability.md", "deploy/prometheus/alerts.yml"])
+def test_queries_and_alerts_are_about_metrics_that_there_are(file: str) -> None:
+    text = (ROOT / file).read_text(encoding="utf-8")
+    asked = {re.sub(r"_(bucket|sum|count)$", "", name) for name in re.findall(r"\bhearth_\w+", text)}
+    assert asked
+    assert asked - known_names() == set()
+
+
+def test_the_document_lists_every_outcome_and_reason() -> None:
+    text = (ROOT / "docs/observability.md").read_text(encoding="utf-8")
+    for word in (*CHAT_OUTCOMES, *(reason.value for reason in Refusal)):
+        assert f"`{word}`" in text, word
