@@ -1,6 +1,6 @@
 """What drafts bring and cost: the same answers with and without them, step beside step, in one process.
 
-    python benchmarks/drafts.py [--bundle DIRECTORY] [--rounds N] [--tokens N] [--threads N]
+    python benchmarks/drafts.py [--bundle DIRECTORY] [--rounds N] [--tokens N] [--threads N] [--only TASK ...]
 
 Two engines share a runner, one a slot each, and take turns by steps: whatever else the machine does meets both. Prints,
 for each task, how many of the drafted tokens were right and how much faster the answer came, as the median of the
@@ -141,6 +141,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=160)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--only", nargs="*", choices=[name for name, _, _ in TASKS], help="tasks, if not all")
     arguments = parser.parse_args()
     bundle = Bundle.open(arguments.bundle)
     tokenizer = ChatTokenizer.from_bundle(bundle)
@@ -150,6 +151,8 @@ def main() -> int:
     print(f"{'task':<20}{'sampling':<10}{'tokens':>7}{'drafted':>9}{'right':>7}{'speed':>8}")
     plain_ratios, is_same = [], True
     for name, is_given, text in TASKS:
+        if arguments.only and name not in arguments.only:
+            continue
         prompt_ids = tokenizer.encode_chat([Message("user", text)])
         for sampling, temperature, top_p in (("greedy", 0.0, 1.0), ("0.7", 0.7, 0.9)):
             params = SamplingParams(max_tokens=arguments.tokens, seed=1, temperature=temperature, top_p=top_p)
@@ -166,8 +169,9 @@ def main() -> int:
             )
             if not is_given:
                 plain_ratios += ratios
-    cost = 1 / statistics.median(plain_ratios)
-    print(f"Where nothing is given to go back to: {cost:.3f} of the time without drafts, at most {MAX_COST}.")
+    cost = 1 / statistics.median(plain_ratios) if plain_ratios else 0.0
+    if plain_ratios:
+        print(f"Where nothing is given to go back to: {cost:.3f} of the time without drafts, at most {MAX_COST}.")
     print("All answers are the same with and without." if is_same else "AN ANSWER IS ANOTHER ONE WITH DRAFTS.")
     return 0 if is_same and cost <= MAX_COST else 1
 
