@@ -247,6 +247,15 @@ def test_a_page_has_every_command_and_option_that_the_program_has(program: str, 
     assert shown == {command: options(text) for command, text in helps.items()}
 
 
+def test_a_page_is_the_same_whatever_terminal_it_is_made_in(program: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pages = set()
+    for columns in ("40", "200"):
+        monkeypatch.setenv("COLUMNS", columns)
+        pages.add(documents.manual_page(program, "1", ANY_TIME))
+        pages.add(os.environ["COLUMNS"])
+    assert len(pages) == 3
+
+
 def test_a_page_has_what_stands_below_the_options(program: str, helps: dict[str, str]) -> None:
     page = documents.manual_page(program, "1", ANY_TIME).replace("\\-", "-").replace("\\(dq", '"').replace("\\e", "\\")
     assert ".SH EXIT STATUS\n" in page

@@ -6,9 +6,11 @@ argparse-manpage and shtab do the writing. Knows the parsers, and nothing of pac
 
 import argparse
 import gzip
+import os
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
+from unittest.mock import patch
 
 import shtab
 from argparse_manpage.manpage import Manpage
@@ -77,7 +79,9 @@ def manual_page(program: str, version: str, epoch: int) -> str:
         "long_description": start.description,
         "format": "pretty",
     }
-    page = str(Manpage(start, format="pretty", _data=data))
+    # argparse wraps for the terminal that it runs in; one commit gives one page.
+    with patch.dict(os.environ, {"COLUMNS": "80"}):
+        page = str(Manpage(start, format="pretty", _data=data))
     return page + "".join(closing) + ".SH SEE ALSO\n" + "\n".join(SEE_ALSO[program]) + "\n"
 
 
