@@ -80,7 +80,7 @@ ONLY_IN = {
     "optimum": {"hearthd.build.sources.optimum_export"},
     "cryptography": {"hearthd.pairing.certificate", "hearthd.peer_certificate", "hearthd.doctor.credentials"},
     "segno": {"hearthd.pairing.cli"},
-    # It costs 15 MB of memory: `observation` imports these only where metrics are configured.
+    # Most daemons need none of it: `observation` imports these only where metrics are configured.
     "prometheus_client": {"hearthd.metrics.figures", "hearthd.metrics.live", "hearthd.observation"},
     # An extra on the client's side, asked for by name before it is imported.
     "zeroconf": {"hearth._discovery", "hearthd.announcing"},

@@ -66,7 +66,7 @@ class Observation:
 
 
 class _Metrics:
-    """All that needs prometheus_client, which costs 15 MB: imported when one is made."""
+    """All that needs prometheus_client, which costs 3 MB: imported when one is made."""
 
     def __init__(self, listeners: tuple[Listener, ...]) -> None:
         from prometheus_client import CollectorRegistry, ProcessCollector, disable_created_metrics
