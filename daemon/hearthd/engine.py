@@ -300,7 +300,7 @@ class Engine:
 
     def _prefill(self) -> None:
         sequence = self._scheduler.next_prompt()
-        if sequence is None:
+        if sequence is None or self._chunks.must_wait(sequence, self._batch):
             return
         num_fetched = self._cache.fetch(sequence.slot, 0.0 if self._batch else _DISK_SECONDS)
         if num_fetched is None:
@@ -308,7 +308,7 @@ class Engine:
         sequence.num_cached = num_fetched or sequence.num_cached
         done = self._cache.num_tokens(sequence.slot)
         left = len(sequence.prompt_ids) - done
-        most = self._chunks.choose(sequence, list(self._batch))
+        most = self._chunks.choose(sequence, self._batch)
         # A rest that is too small for a run of its own goes along.
         size = left if left - most < self._runner.min_run else most
         chunk = sequence.prompt_ids[done : done + size]

@@ -3,7 +3,7 @@
 Larger runs are faster. Knows no runner, only the pace of the last runs. Called by `engine`.
 """
 
-from collections.abc import Collection
+from collections.abc import Iterable, Sized
 from typing import Final
 
 from hearthd.scheduling.pace import Pace
@@ -15,6 +15,9 @@ __all__ = ["ChunkSizes"]
 # What a run of a prompt may take where no answer waits for it: a cancelled prompt is dropped and the next one is begun
 # that soon, and the watchdog is fed.
 _SOLO_SECONDS: Final = 1.0
+# Tokens of a more urgent answer for each run of a prompt beside it: one gap in 25 is a long one. A few tokens of the
+# prompt in every gap would make the whole answer three times slower: 16 take as long as two of an answer.
+_DECODE_RUNS_BETWEEN: Final = 25
 # The runner keeps what belongs to a run's size ready for multiples of this. Fewer tokens are hardly faster.
 _STEP: Final = 16
 
@@ -31,9 +34,18 @@ class ChunkSizes:
         self.beside = beside
         self._alone = alone
         self._max_stall_seconds = max_stall_seconds
+        # Decode runs before the last run of a prompt.
+        self._num_decode_runs = -_DECODE_RUNS_BETWEEN
 
-    def choose(self, prompt: Sequence, answers: Collection[Sequence]) -> int:
+    def must_wait(self, prompt: Sequence, answers: Iterable[Sequence]) -> bool:
+        """Whether a prompt is left alone in this step, for more urgent answers. answers: those beside it."""
+        if not any(answer.priority < prompt.priority for answer in answers):
+            return False
+        return self._pace.num_decode_runs - self._num_decode_runs < _DECODE_RUNS_BETWEEN
+
+    def choose(self, prompt: Sequence, answers: Sized) -> int:
         """Return the most tokens of the prompt's next run. answers: those that wait for it."""
+        self._num_decode_runs = self._pace.num_decode_runs
         slowest = self._pace.slowest_prompt_seconds
         if slowest is None:
             return self.beside
@@ -41,11 +53,7 @@ class ChunkSizes:
         in_time = int(min(self._seconds(prompt, answers) / max(slowest, 1e-9), most))
         return most if in_time == most else max(in_time // _STEP * _STEP, min(_STEP, most))
 
-    def _seconds(self, prompt: Sequence, answers: Collection[Sequence]) -> float:
-        if not answers:
-            # Who is more urgent may come at any moment, and nobody waits for what is done in the background.
-            return self._max_stall_seconds if prompt.priority is Priority.BACKGROUND else _SOLO_SECONDS
-        if any(answer.priority < prompt.priority for answer in answers):
-            # More urgent answers come at half their speed at least.
-            return min(self._max_stall_seconds, self._pace.decode_seconds or 0.0)
-        return self._max_stall_seconds
+    def _seconds(self, prompt: Sequence, answers: Sized) -> float:
+        # Who is more urgent may come at any moment, and nobody waits for what is done in the background.
+        is_patient = not answers and prompt.priority is not Priority.BACKGROUND
+        return _SOLO_SECONDS if is_patient else self._max_stall_seconds

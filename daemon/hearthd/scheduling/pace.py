@@ -20,6 +20,8 @@ class Pace:
     def __init__(self) -> None:
         self._prompt_runs: deque[tuple[int, float]] = deque(maxlen=_NUM_RUNS)
         self._decode_runs: deque[float] = deque(maxlen=_NUM_RUNS)
+        self.num_decode_runs = 0
+        """Since the start."""
         self._answers: deque[int] = deque(maxlen=_NUM_ANSWERS)
 
     def note_prompt_run(self, num_tokens: int, seconds: float) -> None:
@@ -30,6 +32,7 @@ class Pace:
     def note_decode_run(self, seconds: float) -> None:
         """Remember how long a run took that gave each answer a token."""
         self._decode_runs.append(seconds)
+        self.num_decode_runs += 1
 
     def note_answer(self, num_tokens: int) -> None:
         """Remember how long an answer was."""
