@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-__all__ = ["BoardFlag", "BoardReading", "Sensors"]
+__all__ = ["BoardFlag", "BoardReading", "Sensors", "read_throttled"]
 
 # What a working sensor of a board can say. A broken one says -274, 0 or thousands.
 _SANE_CELSIUS: Final = (1.0, 150.0)
@@ -44,6 +44,15 @@ class BoardReading:
     """What is or was so at some time since the board was started."""
 
 
+def read_throttled(text: str) -> BoardReading:
+    """Return the flags that a Raspberry Pi's firmware tells by a hexadecimal number; none if it is no number."""
+    try:
+        bits = int(text, 16)
+    except ValueError:
+        return BoardReading()
+    return BoardReading(None, _flags(bits), _flags(bits) | _flags(bits >> _SINCE_START_SHIFT))
+
+
 class Sensors:
     """A machine's sensors. Any thread."""
 
@@ -53,14 +62,12 @@ class Sensors:
 
     def read(self) -> BoardReading:
         """Ask all of them. Looks for them anew each time: drivers come late, and go."""
-        bits = self._read_throttled()
-        alarms = self._read_voltage_alarms()
-        if bits is None and alarms is None:
-            return BoardReading(self._read_temperature())
-        flags = _flags(bits or 0) | ({BoardFlag.UNDER_VOLTAGE} if alarms else set())
-        return BoardReading(
-            self._read_temperature(), frozenset(flags), frozenset(flags | _flags((bits or 0) >> _SINCE_START_SHIFT))
-        )
+        celsius, alarms = self._read_temperature(), self._read_voltage_alarms()
+        said = self._read_throttled()
+        if said.flags is None and alarms is None:
+            return BoardReading(celsius)
+        flags = (said.flags or frozenset()) | ({BoardFlag.UNDER_VOLTAGE} if alarms else set())
+        return BoardReading(celsius, flags, flags | said.flags_since_start)
 
     def _read_temperature(self) -> float | None:
         of_processor: list[float] = []
@@ -73,18 +80,13 @@ class Sensors:
                 _sort(self._text(monitor / "name"), self._celsius(file), of_processor, [])
         return max(of_processor or of_others, default=None)
 
-    def _read_throttled(self) -> int | None:
-        # Its parent has an address in its name on some boards.
-        for pattern in (
-            "sys/devices/platform/*firmware/get_throttled",
-            "sys/devices/platform/*/*firmware/get_throttled",
-        ):
-            for file in self._find(pattern):
-                try:
-                    return int(self._text(file) or "", 16)
-                except ValueError:
-                    continue
-        return None
+    def _read_throttled(self) -> BoardReading:
+        # What stands before it has an address in its name on some boards.
+        for place in ("*firmware", "*/*firmware"):
+            for file in self._find(f"sys/devices/platform/{place}/get_throttled"):
+                if (reading := read_throttled(self._text(file) or "")).flags is not None:
+                    return reading
+        return BoardReading()
 
     def _read_voltage_alarms(self) -> bool | None:
         """Whether a monitor says that the voltage is too low; None if there is none."""
@@ -111,8 +113,8 @@ class Sensors:
             return None
 
 
-def _flags(bits: int) -> set[BoardFlag]:
-    return {flag for flag in BoardFlag if bits >> flag.value & 1}
+def _flags(bits: int) -> frozenset[BoardFlag]:
+    return frozenset(flag for flag in BoardFlag if bits >> flag.value & 1)
 
 
 def _sort(name: str | None, celsius: float | None, of_processor: list[float], of_others: list[float]) -> None:

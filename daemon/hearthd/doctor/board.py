@@ -6,18 +6,16 @@ from typing import Final
 from hearthd.doctor.finding import Finding, Level, good, note, problem, warning
 from hearthd.doctor.needed_memory import NeededMemory
 from hearthd.doctor.system import System
+from hearthd.thermal import BoardFlag, Sensors, read_throttled
 
 __all__ = ["check_clock", "check_memory", "check_memory_cgroup", "check_power", "check_temperature"]
 
-# Raspberry Pi firmware, get_throttled: what is so now, and 16 bits higher what was so since the start.
-_THROTTLED: Final = (
-    (0, "the supply voltage is too low"),
-    (1, "the processor's frequency is capped"),
-    (2, "the processor is throttled"),
-    (3, "the soft temperature limit is active"),
-)
-_SINCE_START: Final = 16
-_UNDER_VOLTAGE_BITS: Final = 0b1 | 0b1 << _SINCE_START
+_SAID = {
+    BoardFlag.UNDER_VOLTAGE: "the supply voltage is too low",
+    BoardFlag.FREQUENCY_CAPPED: "the processor's frequency is capped",
+    BoardFlag.THROTTLED: "the processor is throttled",
+    BoardFlag.SOFT_TEMPERATURE_LIMIT: "the soft temperature limit is active",
+}
 _WARM_CELSIUS, _HOT_CELSIUS = 75.0, 85.0
 _FIT: Final = "lower engine.slots or engine.context_length, or use a smaller model (`hearthd model add`)"
 
@@ -71,21 +69,17 @@ def check_memory_cgroup(system: System) -> Iterable[Finding]:
 
 def check_power(system: System) -> Iterable[Finding]:
     """Ask the firmware of a Raspberry Pi, then hardware monitors, whether power was or is short."""
-    bits = _throttled_bits(system)
-    alarms = [path for path in system.find("/sys/class/hwmon/hwmon*/in*_lcrit_alarm") if system.read(path) == "1"]
-    if bits is None and not alarms:
-        if system.find("/sys/class/hwmon/hwmon*/in*_lcrit_alarm"):
-            yield good("power", "the voltage monitor has no alarm")
-        else:
-            yield note("power", "this machine does not say whether its voltage is too low or it is throttled")
+    reading = Sensors(system.root).read()
+    if reading.flags is None:
+        reading = read_throttled((system.run(["vcgencmd", "get_throttled"]) or "").strip().removeprefix("throttled="))
+    if reading.flags is None:
+        yield note("power", "this machine does not say whether its voltage is too low or it is throttled")
         return
-    bits = bits or 0
-    now = [text for bit, text in _THROTTLED if bits & 1 << bit]
-    before = [text for bit, text in _THROTTLED if bits & 1 << bit + _SINCE_START and not bits & 1 << bit]
-    now += ["a voltage monitor has an alarm"] if alarms and not bits & 1 else []
+    now = [said for flag, said in _SAID.items() if flag in reading.flags]
+    before = [said for flag, said in _SAID.items() if flag in reading.flags_since_start - reading.flags]
     remedy = (
         "use the power supply and the cable that the board's maker sells; low voltage also destroys SD cards"
-        if alarms or bits & _UNDER_VOLTAGE_BITS
+        if BoardFlag.UNDER_VOLTAGE in reading.flags_since_start
         else "cool the board: a heat sink or a fan"
     )
     if now:
@@ -96,29 +90,12 @@ def check_power(system: System) -> Iterable[Finding]:
         yield good("power", "neither low voltage nor throttling since the board was started")
 
 
-def _throttled_bits(system: System) -> int | None:
-    for text in (
-        system.read("/sys/devices/platform/soc/soc:firmware/get_throttled"),
-        (system.run(["vcgencmd", "get_throttled"]) or "").strip().removeprefix("throttled="),
-    ):
-        try:
-            return int(text or "", 16)
-        except ValueError:
-            continue
-    return None
-
-
 def check_temperature(system: System) -> Iterable[Finding]:
-    """Take the hottest thermal zone."""
-    readings = []
-    for path in system.find("/sys/class/thermal/thermal_zone*/temp"):
-        text = system.read(path)
-        if text and text.lstrip("-").isdigit():
-            readings.append(int(text) / 1000)
-    if not readings:
+    """Take the processor's hottest sensor."""
+    hottest = Sensors(system.root).read().celsius
+    if hottest is None:
         yield note("temperature", "this machine does not say how warm it is")
         return
-    hottest = max(readings)
     level = Level.PROBLEM if hottest >= _HOT_CELSIUS else Level.WARNING if hottest >= _WARM_CELSIUS else Level.GOOD
     remedy = "" if level is Level.GOOD else "cool the board: a heat sink or a fan; a hot processor is a slow one"
     yield Finding("temperature", level, f"{hottest:.0f} degrees Celsius", remedy)
