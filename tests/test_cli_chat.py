@@ -43,6 +43,12 @@ def said(request: chat_pb2.ChatRequest) -> list[str]:
     return [f"{chat_pb2.Role.Name(message.role)[5:].lower()}: {message.content}" for message in request.messages]
 
 
+def test_an_answer_that_was_held_back_says_why(chat: program.Terminal, daemon: peer.ScriptedDaemon) -> None:
+    daemon.script = lambda *_: [peer.delta("warm"), peer.final(throttled=True)]
+    chat.type("Hi\n")
+    chat.expect(f"warm\n{FIGURES}; slower than usual: the board is hot or short of power\n> ")
+
+
 def test_a_conversation(chat: program.Terminal, daemon: peer.ScriptedDaemon) -> None:
     chat.type("Hi\n")
     chat.expect(f"Hello, world\n{FIGURES}\n> ")

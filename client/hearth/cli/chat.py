@@ -162,6 +162,8 @@ class Session:
             figures += "; cut off: the daemon's limit of time is reached"
         elif answer.finish_reason is FinishReason.POLICY:
             figures += "; ended by a rule of the daemon's owner"
+        if answer.throttled:
+            figures += "; slower than usual: the board is hot or short of power"
         return figures
 
     def _system(self, text: str) -> None:
