@@ -1,37 +1,20 @@
 """Prefixes on disk: what comes back is what was written, or nothing; whatever files suffer, answers are right."""
 
 import os
-import random
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import tiny_tokenizers as tiny
-from fakes import FakeRunner, expected_tokens
-from hearthd.engine import Engine, Failed, Sequence
 from hearthd.kv import prefix_store
 from hearthd.kv.loading import Loading
-from hearthd.kv.prefix_file import CHUNK, DamagedPrefixError, file_size, written
+from hearthd.kv.prefix_file import DamagedPrefixError, file_size, written
 from hearthd.kv.prefix_store import PrefixStore, StoredPrefix
-from hearthd.kv.stored_prefixes import StoredPrefixes
-from hearthd.sampling import SamplingParams
-
-TOKENIZER = tiny.chat_tokenizer("byte_per_token")
-SYSTEM = [(7 * at + at * at) % 250 for at in range(150)]
-MB = 2**20
-
-
-def open_store(directory: Path, *, max_bytes: int = MB, fingerprint: bytes = b"model", margin: int = 0) -> PrefixStore:
-    return PrefixStore(directory, fingerprint, 8, max_bytes=max_bytes, margin_bytes=margin)
-
-
-def chunks_of(num_tokens: int, seed: int = 0) -> list[bytes]:
-    data = random.Random(seed).randbytes(num_tokens * 8)
-    return [data[at : at + CHUNK * 8] for at in range(0, len(data), CHUNK * 8)]
+from prefix_daemon import MB, SYSTEM, Daemon, asked, chunks_of, open_store
 
 
 def stored(store: PrefixStore, token_ids: list[int], identity: str = "a", seed: int = 0) -> StoredPrefix:
@@ -79,8 +62,6 @@ class TestStore:
         data = path.read_bytes()
         assert len(data) == file_size(150, 8)
         for dtype in ("<i4", "<i8", "u1"):
-            import numpy as np
-
             assert np.asarray(SYSTEM[:16]).astype(dtype).tobytes() not in data
 
     def test_the_least_recently_used_go_when_all_take_too_much(self, tmp_path: Path) -> None:
@@ -129,6 +110,7 @@ class TestStore:
         assert store.find(SYSTEM, [("a", 200)], 1) is None
         assert not store.takes(150)
         assert [record.levelname for record in caplog.records] == ["WARNING"]
+        assert "cannot be stored" in caplog.text
         assert "cannot be stored" in str(store.problem)
 
 
@@ -232,45 +214,6 @@ def test_a_disk_that_hangs_is_not_waited_for(tmp_path: Path, monkeypatch: pytest
         assert incoming.result is False
     finally:
         released.set()
-
-
-def asked(prompt: list[int], num_first: int = 150, identity: str = "a") -> Sequence:
-    params = SamplingParams(max_tokens=6, temperature=0.0)
-    return Sequence(
-        request_id="r", prompt_ids=tuple(prompt), params=params, cache_identity=identity, arrived=0.0,
-        num_first=num_first,
-    )  # fmt: skip
-
-
-class Daemon:
-    """An engine over a directory of prefixes; what a restart makes anew."""
-
-    def __init__(self, directory: Path, *, min_tokens: int = 100, min_run: int = 2, num_slots: int = 3) -> None:
-        self.runner = FakeRunner(num_slots=num_slots, min_run=min_run)
-        self.prefixes = StoredPrefixes(open_store(directory), self.runner, min_tokens=min_tokens)
-        self.engine = Engine(self.runner, TOKENIZER, prefill_chunk=16, stored=self.prefixes)
-        self.moved = threading.Event()
-        self.engine.wake_by(self.moved.set)
-
-    @property
-    def store(self) -> PrefixStore:
-        return self.prefixes.store
-
-    def run(self, *sequences: Sequence) -> None:
-        """Answer, and then use the idle time until there is no more to do."""
-        for sequence in sequences:
-            self.engine.add(sequence)
-        while True:
-            self.moved.clear()
-            while self.engine.has_work:
-                assert not any(isinstance(event, Failed) for _, event in self.engine.step())
-            if self.prefixes._outgoing is None:
-                break
-            assert self.moved.wait(30)
-        for sequence in sequences:
-            assert sequence.output_ids == expected_tokens(
-                self.runner.logits_after, sequence.prompt_ids, sequence.params, eos_ids=TOKENIZER.eos_ids
-            )
 
 
 class TestEngine:

@@ -98,7 +98,8 @@ class Engine:
             max_stall_seconds=max_stall_seconds,
         )
         self._cache = KVCache(runner, stored)
-        self._stored = stored
+        self.stored = stored
+        """Its figures are for any thread to read."""
         self._idle_time = IdleTime(self._cache, runner, prefill_chunk)
         self._num_slots = runner.num_slots if num_slots is None else num_slots
         self._scheduler = Scheduler(self._num_slots)
@@ -184,11 +185,6 @@ class Engine:
     def share_prompts(self, prompts: Iterable[Tokens[int]]) -> None:
         """Share these beginnings of prompts with all callers, and no others; read them as soon as nobody asks."""
         self._cache.share(list(prompts))
-
-    def wake_by(self, wake: Callable[[], None]) -> None:
-        """Have `wake` called when `has_work` may have become true by itself; in any thread."""
-        if self._stored is not None:
-            self._stored.on_room = wake
 
     def remove(self, sequence: Sequence) -> None:
         """Take a sequence out, wherever it is; it has no further event. No effect on one that has ended."""

@@ -215,7 +215,12 @@ class Server:
             self._reload,
         )
         written = {"auth.usage_file": self._config.auth.usage_file, "audit.file": self._config.audit.file}
-        return Troubles((part.find_problem for part in parts if part is not None), written)
+        problems = [part.find_problem for part in parts if part is not None]
+        return Troubles([*problems, self._find_prefix_problem], written)
+
+    def _find_prefix_problem(self) -> str | None:
+        engines = [worker.engine for worker in self._models.workers if worker.engine]
+        return next((problem for each in engines if each.stored and (problem := each.stored.store.problem)), None)
 
     def _warnings(self) -> list[str]:
         return self._troubles.find()

@@ -17,6 +17,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Final
 
 from hearthd.admission import last_of_longest, retry_seconds, rivals_of
+from hearthd.engine import Engine
 from hearthd.errors import DeadlineTooShortError, EngineCrashedError, HearthdError, NotServingError, QueueFullError
 from hearthd.events import Event, Failed, Finished
 from hearthd.governor import FULL, Throttle
@@ -137,9 +138,9 @@ class Worker:
         return len(self._chats)
 
     @property
-    def kv_bytes(self) -> tuple[int, int]:
-        """KV memory in use or reserved, and the most that may be."""
-        return (0, 0) if self._model is None else self._model.engine.kv_bytes
+    def engine(self) -> Engine | None:
+        """The model's, for figures that any thread may read; None without a model."""
+        return None if self._model is None else self._model.engine
 
     @property
     def sequences(self) -> list[Sequence]:
@@ -329,7 +330,8 @@ class Worker:
             self._call_loop(lambda error=error: self._fail_to_load(error))  # type: ignore[misc]
             return
         self._engine = model.engine
-        self._engine.wake_by(lambda: self._commands.put(lambda: None))
+        if self._engine.stored:
+            self._engine.stored.on_room = lambda: self._commands.put(lambda: None)
         # After loading: ONNX Runtime's own threads would have inherited the name.
         name_this_thread(self._thread.name)
         restraint = Restraint(model, self._throttle)

@@ -14,8 +14,11 @@ from bundles import write_bundle
 from hearthd import durable_file, store, tokens
 from hearthd.bundle import Bundle
 from hearthd.errors import ModelNotFoundError
+from hearthd.kv import prefix_file, prefix_store
+from hearthd.kv.prefix_store import StoredPrefix
 from hearthd.store import Store
 from hearthd.tokens import create_token, list_tokens, revoke_token
+from prefix_daemon import SYSTEM, chunks_of, open_store
 
 __all__ = ["WORKS", "Work"]
 
@@ -117,10 +120,31 @@ class RevokeToken(_TokenWork):
         revoke_token(root / "tokens", "anna")
 
 
+class StorePrefix(Work):
+    steps_in = (prefix_store, prefix_file, durable_file)
+    before = "none"
+
+    def prepare(self, root: Path) -> None:
+        (root / "prefixes").mkdir(mode=0o700)
+
+    def change(self, root: Path) -> None:
+        store = open_store(root / "prefixes")
+        store.write(StoredPrefix(len(SYSTEM), store.key("a", SYSTEM)), chunks_of(len(SYSTEM)))
+
+    def look(self, root: Path) -> str:
+        store = open_store(root / "prefixes")
+        found = store.find(SYSTEM, [("a", len(SYSTEM))], 1)
+        left = [path.name for path in (root / "prefixes").iterdir()]
+        if found is None:
+            return "none" if not left else f"left behind: {left}"
+        return "new" if list(store.read(found)) == chunks_of(len(SYSTEM)) and len(left) == 1 else "another"
+
+
 WORKS: dict[str, type[Work]] = {
     "install-model": InstallModel,
     "replace-model": ReplaceModel,
     "remove-model": RemoveModel,
     "create-token": CreateToken,
     "revoke-token": RevokeToken,
+    "store-prefix": StorePrefix,
 }

@@ -78,6 +78,8 @@ class PrefixStore:
         """What is wrong with the disk, in plain words; None if nothing is."""
         self.num_hits = 0
         """Prefixes that were read and used."""
+        self.num_tokens_read = 0
+        """Of them."""
         self.num_saved = 0
         self.num_removed = 0
         """Files that were damaged, foreign or open to others."""
@@ -145,14 +147,7 @@ class PrefixStore:
                 raise OSError(None, "the disk is nearly full")
             replace_file(self._path(prefix), written(prefix.key, prefix.num_tokens, self._token_bytes, chunks))
         except OSError as error:
-            self._retry_at = self._clock() + _RETRY_SECONDS
-            if self.problem is None:
-                _logger.warning(
-                    "prefixes cannot be stored in %s: %s; answers are right without, and slower after a restart",
-                    self._directory,
-                    error.strerror,
-                )
-            self.problem = f"prefixes cannot be stored in {self._directory}: {error.strerror}"
+            self._note_problem(error)
             return
         self.problem = None
         self.num_saved += 1
@@ -176,11 +171,18 @@ class PrefixStore:
                     self._index[num_tokens] = self._index.get(num_tokens, frozenset()) | {key}
             self._make_room(0)
         except OSError as error:
-            self.problem = f"prefixes cannot be stored in {self._directory}: {error.strerror}"
-            self._retry_at = self._clock() + _RETRY_SECONDS
-            _logger.warning("%s; answers are right without, and slower after a restart", self.problem)
+            self._note_problem(error)
         if self.num_removed:
             _logger.warning("%d files of stored prefixes were damaged or not ours, and were removed", self.num_removed)
+
+    def _note_problem(self, error: OSError) -> None:
+        self._retry_at = self._clock() + _RETRY_SECONDS
+        if self.problem is None:
+            _logger.warning("prefixes cannot be stored in %s: %s", self._directory, error.strerror)
+        self.problem = (
+            f"cache.directory: prompts' beginnings cannot be stored ({error.strerror}); answers are right all the "
+            "same, and slower after a restart"
+        )
 
     def _make_room(self, size: int) -> None:
         """Remove the least recently used until so many bytes more are within the limit. Raises OSError."""

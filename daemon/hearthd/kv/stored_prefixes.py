@@ -93,6 +93,7 @@ class StoredPrefixes:
         slot.tokens = incoming.tokens
         slot.num_reusable = len(incoming.tokens)
         self.store.num_hits += 1
+        self.store.num_tokens_read += len(incoming.tokens) - incoming.num_past
         return len(incoming.tokens)
 
     def drop(self, slot: Slot) -> None:

@@ -69,6 +69,7 @@ class StatusService(status_pb2_grpc.StatusServiceServicer):
         """Describe the daemon at this moment. Of the event loop; the metrics are made of it, too."""
         models, counts = self._models, self._models.counts
         num_running = models.num_running
+        engines = [worker.engine for worker in models.workers if worker.engine]
         sequences = [sequence for worker in models.workers for sequence in worker.sequences]
         # Their tokens are counted as they come: who watches sees how fast.
         begun = [sequence for sequence in sequences if sequence.admitted is not None]
@@ -87,6 +88,9 @@ class StatusService(status_pb2_grpc.StatusServiceServicer):
             chats_failed_count=counts.failed,
             prompt_tokens_count=counts.prompt_tokens + sum(len(sequence.prompt_ids) for sequence in begun),
             cached_prompt_tokens_count=counts.cached_prompt_tokens + sum(sequence.num_cached for sequence in begun),
+            cached_prompt_tokens_from_disk_count=sum(
+                engine.stored.store.num_tokens_read for engine in engines if engine.stored
+            ),
             completion_tokens_count=counts.completion_tokens + sum(len(sequence.output_ids) for sequence in begun),
             drafted_tokens_count=counts.drafted_tokens + sum(sequence.num_drafted for sequence in begun),
             accepted_tokens_count=counts.accepted_tokens + sum(sequence.num_accepted for sequence in begun),
@@ -95,8 +99,8 @@ class StatusService(status_pb2_grpc.StatusServiceServicer):
             interactive=_count(sequences, Priority.INTERACTIVE),
             normal=_count(sequences, Priority.NORMAL),
             background=_count(sequences, Priority.BACKGROUND),
-            kv_bytes=sum(worker.kv_bytes[0] for worker in models.workers),
-            max_kv_bytes=sum(worker.kv_bytes[1] for worker in models.workers),
+            kv_bytes=sum(engine.kv_bytes[0] for engine in engines),
+            max_kv_bytes=sum(engine.kv_bytes[1] for engine in engines),
             recent=self._recent(),
             board=self._board(),
             models=map(_model, models.entries),
