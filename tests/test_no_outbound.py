@@ -46,7 +46,7 @@ os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
 
 @contextlib.contextmanager
 def daemon(directory: Path, bundle: Bundle, *python: str) -> Iterator[subprocess.Popen[bytes]]:
-    """The real daemon with the real model, open to the network as far as it can be, policy and audit log included."""
+    """The real daemon with the real model, open to the network as far as it can be, policy, audit log and metrics included."""
     tls = make_tls_files(directory)
     create_token(directory / "tokens", "phone")
     (directory / "policy.toml").write_text(
@@ -69,6 +69,8 @@ def daemon(directory: Path, bundle: Bundle, *python: str) -> Iterator[subprocess
             file = "{directory}/policy.toml"
             [audit]
             file = "{directory}/audit.jsonl"
+            [metrics]
+            address = "localhost:0"
             [model]
             directory = "{bundle.path.parent}"
             [engine]
