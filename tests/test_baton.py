@@ -92,3 +92,18 @@ def test_a_step_that_fails_hands_the_baton_on() -> None:
 
     start(take)
     assert done.wait(TIMEOUT_SECONDS)
+
+
+def test_who_is_busy_is_known_to_the_others_alone() -> None:
+    baton, one, other = Baton(), object(), object()
+    assert not baton.has_others(one)
+    for _ in range(2):
+        baton.note(one, is_busy=True)
+    assert baton.has_others(other)
+    assert not baton.has_others(one)
+    baton.note(other, is_busy=True)
+    assert baton.has_others(one)
+    for _ in range(2):
+        baton.note(one, is_busy=False)
+    assert baton.has_others(one)
+    assert not baton.has_others(other)

@@ -21,6 +21,7 @@ from hearthd.errors import (
 )
 from hearthd.events import Delta, Event, Finished, FinishReason, Queued
 from hearthd.model import Model
+from hearthd.models.baton import Baton
 from hearthd.sampling import SamplingParams
 from hearthd.scheduling.priority import Priority
 from hearthd.sequence import Sequence
@@ -395,6 +396,47 @@ async def test_a_ping_crosses_the_queue_and_waits_for_a_stuck_run() -> None:
                     await asyncio.shield(ping)
             runner.allow()
             await ping
+
+
+@asynchronous
+async def test_what_nobody_waits_for_gives_way_to_other_models_and_is_done_after_them() -> None:
+    # An answer of such a runner is read again while nobody is asked.
+    runner, baton, other = make_runner(min_run=2), Baton(), object()
+    worker = Worker(lambda: make_model(runner), max_queued=2, stream_backlog_bytes=2**20, baton=baton)
+    await worker.start()
+    baton.note(other, is_busy=True)
+    with worker.admit() as chat:
+        chat.submit(sequence(max_tokens=8))
+        assert isinstance([event async for event in chat][-1], Finished)
+    for _ in range(3):
+        await worker.ping()
+    num_forwards = runner.num_forwards
+    assert worker.model.engine.has_work
+    assert worker.model.engine.has_others()
+    baton.note(other, is_busy=False)
+    await asyncio.to_thread(runner.wait_for_forwards, num_forwards + 1)
+    worker.stop()
+    await worker.wait_until_gone()
+
+
+@asynchronous
+async def test_other_models_know_while_somebody_waits_for_this_one() -> None:
+    runner, baton, other = make_runner(is_gated=True), Baton(), object()
+    runner.allow(PROOF_FORWARDS)
+    worker = Worker(lambda: make_model(runner), max_queued=2, stream_backlog_bytes=2**20, baton=baton)
+    await worker.start()
+    assert not baton.has_others(other)
+    with worker.admit() as chat:
+        chat.submit(sequence())
+        await begun(runner, 1)
+        assert baton.has_others(other)
+        runner.open_gate()
+        assert isinstance([event async for event in chat][-1], Finished)
+    await worker.ping()
+    await worker.ping()
+    assert not baton.has_others(other)
+    worker.stop()
+    await worker.wait_until_gone()
 
 
 @asynchronous

@@ -108,6 +108,8 @@ class Engine:
         self._collector = Collector(tokenizer, context_length=runner.context_length, clock=clock, remove=self._end)
         self._drafting = drafting
         self._in_prefill: Sequence | None = None
+        self.has_others: Callable[[], bool] = bool
+        """Whether other models wait for this one's step to end."""
         self._seconds_until_end: float | None = None
 
     @property
@@ -304,7 +306,7 @@ class Engine:
         sequence.num_cached = num_fetched or sequence.num_cached
         done = self._cache.num_tokens(sequence.slot)
         left = len(sequence.prompt_ids) - done
-        most = self._chunks.choose(sequence, self._batch)
+        most = self._chunks.choose(sequence, self._batch, has_others=self.has_others())
         # A rest that is too small for a run of its own goes along.
         size = left if left - most < self._runner.min_run else most
         chunk = sequence.prompt_ids[done : done + size]

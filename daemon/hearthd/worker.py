@@ -13,10 +13,11 @@ import enum
 import queue
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 from typing import Final
 
 from hearthd.admission import last_of_longest, retry_seconds, rivals_of
+from hearthd.counts import Counts
 from hearthd.engine import Engine
 from hearthd.errors import DeadlineTooShortError, EngineCrashedError, HearthdError, NotServingError, QueueFullError
 from hearthd.events import Event, Failed, Finished
@@ -30,10 +31,12 @@ from hearthd.sequence import Sequence
 from hearthd.stream import ChatStream
 from hearthd.thread_name import name_this_thread
 
-__all__ = ["Counts", "State", "Worker"]
+__all__ = ["State", "Worker"]
 
 # Until a chat that left in the middle of its prompt is out of the engine.
 _STOP_AGAIN_SECONDS: Final = 0.05
+# A thread whose work can wait looks so often whether the others are done.
+_GIVE_WAY_SECONDS: Final = 0.1
 # The engine outlives a failed run; one that fails run after run is broken, and a new process may not be.
 _MAX_FAILURES_IN_A_ROW: Final = 8
 
@@ -46,29 +49,6 @@ class State(enum.Enum):
     DRAINING = "draining"
     """Finishes what it has; admits nothing."""
     ENDED = "ended"
-
-
-@dataclass(slots=True)
-class Counts:
-    """Since the start.
-
-    Tokens of all chats that got a slot, however they ended: prompts whole, answers as far as they came. One that was
-    left while a step ran may have got a token more.
-    """
-
-    finished: int = 0
-    cancelled: int = 0
-    refused: int = 0
-    failed: int = 0
-    prompt_tokens: int = 0
-    cached_prompt_tokens: int = 0
-    completion_tokens: int = 0
-    drafted_tokens: int = 0
-    accepted_tokens: int = 0
-
-    def __add__(self, other: "Counts") -> "Counts":
-        """Return the counts of two threads together."""
-        return Counts(**{key.name: getattr(self, key.name) + getattr(other, key.name) for key in fields(Counts)})
 
 
 class Worker:
@@ -330,6 +310,7 @@ class Worker:
             self._call_loop(lambda error=error: self._fail_to_load(error))  # type: ignore[misc]
             return
         self._engine = model.engine
+        self._engine.has_others = lambda: self._baton.has_others(self)
         if self._engine.stored:
             self._engine.stored.on_room = lambda: self._commands.put(lambda: None)
         # After loading: ONNX Runtime's own threads would have inherited the name.
@@ -345,16 +326,19 @@ class Worker:
         else:
             self._call_loop(lambda: self._end(None))
         finally:
+            self._baton.note(self, is_busy=False)
             del self._engine
 
     def _step(self, restraint: Restraint) -> None:
         self._take_commands()
-        if self._must_stop or not self._engine.has_work:
+        self._baton.note(self, is_busy=self._is_asked)
+        if self._must_stop or not self._engine.has_work or self._gives_way:
             return
         with self._baton, restraint:
             if self._must_stop:  # while others had their turns
                 return
             events = self._engine.step()
+        self._baton.note(self, is_busy=self._is_asked)
         self._judge(events)
         if events:
             self._call_loop(lambda: self._deliver(events))
@@ -369,10 +353,21 @@ class Worker:
                 if self._num_failures >= _MAX_FAILURES_IN_A_ROW:
                     raise event.error
 
+    @property
+    def _is_asked(self) -> bool:
+        engine = self._engine
+        return engine.num_running + engine.num_paused + engine.num_waiting > 0
+
+    @property
+    def _gives_way(self) -> bool:
+        """Whether nobody waits for what there is to do here, and somebody does for another model."""
+        return not self._is_asked and self._baton.has_others(self)
+
     def _take_commands(self) -> None:
         """Run what the loop has asked for; wait for something to be asked if there is nothing to do."""
+        is_idle = not self._engine.has_work
         try:
-            self._commands.get(block=not self._engine.has_work)()
+            self._commands.get(block=is_idle or self._gives_way, timeout=None if is_idle else _GIVE_WAY_SECONDS)()
             while True:
                 self._commands.get_nowait()()
         except queue.Empty:

@@ -18,6 +18,7 @@ from dataclasses import replace
 from typing import Final
 
 from hearthd.config import Config, ModelOptions
+from hearthd.counts import Counts
 from hearthd.errors import ConfigError, HearthdError, NotServingError, QueueFullError
 from hearthd.governor import FULL, Throttle
 from hearthd.model import Model
@@ -25,7 +26,7 @@ from hearthd.models.bell import Bell
 from hearthd.models.entry import Entry
 from hearthd.models.facts import ModelFacts
 from hearthd.models.residents import Residents
-from hearthd.worker import Counts, State, Worker
+from hearthd.worker import State, Worker
 
 __all__ = ["ModelPool"]
 

@@ -16,6 +16,7 @@ from functools import partial
 from typing import Any, Final
 
 from hearthd.config import Config
+from hearthd.counts import Counts
 from hearthd.errors import ConfigError, HearthdError
 from hearthd.governor import Throttle
 from hearthd.logs import log_incident
@@ -25,7 +26,7 @@ from hearthd.models.bell import Bell
 from hearthd.models.entry import Entry, Failure
 from hearthd.models.facts import ModelFacts, facts_of
 from hearthd.models.room import choose_leaving
-from hearthd.worker import Counts, Worker
+from hearthd.worker import Worker
 
 __all__ = ["Residents"]
 
@@ -109,6 +110,7 @@ class Residents:
     async def load(self, entry: Entry) -> Model:
         """Load and prove a model. Raises whatever that raises."""
         config, started = self.config.for_model(entry.name), time.monotonic()
+        _logger.info("loading %s", entry.name)
         worker = Worker(
             partial(self._load, config),
             max_queued=config.limits.max_queued,

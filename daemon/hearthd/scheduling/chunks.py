@@ -43,17 +43,21 @@ class ChunkSizes:
             return False
         return self._pace.num_decode_runs - self._num_decode_runs < _DECODE_RUNS_BETWEEN
 
-    def choose(self, prompt: Sequence, answers: Sized) -> int:
-        """Return the most tokens of the prompt's next run. answers: those that wait for it."""
+    def choose(self, prompt: Sequence, answers: Sized, *, has_others: bool = False) -> int:
+        """Return the most tokens of the prompt's next run.
+
+        answers: those that wait for it. has_others: so does another model, whose answers are not known here.
+        """
         self._num_decode_runs = self._pace.num_decode_runs
         slowest = self._pace.slowest_prompt_seconds
         if slowest is None:
             return self.beside
-        most = self.beside if answers else self._alone
-        in_time = int(min(self._seconds(prompt, answers) / max(slowest, 1e-9), most))
+        is_awaited = bool(answers) or has_others
+        most = self.beside if is_awaited else self._alone
+        in_time = int(min(self._seconds(prompt, is_awaited=is_awaited) / max(slowest, 1e-9), most))
         return most if in_time == most else max(in_time // _STEP * _STEP, min(_STEP, most))
 
-    def _seconds(self, prompt: Sequence, answers: Sized) -> float:
+    def _seconds(self, prompt: Sequence, *, is_awaited: bool) -> float:
         # Who is more urgent may come at any moment, and nobody waits for what is done in the background.
-        is_patient = not answers and prompt.priority is not Priority.BACKGROUND
+        is_patient = not is_awaited and prompt.priority is not Priority.BACKGROUND
         return _SOLO_SECONDS if is_patient else self._max_stall_seconds
