@@ -28,6 +28,7 @@ LAYERS = (
     {"hearthd.models.entry"},
     {"hearthd.worker"},
     {"hearthd.engine"},
+    {"hearthd.decode_step"},
     {
         "hearthd.batch",
         "hearthd.collector",

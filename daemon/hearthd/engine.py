@@ -14,10 +14,10 @@ from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Tokens
 
 import numpy as np
-from numpy.typing import NDArray
 
 from hearthd.batch import Batch
 from hearthd.collector import Collector
+from hearthd.decode_step import DecodeStep
 from hearthd.drafts.drafting import Drafting
 from hearthd.errors import DeadlineTooShortError, InvalidRequestError
 from hearthd.events import (
@@ -106,7 +106,9 @@ class Engine:
         self._waits = Waits(self._scheduler, self._pace)
         self._batch = Batch(self._cache, runner.num_slots)
         self._collector = Collector(tokenizer, context_length=runner.context_length, clock=clock, remove=self._end)
-        self._drafting = drafting
+        self._decode_step = DecodeStep(
+            runner, self._cache, self._scheduler, self._collector, self._pace, drafting, clock
+        )
         self._in_prefill: Sequence | None = None
         self.has_others: Callable[[], bool] = bool
         """Whether other models wait for this one's step to end."""
@@ -216,7 +218,7 @@ class Engine:
                 self._idle_time.use()
             else:
                 self._prefill()
-                self._decode(batch)
+                self._decode_step.run(batch)
         except RunTerminated:
             pass
         if not self.has_work:
@@ -313,7 +315,7 @@ class Engine:
         self._in_prefill = sequence
         try:
             started = self._clock()
-            logits = self._run([chunk], sequence.slot, [done])
+            logits = self._runner.forward(np.array([chunk], np.int64), sequence.slot, np.array([done], np.int32))
             self._pace.note_prompt_run(len(chunk), self._clock() - started)
         except RunTerminated:
             raise
@@ -330,63 +332,3 @@ class Engine:
             sequence.state = SequenceState.DECODING
             self._batch.join(sequence)
             self._collector.take_token(sequence, logits[0], sequence.prefilled)
-
-    def _decode(self, batch: list[Sequence]) -> None:
-        """Run the last token of the sequences that decoded before this step, in one batch.
-
-        If that is a single one, what may follow can go along.
-        """
-        if not batch:
-            return
-        draft = [] if self._drafting is None else self._drafting.draft(batch)
-        lengths = [self._cache.num_tokens(sequence.slot) for sequence in batch]
-        started = self._clock()
-        try:
-            if draft:
-                token_ids = np.array([batch[0].output_ids[-1], *draft], np.int64)
-                logits = self._runner.verify(token_ids, batch[0].slot, lengths[0])
-            else:
-                logits = self._run([sequence.output_ids[-1:] for sequence in batch], batch[0].slot, lengths)
-        except RunTerminated:
-            raise
-        except Exception as error:  # noqa: BLE001 - of these sequences; the engine goes on
-            for sequence in batch:
-                self._cache.forget(sequence.slot)
-            for sequence in batch:
-                self._collector.fail(sequence, error)
-            return
-        now = self._clock()
-        self._pace.note_decode_run(now - started)
-        if draft:
-            num_taken = self._take_drafted(batch[0], draft, logits, now)
-        else:
-            num_taken = 1
-            for sequence in batch:
-                self._note_run(sequence)
-            for row, sequence in enumerate(batch):
-                self._collector.take_token(sequence, logits[row], now)
-        if self._drafting is not None:
-            self._drafting.note(batch, len(draft), num_taken, now - started)
-
-    def _take_drafted(self, sequence: Sequence, draft: list[int], logits: NDArray[np.float32], now: float) -> int:
-        """Choose token after token as in as many steps, as long as each is the one that was run. logits: (S, V).
-
-        The KV of what comes behind that stays where it is, and counts as not there. Returns the number of tokens.
-        """
-        num_before = sequence.num_accepted
-        sequence.num_drafted += len(draft)
-        for row, drafted in zip(logits, [*draft, None], strict=True):
-            self._note_run(sequence)
-            self._collector.take_token(sequence, row, now)
-            if sequence.state is not SequenceState.DECODING or sequence.output_ids[-1] != drafted:
-                break
-            sequence.num_accepted += 1
-        return sequence.num_accepted - num_before + 1
-
-    def _note_run(self, sequence: Sequence) -> None:
-        """Note that the KV of a sequence's last token is written: always one at a time, whatever a run had."""
-        self._cache.extend(sequence.slot, sequence.output_ids[-1:])
-        self._scheduler.note_written(sequence, 1)
-
-    def _run(self, rows: list[Iterable[int]], first_slot: int, past_lengths: list[int]) -> NDArray[np.float32]:
-        return self._runner.forward(np.array(rows, np.int64), first_slot, np.array(past_lengths, np.int32))
