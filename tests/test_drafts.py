@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from fakes import FakeRunner
 from hearthd.drafts.drafter import Drafter
-from hearthd.drafts.exactness import is_exact
+from hearthd.drafts.exactness import drafting_for, is_exact
 from hearthd.drafts.repeats import SHORTEST, Repeats
 from hearthd.drafts.run_costs import LENGTHS, RunCosts
 
@@ -207,3 +207,15 @@ class TestExactness:
 
     def test_other_kv_is_found(self) -> None:
         assert not is_exact(OtherKV(), range(20))
+
+    def test_a_processor_of_other_bits_has_no_drafts_and_says_so(self, caplog: pytest.LogCaptureFixture) -> None:
+        assert drafting_for(FakeRunner(), range(20)) is not None
+        assert not caplog.messages
+        assert drafting_for(OtherBits(1), range(20)) is None
+        assert caplog.messages == ["no drafts: on this processor they would change answers; nothing else is affected"]
+
+    def test_a_model_without_logits_of_several_positions_is_not_tried(self) -> None:
+        runner = FakeRunner()
+        runner.can_verify = False
+        assert drafting_for(runner, range(20)) is None
+        assert not runner.calls

@@ -5,7 +5,6 @@
 """
 
 import ctypes
-import logging
 import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -14,8 +13,7 @@ from typing import TYPE_CHECKING, Final
 from hearthd.bundle import Bundle
 from hearthd.chat_template import Message
 from hearthd.config import Config
-from hearthd.drafts.drafting import Drafting
-from hearthd.drafts.exactness import is_exact
+from hearthd.drafts.exactness import drafting_for
 from hearthd.engine import Engine
 from hearthd.errors import BundleError
 from hearthd.events import Failed, Finished
@@ -37,8 +35,6 @@ __all__ = ["Model", "default_sampling", "load_model", "prove", "return_free_memo
 # They take no memory of their own: that is the budget's.
 _PLACES_FOR_A_SLOT: Final = 2
 _MORE_PLACES: Final = 4
-_logger = logging.getLogger(__name__)
-
 _PROOF: Final = (Message("user", "Hello"),)
 
 
@@ -87,7 +83,7 @@ def load_model(bundle: Bundle, config: Config) -> Model:
         solo_prefill_chunk=min(config.engine.solo_prefill_chunk, config.engine.context_length),
         max_stall_seconds=config.engine.max_stall_ms / 1000,
         max_answer_seconds=config.engine.max_answer_seconds,
-        drafting=_drafting(runner, tokenizer) if config.engine.drafts else None,
+        drafting=drafting_for(runner, tokenizer.encode_chat(_PROOF)) if config.engine.drafts else None,
         stored=_open_prefixes(bundle, config, runner),
     )
     engine.share_prompts(encode_shared_prompts(config, tokenizer))
@@ -115,17 +111,6 @@ def _open_prefixes(bundle: Bundle, config: Config, runner: "OnnxRunner") -> Stor
         config.cache.directory, fingerprint.encode(), runner.kv_token_bytes, max_bytes=config.cache.max_bytes
     )
     return StoredPrefixes(store, runner, min_tokens=config.cache.min_tokens)
-
-
-def _drafting(runner: Runner, tokenizer: ChatTokenizer) -> Drafting | None:
-    """Return drafts for a runner that can verify them; None if it cannot, or would give other bits with them."""
-    if not runner.can_verify:
-        _logger.info("no drafts: the model was built by an older hearthd; build it again for faster answers")
-        return None
-    if not is_exact(runner, tokenizer.encode_chat(_PROOF)):
-        _logger.warning("no drafts: on this processor they would change answers; nothing else is affected")
-        return None
-    return Drafting(context_length=runner.context_length)
 
 
 def prove(model: Model, turn: AbstractContextManager[None] | None = None) -> None:

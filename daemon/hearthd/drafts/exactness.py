@@ -6,19 +6,37 @@ ONNX Runtime's kernels choose their way by the processor and by the number of ro
 Knows only the runner. Called by `model`.
 """
 
+import logging
 from collections.abc import Sequence
 from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
+from hearthd.drafts.drafting import Drafting
 from hearthd.kv_cache import Runner
 
-__all__ = ["is_exact"]
+__all__ = ["drafting_for", "is_exact"]
+
+_logger = logging.getLogger(__name__)
 
 _SLOT: Final = 0
 # Two rows are the fewest that are more than one; of five a kernel that takes four at a time leaves one.
 _LENGTHS: Final = (2, 5)
+
+
+def drafting_for(runner: Runner, token_ids: Sequence[int]) -> Drafting | None:
+    """Return drafts for a runner, None if it cannot verify them or would give other bits with them: the log says which.
+
+    The rest is as of `is_exact`.
+    """
+    if not runner.can_verify:
+        _logger.info("no drafts: this hearthd's models have them, this one was built by an older hearthd")
+        return None
+    if not is_exact(runner, token_ids):
+        _logger.warning("no drafts: on this processor they would change answers; nothing else is affected")
+        return None
+    return Drafting(context_length=runner.context_length)
 
 
 def is_exact(runner: Runner, token_ids: Sequence[int]) -> bool:
