@@ -46,7 +46,7 @@ os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
 
 @contextlib.contextmanager
 def daemon(directory: Path, bundle: Bundle, *python: str) -> Iterator[subprocess.Popen[bytes]]:
-    """The real daemon with the real model, open to the network as far as it can be, policy, audit log and metrics included."""
+    """The real daemon with the real model, as open as it can be; policy, audit log and metrics included."""
     tls = make_tls_files(directory)
     create_token(directory / "tokens", "phone")
     (directory / "policy.toml").write_text(
