@@ -154,7 +154,7 @@ class Caller:
         """What calls of other services need to be let in."""
         return self._metadata
 
-    def start(self, asked: chat_pb2.ChatRequest, *, scheduled: float | None = None, seconds: float = 120.0) -> Chat:
+    def start(self, asked: chat_pb2.ChatRequest, *, scheduled: float | None = None, seconds: float = 600.0) -> Chat:
         """Send a request.
 
         scheduled: when it was due, now if None. seconds: its deadline.
@@ -164,7 +164,7 @@ class Caller:
         return Chat(self._stub.Chat(asked, timeout=seconds, metadata=self._metadata), outcome, self._address)
 
     async def ask(
-        self, asked: chat_pb2.ChatRequest, *, scheduled: float | None = None, seconds: float = 120.0
+        self, asked: chat_pb2.ChatRequest, *, scheduled: float | None = None, seconds: float = 600.0
     ) -> Outcome:
         """Send a request and read its answer to the end."""
         return await self.start(asked, scheduled=scheduled, seconds=seconds).finish()
