@@ -70,6 +70,24 @@ async def test_a_request_names_its_model_and_the_answer_says_whose_it_is(tmp_pat
 
 
 @asynchronous
+async def test_who_waits_for_a_model_to_be_loaded_hears_so(tmp_path: Path) -> None:
+    async with daemon(several_config(tmp_path, "other", idle_seconds=0.01)) as (channel, shelf, server):
+        is_open = shelf.close("other")
+        calls = [aiter(start_chat(channel, chat_request(model="other"))) for _ in range(2)]
+        told = [(await anext(call)).queued for call in calls]
+        assert sorted(queued.position for queued in told) == [0, 1]
+        assert not told[0].HasField("expected_wait_ms")
+        is_open.set()
+        for call in calls:
+            assert [response async for response in call][-1].HasField("final")
+        # The next time it is known how long that takes.
+        await until(server._models, lambda: entry(server._models, "other").worker is None)
+        call = aiter(start_chat(channel, chat_request(model="other")))
+        assert (await anext(call)).queued.expected_wait_ms > 0
+        assert [response async for response in call][-1].HasField("final")
+
+
+@asynchronous
 async def test_models_are_listed_and_described_without_being_loaded(tmp_path: Path) -> None:
     shelf = Shelf()
     shelf.failing["broken's bundle"] = BundleError("gone")

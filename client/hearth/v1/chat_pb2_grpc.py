@@ -33,7 +33,8 @@ class ChatServiceStub(object):
     the daemon asks for one, show a client certificate that it knows. The same of every method,
     whether or not it exists.
     PERMISSION_DENIED   the caller's role may not call the method, whether or not it exists.
-    UNAVAILABLE         the daemon is still loading the model, or is shutting down. Try again later.
+    UNAVAILABLE         the daemon is still loading the model, or is shutting down; or the model that the request names
+    could not be loaded, or not in time. Try again later.
     DEADLINE_EXCEEDED   the caller's own deadline passed. Work on the answer has stopped. Or, told at once: the answer
     would not begin before the deadline; the message says when it would.
     RESOURCE_EXHAUSTED  the request, serialised, has more than `limits.max_request_bytes`, or its metadata more than 8 KiB.
@@ -66,7 +67,8 @@ class ChatServiceServicer(object):
     the daemon asks for one, show a client certificate that it knows. The same of every method,
     whether or not it exists.
     PERMISSION_DENIED   the caller's role may not call the method, whether or not it exists.
-    UNAVAILABLE         the daemon is still loading the model, or is shutting down. Try again later.
+    UNAVAILABLE         the daemon is still loading the model, or is shutting down; or the model that the request names
+    could not be loaded, or not in time. Try again later.
     DEADLINE_EXCEEDED   the caller's own deadline passed. Work on the answer has stopped. Or, told at once: the answer
     would not begin before the deadline; the message says when it would.
     RESOURCE_EXHAUSTED  the request, serialised, has more than `limits.max_request_bytes`, or its metadata more than 8 KiB.
@@ -141,7 +143,8 @@ class ChatService(object):
     the daemon asks for one, show a client certificate that it knows. The same of every method,
     whether or not it exists.
     PERMISSION_DENIED   the caller's role may not call the method, whether or not it exists.
-    UNAVAILABLE         the daemon is still loading the model, or is shutting down. Try again later.
+    UNAVAILABLE         the daemon is still loading the model, or is shutting down; or the model that the request names
+    could not be loaded, or not in time. Try again later.
     DEADLINE_EXCEEDED   the caller's own deadline passed. Work on the answer has stopped. Or, told at once: the answer
     would not begin before the deadline; the message says when it would.
     RESOURCE_EXHAUSTED  the request, serialised, has more than `limits.max_request_bytes`, or its metadata more than 8 KiB.

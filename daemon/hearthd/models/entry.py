@@ -45,6 +45,8 @@ class Entry:
         self.num_waiting = 0
         """Who wait until it is loaded."""
         self.last_used = 0.0
+        self.load_seconds: float | None = None
+        """What its last load took."""
         self.num_loads = 0
         """Since the daemon's start."""
         self.failure: Failure | None = None

@@ -12,7 +12,7 @@ Knows no gRPC. Of the event loop. Called by `services` (use) and `server` (life)
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Final
@@ -20,6 +20,7 @@ from typing import Final
 from hearthd.config import Config, ModelOptions
 from hearthd.counts import Counts
 from hearthd.errors import ConfigError, HearthdError, NotServingError, QueueFullError
+from hearthd.events import Queued
 from hearthd.governor import FULL, Throttle
 from hearthd.model import Model
 from hearthd.models.bell import Bell
@@ -120,14 +121,17 @@ class ModelPool:
             raise NotServingError("the daemon is still loading the model; try again in a few seconds")
 
     @asynccontextmanager
-    async def using(self, entry: Entry) -> AsyncIterator[Worker]:
+    async def using(
+        self, entry: Entry, tell: Callable[[Queued], Awaitable[None]] | None = None
+    ) -> AsyncIterator[Worker]:
         """Have a model: loaded, and not unloaded before the block ends.
 
+        tell: hears once, if it is not loaded yet, of the wait.
         Raises NotServingError if it cannot be loaded, or not in time, QueueFullError if too many wait for that.
         """
         self.require_loaded()
         if not entry.is_usable:
-            await self._wait_until_usable(entry)
+            await self._wait_until_usable(entry, tell)
         worker = entry.worker
         assert worker is not None
         entry.stop_idling()
@@ -141,7 +145,7 @@ class ModelPool:
             if not entry.num_users:
                 self._residents.rest(entry)
 
-    async def _wait_until_usable(self, entry: Entry) -> None:
+    async def _wait_until_usable(self, entry: Entry, tell: Callable[[Queued], Awaitable[None]] | None) -> None:
         known, seconds = entry.failure, self._config.models.max_wait_seconds
         if known is not None and time.monotonic() < known.retry_at:
             raise NotServingError(known.text)
@@ -154,6 +158,8 @@ class ModelPool:
         self.changed.ring()
         try:
             async with asyncio.timeout(seconds):
+                if tell is not None:
+                    await tell(Queued(entry.num_waiting - 1, entry.load_seconds))
                 while not entry.is_usable:
                     if entry.failure is not None and entry.failure is not known:
                         raise NotServingError(entry.failure.text)

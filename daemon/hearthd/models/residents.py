@@ -133,14 +133,14 @@ class Residents:
         if self.is_closed:
             worker.begin_drain()
         self._spawn(self._watch(worker))
-        seconds = time.monotonic() - started
+        entry.load_seconds = time.monotonic() - started
         _logger.info(
             "serving %s: %d slots, context %d, %d waiting at most; loaded in %.1f s",
             model.name,
             model.engine.num_slots,
             model.engine.context_length,
             worker.max_queued,
-            seconds,
+            entry.load_seconds,
         )
         self.rest(entry)
         return model

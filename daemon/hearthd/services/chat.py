@@ -12,6 +12,7 @@ from hearthd.caller import current_caller
 from hearthd.config import LimitsConfig
 from hearthd.convert import ChatCall, fit_to_context, read_chat, to_chat_response
 from hearthd.errors import InvalidRequestError, SlowReaderError
+from hearthd.events import Queued
 from hearthd.metering import ChatMeter, Meters
 from hearthd.models.pool import ModelPool
 from hearthd.observation import Observation
@@ -62,7 +63,11 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
         entry = find_model(self._models, request.model)
         # Before the model is waited for: a caller's limits hold then, too.
         with self._meters.admit_chat(current_caller()) as meter:
-            async with self._models.using(entry) as worker:
+
+            async def tell(queued: Queued) -> None:
+                await context.write(to_chat_response(queued, request.request_id, entry.name))
+
+            async with self._models.using(entry, tell) as worker:
                 await self._answer(request, context, worker, meter, arrived)
 
     async def _answer(
