@@ -15,6 +15,7 @@ from xml.etree import ElementTree
 
 import pytest
 
+from hearth.v1 import chat_pb2
 from serving import asynchronous, make_config, make_model, make_runner, serving, tcp_target
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -326,6 +327,16 @@ def test_the_plot_has_a_curve_for_each_server_that_was_measured(load: Any) -> No
 
 
 # A caller, over gRPC.
+
+
+def test_a_request_is_greedy_and_as_urgent_as_was_asked(load: Any) -> None:
+    asked = load.chat.request("now", system="be brief", priority="background", turns=[("then", "so")], max_tokens=7)
+    assert [message.content for message in asked.messages] == ["be brief", "then", "so", "now"]
+    assert (asked.sampling.temperature, asked.sampling.max_tokens) == (0.0, 7)
+    assert asked.priority == chat_pb2.PRIORITY_BACKGROUND
+    assert load.chat.request("now", max_tokens=7).priority == chat_pb2.PRIORITY_UNSPECIFIED
+    assert not asked.sampling.HasField("top_logprobs")
+    assert load.chat.request("now", max_tokens=7, with_tokens=True).sampling.HasField("top_logprobs")
 
 
 @asynchronous
