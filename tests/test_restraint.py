@@ -18,7 +18,7 @@ from hearth.v1 import status_pb2, status_pb2_grpc
 from hearthd.governor import FULL, Throttle
 from hearthd.restraint import Restraint
 from hearthd.server import Server
-from hearthd.thermal import BoardReading
+from hearthd.thermal import BoardReading, Sensors
 from serving import (
     PROOF_FORWARDS,
     answer,
@@ -117,7 +117,7 @@ class Board:
     async def status(self) -> status_pb2.GetStatusResponse:
         return await status_pb2_grpc.StatusServiceStub(self.channel).GetStatus(status_pb2.GetStatusRequest())
 
-    async def comes_to(self, celsius: float, level: int) -> status_pb2.GetStatusResponse:
+    async def comes_to(self, celsius: float | None, level: int) -> status_pb2.GetStatusResponse:
         """Wait until the governor has seen a temperature and come to a level; return the status."""
         while (self._governor.reading.celsius, self._governor.throttle.level) != (celsius, level):
             self._judged.clear()
@@ -224,19 +224,44 @@ async def test_a_limit_of_0_only_watches(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("impatient")
 @asynchronous
-async def test_a_sensor_that_hangs_holds_up_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    hang, asked = threading.Event(), threading.Event()
+async def test_a_sensor_that_hangs_holds_up_nobody_and_holds_nothing_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hearthd.governor._PATIENCE_SECONDS", 0.05)
+    hang, go_on = threading.Event(), threading.Event()
+    read = Sensors.read
 
-    def read(_: object) -> Any:
-        asked.set()
-        hang.wait(20)
+    def read_or_hang(sensors: Sensors) -> BoardReading:
+        if hang.is_set():
+            go_on.wait(60)
+        return read(sensors)
 
-    monkeypatch.setattr("hearthd.thermal.Sensors.read", read)
-    try:
-        async with board(tmp_path, make_runner()) as hot:
-            await asyncio.to_thread(asked.wait, 20)
-            _, final = await answer(hot.channel, chat_request("hello", max_tokens=3))
-            assert not final.throttled
-            hang.set()
-    finally:
+    monkeypatch.setattr("hearthd.thermal.Sensors.read", read_or_hang)
+    async with board(tmp_path, make_runner()) as hot:
+        hot.sysfs.zone(0, "cpu-thermal", 81.0)
+        await hot.comes_to(81.0, 3)
         hang.set()
+        await hot.comes_to(None, 0)
+        _, final = await answer(hot.channel, chat_request("hello", max_tokens=3))
+        assert not final.throttled
+    # It has ended, with the sensor still hanging.
+    assert not go_on.is_set()
+    go_on.set()
+
+
+@pytest.mark.usefixtures("impatient")
+@asynchronous
+async def test_a_sensor_that_fails_is_told_once_and_holds_nothing_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with board(tmp_path, make_runner()) as hot:
+        hot.sysfs.zone(0, "cpu-thermal", 81.0)
+        await hot.comes_to(81.0, 3)
+
+        def fail(_: Sensors) -> BoardReading:
+            raise ValueError("canary")
+
+        monkeypatch.setattr("hearthd.thermal.Sensors.read", fail)
+        await hot.comes_to(None, 0)
+    assert len([record for record in caplog.records if "sensors cannot be read" in record.message]) == 1
+    assert "canary" not in caplog.text

@@ -11,11 +11,14 @@ by `observation`.
 
 import asyncio
 import logging
+import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final, NoReturn
 
+from hearthd.logs import log_incident
 from hearthd.thermal import BoardReading, Sensors
 
 __all__ = ["FULL", "MAX_LEVEL", "Governor", "Throttle"]
@@ -24,6 +27,8 @@ _logger = logging.getLogger(__name__)
 
 MAX_LEVEL: Final = 3
 _POLL_SECONDS: Final = 2.0
+# After so long without a word of the sensors the board is judged as one that has none.
+_PATIENCE_SECONDS: Final = 30.0
 # What a heat sink takes to follow. Down fast, up slowly: to swing between two levels is worse than either.
 _DOWN_SECONDS: Final = 10.0
 _UP_SECONDS: Final = 30.0
@@ -72,6 +77,8 @@ class Governor:
         self._max_celsius = max_celsius
         self._clock = clock
         self._poll_seconds = _POLL_SECONDS if poll_seconds is None else poll_seconds
+        self._patience_seconds = _PATIENCE_SECONDS
+        self._has_failed = False
         self._changed = clock() - _DOWN_SECONDS
         self._cool_since: float | None = None
         self.reading = BoardReading()
@@ -81,10 +88,40 @@ class Governor:
 
     async def run(self) -> NoReturn:
         """Look at the board for ever; cancel to end."""
-        while True:
-            # A sensor may hang on its bus.
-            self.judge(await asyncio.to_thread(self._sensors.read))
-            await asyncio.sleep(self._poll_seconds)
+        loop, arrived, is_over = asyncio.get_running_loop(), asyncio.Event(), threading.Event()
+
+        def take(reading: BoardReading) -> None:
+            self.judge(reading)
+            arrived.set()
+
+        def look() -> None:
+            while not is_over.is_set():
+                reading = self._read()
+                with suppress(RuntimeError):  # the loop is closed
+                    loop.call_soon_threadsafe(take, reading)
+                is_over.wait(self._poll_seconds)
+
+        # A sensor may hang on its bus. A thread of the loop's own would then hold up the daemon's end.
+        threading.Thread(target=look, name="sensors", daemon=True).start()
+        try:
+            while True:
+                arrived.clear()
+                try:
+                    async with asyncio.timeout(self._patience_seconds):
+                        await arrived.wait()
+                except TimeoutError:
+                    self.judge(BoardReading())
+        finally:
+            is_over.set()
+
+    def _read(self) -> BoardReading:
+        try:
+            return self._sensors.read()
+        except Exception as error:  # noqa: BLE001 - a sensor that cannot be read says nothing
+            if not self._has_failed:
+                log_incident("the board's sensors cannot be read", error)
+            self._has_failed = True
+            return BoardReading()
 
     def judge(self, reading: BoardReading) -> None:
         """Take note of a reading, and change the level if it is time to."""
