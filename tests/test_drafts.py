@@ -108,18 +108,19 @@ class TestDrafter:
         run_costs = costs()
         assert answered(Drafter(range(100), run_costs), range(100, 300), run_costs, 0.1) == (199, 0)
 
+    @pytest.mark.parametrize("num_tokens", [8, 30, 400])
     @pytest.mark.parametrize("per_token", [0.02, 0.1, 0.4, 1.0])
-    @pytest.mark.parametrize("seed", range(8))
-    def test_a_text_that_misleads_costs_3_percent_at_most(self, seed: int, per_token: float) -> None:
+    def test_a_text_that_misleads_costs_3_percent_at_most(self, per_token: float, num_tokens: int) -> None:
         """Pairs come again all the time, and are followed by something else each time, or nearly."""
-        random = np.random.default_rng(seed)
-        answer = random.integers(0, 6 + seed, 400).tolist()
-        run_costs = costs(per_token)
-        time, num_drafted = answered(
-            Drafter(random.integers(0, 6, 300).tolist(), run_costs), answer, run_costs, per_token
-        )
-        assert time <= 1.03 * len(answer)
-        assert num_drafted > 0 or per_token > 0.1
+        any_drafted = 0
+        for seed in range(8):
+            random = np.random.default_rng(seed)
+            prompt, answer = random.integers(0, 6 + seed, (2, 400)).tolist()
+            run_costs = costs(per_token)
+            time, num_drafted = answered(Drafter(prompt, run_costs), answer[:num_tokens], run_costs, per_token)
+            assert time <= 1.03 * num_tokens
+            any_drafted += num_drafted
+        assert any_drafted > 0 or per_token > 0.1
 
     def test_where_longer_runs_cost_their_length_nothing_is_drafted(self) -> None:
         text = [place * 7 % 501 for place in range(200)]

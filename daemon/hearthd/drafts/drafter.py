@@ -26,7 +26,7 @@ _FIRST_WEIGHT: Final = 4
 # What a draft must promise over plain steps, since both are estimates.
 _WORTH: Final = 1.05
 # Steps: what drafts may have lost at most, more with each token, and what a lucky stretch puts by at most.
-_FIRST_LOSS: Final = 0.3
+_FIRST_LOSS: Final = 0.1
 _LOSS_PER_TOKEN: Final = 0.015
 _MOST_PUT_BY: Final = 2.0
 
