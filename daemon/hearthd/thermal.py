@@ -59,9 +59,10 @@ class Sensors:
     def __init__(self, root: Path = Path("/")) -> None:
         """root: where `sys` is."""
         self._root = root
+        self._throttled: list[Path] | None = None
 
     def read(self) -> BoardReading:
-        """Ask all of them. Looks for them anew each time: drivers come late, and go."""
+        """Ask all of them. Looks for zones and monitors anew each time: drivers come late, and go."""
         celsius, alarms = self._read_temperature(), self._read_voltage_alarms()
         said = self._read_throttled()
         if said.flags is None and alarms is None:
@@ -81,12 +82,13 @@ class Sensors:
         return max(of_processor or of_others, default=None)
 
     def _read_throttled(self) -> BoardReading:
-        # What stands before it has an address in its name on some boards.
-        for place in ("*firmware", "*/*firmware"):
-            for file in self._find(f"sys/devices/platform/{place}/get_throttled"):
-                if (reading := read_throttled(self._text(file) or "")).flags is not None:
-                    return reading
-        return BoardReading()
+        if self._throttled is None:
+            # What stands before it has an address in its name on some boards. Built into their kernels, so it is there
+            # from the start or never: to look among all devices each time would take longer than all else.
+            found = [*self._find("sys/devices/platform/*firmware/get_throttled")]
+            found += self._find("sys/devices/platform/*/*firmware/get_throttled")
+            self._throttled = found[:1]
+        return read_throttled(self._text(self._throttled[0]) or "") if self._throttled else BoardReading()
 
     def _read_voltage_alarms(self) -> bool | None:
         """Whether a monitor says that the voltage is too low; None if there is none."""
