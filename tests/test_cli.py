@@ -113,7 +113,13 @@ def test_ask_json_is_one_object(daemon: peer.ScriptedDaemon) -> None:
     expected: dict[str, Any] = {
         "text": "é\n",
         "finish_reason": "stop_string",
-        "usage": {"prompt_tokens": 10, "cached_prompt_tokens": 4, "completion_tokens": 3},
+        "usage": {
+            "prompt_tokens": 10,
+            "cached_prompt_tokens": 4,
+            "completion_tokens": 3,
+            "drafted_tokens": 0,
+            "accepted_tokens": 0,
+        },
         "timings": {
             "queue_seconds": 0.001,
             "prefill_seconds": 0.02,
@@ -121,9 +127,11 @@ def test_ask_json_is_one_object(daemon: peer.ScriptedDaemon) -> None:
             "decode_seconds": 0.05,
             "decode_tokens_per_second": 40.0,
             "paused_seconds": 0.0,
+            "longest_gap_seconds": 0.0,
         },
         "request_id": "r-1",
         "model": "tiny",
+        "throttled": False,
     }
     probability = {"token_id": 5, "text": "\ufffd", "bytes": [195], "logprob": -0.5}
     for encoding in ("utf-8", "ascii"):
