@@ -82,12 +82,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "left_out": [] if options.only else sorted(ONLY_BY_NAME),
     }
     text = report.markdown(written)
-    (options.output / "serving.json").write_text(json.dumps(written, indent=2) + "\n")
+    (options.output / "serving.json").write_text(json.dumps(_without_infinity(written), indent=2) + "\n")
     (options.output / "serving.md").write_text(text)
     (options.output / "serving.svg").write_text(plot.draw(written))
     print(text)
     say(f"written to {options.output}")
     return 3 if any(scenario["error"] for scenario in scenarios.values()) else 0
+
+
+def _without_infinity(value: Any) -> Any:
+    """Return the same for JSON, which has no infinity: what never came is "never"."""
+    if isinstance(value, dict):
+        return {name: _without_infinity(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [_without_infinity(each) for each in value]
+    return "never" if value == float("inf") else value
 
 
 def _run(name: str, bench: Bench) -> dict[str, Any]:

@@ -59,7 +59,7 @@ def _panel(
     left: int, top: int, title: str, curves: Mapping[str, Sequence[float]], colours: Mapping[str, str]
 ) -> list[str]:
     """Draw the distribution of each curve's values: milliseconds across, in powers of ten, and the share upwards."""
-    values = [max(value, 0.01) for curve in curves.values() for value in curve]
+    values = [max(value, 0.01) for curve in curves.values() for value in curve] or [1.0]
     low, high = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)) + 1e-9)
 
     def x(value: float) -> float:
@@ -77,7 +77,8 @@ def _panel(
         parts.append(f'<line x1="{at:.1f}" x2="{at:.1f}" y1="{top}" y2="{top + _HEIGHT}" stroke="#eee"/>')
         parts.append(f'<text x="{at:.1f}" y="{top + _HEIGHT + 18}" text-anchor="middle">{10.0**power:g} ms</text>')
     for label, curve in curves.items():
-        shares = [(place + 1) / len(curve) for place in range(len(curve))]
+        # Points are percentiles of all requests: a curve ends where the others got no answer.
+        shares = [(place + 1) / 100 for place in range(len(curve))]
         points = " ".join(f"{x(value):.1f},{y(share):.1f}" for value, share in zip(curve, shares, strict=True))
         parts.append(f'<polyline points="{points}" fill="none" stroke="{colours[label]}" stroke-width="2"/>')
     return parts

@@ -6,6 +6,7 @@ The peer's scenario, `peer`, is offered the same.
 from __future__ import annotations
 
 import asyncio
+import math
 from typing import Any
 
 from load import prompts
@@ -14,7 +15,7 @@ from load.bench import Bench
 from load.chat import request
 from load.measures import percentile
 from load.open_loop import offer
-from load.outcome import Outcome
+from load.outcome import End, Outcome
 from load.summary import summarise
 from load.targets import Result
 
@@ -43,14 +44,19 @@ def name_of(rate: float) -> str:
 
 
 def curves(outcomes: list[Outcome]) -> dict[str, list[float]]:
-    """Return percentiles to draw: of time to first token and inter-token time, in milliseconds."""
-    values = {
-        "first_token_ms": [
-            1000 * each.first_token_seconds for each in outcomes if each.first_token_seconds is not None
-        ],
-        "inter_token_ms": [1000 * gap for each in outcomes for gap in each.gaps],
-    }
-    return {name: [percentile(each, percent) for percent in range(1, 101)] for name, each in values.items() if each}
+    """Return what to draw: percentiles from the first one on, in milliseconds.
+
+    Of all requests: where some got no whole answer the first curve ends before its hundredth point.
+    """
+    answered = [each for each in outcomes if each.end is End.ANSWERED]
+    firsts = [each.first_token_seconds or 0.0 if each.end is End.ANSWERED else math.inf for each in outcomes]
+    gaps = [gap for each in answered for gap in each.gaps]
+    drawn = {}
+    for name, values in (("first_token_ms", firsts), ("inter_token_ms", gaps)):
+        if values:
+            each_percent = (1000 * percentile(values, percent) for percent in range(1, 101))
+            drawn[name] = [value for value in each_percent if value < math.inf]
+    return drawn
 
 
 async def run(bench: Bench) -> Result:
