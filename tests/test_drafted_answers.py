@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 
 from engine_bench import END, GREEDY, VOCAB, Bench, solo, spelling
 from fakes import FakeRunner, expected_tokens, hashed_logits
+from hearth._responses import parse_answer
+from hearthd.convert import to_chat_response
 from hearthd.drafts.drafting import Drafting
 from hearthd.engine import Event, Finished, FinishReason, RunTerminated, Sequence
 from hearthd.sampling import NonFiniteLogitsError, SamplingParams
@@ -198,6 +200,17 @@ class TestDrafting:
         assert len(sequence.output_ids) == max_tokens
         assert runner.verified
         assert len(runner.slots[sequence.slot]) <= max_tokens
+
+
+def test_a_client_is_told_of_drafts_in_the_usage() -> None:
+    runner = FakeRunner()
+    bench = bench_with(runner, 0.8)
+    sequence = bench.add([1], replace(GREEDY, max_tokens=60))
+    bench.finish()
+    finished = bench.finished(sequence)
+    usage = parse_answer(to_chat_response(finished, "r", "m").final, "", ()).usage
+    assert (usage.drafted_tokens, usage.accepted_tokens) == (finished.drafted_tokens, finished.accepted_tokens)
+    assert usage.completion_tokens == 60
 
 
 def test_the_guesses_of_these_tests_are_right_and_wrong() -> None:
