@@ -59,6 +59,8 @@ def test_a_client_in_javascript(target: dict[str, object]) -> None:
         "prompt_tokens": 10,
         "cached_prompt_tokens": 4,
         "completion_tokens": 3,
+        "drafted_tokens": 0,
+        "accepted_tokens": 0,
     }
     assert [model["name"] for model in printed["models"]] == ["tiny", "other"]
     assert printed["models"][0]["parameter_count"] == 134_515_008
