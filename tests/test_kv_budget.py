@@ -279,3 +279,64 @@ def test_a_budget_too_small_for_one_block_is_one_clear_line(tmp_path: Path) -> N
     checkpoint = tiny_checkpoint(tmp_path)
     with pytest.raises(ConfigError, match=r"engine\.kv_bytes is 100; this model needs \d+ bytes for \d+ tokens"):
         tiny_runner(tmp_path / "graph", checkpoint, Recipe.reference(), kv_bytes=100)
+
+
+class TestKeptPrompt:
+    """What a prompt's buffers still hold is used again, and only what is still true."""
+
+    def test_rest_gives_the_memory_back_without_anybody_asking(self) -> None:
+        slots = KVSlots(TestMemory.SHAPE, num_slots=2, context_length=1000, dtype=np.int8)
+        slots.write(0, 0, [np.ones((3, 960, 64), np.int8)] * 4)
+        prompt = PromptBuffers(slots, rest_seconds=0.0)
+        prompt.hold(0, 960, 0)
+        prompt.rest()
+        timer = prompt._timer
+        assert timer is not None
+        timer.join(30)
+        assert resident_bytes(*prompt.arrays) == 0
+        prompt.hold(0, 960, 0)
+        assert all((array[0, :, :960] == 1).all() for array in prompt.arrays)
+
+    @given(st.data())
+    @settings(max_examples=150)
+    def test_after_anything_that_happens_to_slots_it_holds_what_the_slot_has(self, data: st.DataObject) -> None:
+        shape = DecoderShape(num_layers=1, num_kv_heads=1, head_dim=64, vocab_size=8)
+        slots = KVSlots(shape, num_slots=3, context_length=128, dtype=np.int8)
+        prompt = PromptBuffers(slots)
+        lengths = [0, 0, 0]
+        chance = np.random.default_rng(data.draw(st.integers(0, 999)))
+        for _ in range(data.draw(st.integers(1, 12))):
+            slot, other = data.draw(st.permutations([0, 1, 2]))[:2]
+            match data.draw(st.sampled_from(["read", "step", "copy", "swap", "cut", "less", "rest"])):
+                case "read":
+                    past = data.draw(st.integers(0, lengths[slot]))
+                    new = data.draw(st.integers(1, 128 - past)) if past < 128 else 0
+                    prompt.hold(slot, past, new)
+                    values = chance.integers(-9, 9, (1, new, 64)).astype(np.int8)
+                    for array in prompt.arrays:
+                        np.testing.assert_array_equal(array[0, :, :past], slots.arrays[0][slot, :, :past])
+                        array[0, :, past : past + new] = values
+                    slots.write(slot, past, [values] * 2)
+                    prompt.extend(past + new)
+                    lengths[slot] = past + new
+                case "step" if 0 < lengths[slot] < 128:
+                    past = data.draw(st.integers(0, lengths[slot]))
+                    slots.write(slot, past, [np.full((1, 1, 64), 77, np.int8)] * 2)
+                    prompt.keep(slot, past)
+                    lengths[slot] = past + 1
+                case "copy":
+                    slots.copy(slot, other, lengths[slot])
+                    prompt.copied(slot, other, lengths[slot])
+                    lengths[other] = lengths[slot]
+                case "swap":
+                    slots.swap(slot, other, lengths[slot], lengths[other])
+                    prompt.swapped(slot, other)
+                    lengths[slot], lengths[other] = lengths[other], lengths[slot]
+                case "cut":
+                    lengths[slot] = data.draw(st.integers(0, lengths[slot]))
+                    prompt.keep(slot, lengths[slot])
+                    slots.give_back(slot, lengths[slot])
+                case "less":
+                    prompt.give_back(data.draw(st.integers(0, 128)))
+                case "rest":
+                    prompt.end_rest(prompt._num_holds)

@@ -198,9 +198,13 @@ def test_memory_of_a_read_prompt_is_given_back(tmp_path: Path) -> None:
     prompt.extend(2048)
     slots.write(0, 0, [np.ones((4, 2048, 64), np.int8)] * 8)
     held = resident_bytes()
-    assert not prompt.release_unless_reading(1, 3)
+    assert not prompt.ends_reading(1, 3)
+    assert prompt.ends_reading(0, 1)
+    assert not prompt.ends_reading(0, 1)
+    prompt.end_rest(0)
     assert resident_bytes() > held - 2**20
-    assert prompt.release_unless_reading(0, 1)
+    # Held once.
+    prompt.end_rest(1)
     assert resident_bytes() < held - 15 * 2**20
     prompt.hold(0, 2048, 1)
     assert all(np.all(array[:, :, :2048] == 1) for array in prompt.arrays)

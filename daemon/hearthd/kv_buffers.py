@@ -13,6 +13,8 @@ Knows no ONNX Runtime and no tokens. Owned by `runner`.
 from __future__ import annotations
 
 import mmap
+import threading
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,8 +27,8 @@ from hearthd.kv.budget import KVBudget, block_tokens
 
 __all__ = ["DecoderShape", "KVSlots", "PromptBuffers"]
 
-# Below so many tokens the memory is kept: to give it back and take it again costs more than it is worth.
-_WORTH_GIVING_BACK = 16
+# Who asks something is likely to ask once more within this time; then the buffers stand there still.
+_REST_SECONDS = 10.0
 # asm-generic/mman-common.h; Python's `mmap` has no name for it.
 _MAP_NORESERVE = 0x4000
 
@@ -185,20 +187,27 @@ class KVSlots:
 
 
 class PromptBuffers:
-    """Float32 buffers that hold the first positions of one slot while its prompt is read.
+    """Float32 buffers that hold the first positions of one slot while its prompt is read, and until another one is.
 
-    arrays: as those of `KVSlots`, of a single slot.
+    arrays: as those of `KVSlots`, of a single slot. The next prompt often begins as the last one did: what is there
+    still needs no memory, and no numbers, anew. The memory goes back after some rest, in a thread of its own; whatever
+    looks at the buffers holds the lock, and a run begins with `hold`, after which no rest ends.
     """
 
-    def __init__(self, slots: KVSlots) -> None:
+    def __init__(self, slots: KVSlots, *, rest_seconds: float = _REST_SECONDS) -> None:
         self._slots = slots
         _, *size = slots.arrays[0].shape
         self._memory = _Memory(len(slots.arrays), (1, *size), np.float32)
         self.arrays: tuple[NDArray[np.float32], ...] = self._memory.arrays
+        self._rest_seconds = rest_seconds
+        self._lock = threading.RLock()
         self._slot: int | None = None
         self._num_tokens = 0
         # Positions whose memory may be in use.
         self._num_touched = 0
+        self._num_holds = 0
+        self._is_reading = False
+        self._timer: threading.Timer | None = None
 
     @property
     def factor(self) -> int:
@@ -207,47 +216,78 @@ class PromptBuffers:
 
     def hold(self, slot: int, num_tokens: int, num_new: int) -> None:
         """Make the buffers hold a slot's first num_tokens positions, before a run that writes num_new more."""
-        if slot != self._slot:
-            self._slot, self._num_tokens = slot, 0
-        if num_tokens > self._num_tokens:
-            for array, source in zip(self.arrays, self._slots.arrays, strict=True):
-                array[0, :, self._num_tokens : num_tokens] = source[slot, :, self._num_tokens : num_tokens]
-        self._num_tokens = num_tokens
-        self._num_touched = max(self._num_touched, num_tokens + num_new)
+        with self._lock:
+            self._num_holds += 1
+            self._is_reading = True
+            if slot != self._slot:
+                self._slot, self._num_tokens = slot, 0
+            self._num_touched = max(self._num_touched, num_tokens + num_new)
+            if num_tokens > self._num_tokens:
+                for array, source in zip(self.arrays, self._slots.arrays, strict=True):
+                    array[0, :, self._num_tokens : num_tokens] = source[slot, :, self._num_tokens : num_tokens]
+            self._num_tokens = num_tokens
 
     def extend(self, num_tokens: int) -> None:
         """Note that the run has written positions of the same slot, up to num_tokens, here and there."""
-        self._num_tokens = num_tokens
+        with self._lock:
+            self._num_tokens = num_tokens
 
-    def forget(self, *slots: int) -> None:
-        """Note that these slots may have changed; without any, that what is held is of no use."""
-        if not slots or self._slot in slots:
-            self._slot, self._num_tokens = None, 0
+    def ends_reading(self, first_slot: int, num_slots: int) -> bool:
+        """Note a step of these slots. Whether the last prompt that was read is theirs, and this is the first step."""
+        with self._lock:
+            is_over = self._is_reading and (self._slot is None or first_slot <= self._slot < first_slot + num_slots)
+            self._is_reading = self._is_reading and not is_over
+            return is_over
+
+    def keep(self, slot: int, num_tokens: int) -> None:
+        """Note that a slot may have changed behind its first num_tokens positions."""
+        with self._lock:
+            if slot == self._slot:
+                self._num_tokens = min(self._num_tokens, num_tokens)
+
+    def copied(self, source: int, target: int, num_tokens: int) -> None:
+        """Note that the first positions of a slot stand in another one too, which is the next to be read."""
+        with self._lock:
+            if source == self._slot:
+                self._slot, self._num_tokens = target, min(self._num_tokens, num_tokens)
+            else:
+                self.keep(target, 0)
+
+    def swapped(self, a: int, b: int) -> None:
+        """Note that two slots were exchanged."""
+        with self._lock:
+            if self._slot in (a, b):
+                self._slot = b if self._slot == a else a
 
     def give_back(self, num_tokens: int) -> None:
         """Keep the memory of so many positions at most."""
-        size = self._slots.block_tokens
-        start, end = (-(-number // size) * size for number in (num_tokens, self._num_touched))
-        if start < end:
-            for index in range(len(self.arrays)):
-                self._memory.give_back(index, 0, start, end)
-            self._num_touched = start
-            if self._num_tokens > start:
-                self.forget()
+        with self._lock:
+            size = self._slots.block_tokens
+            start, end = (-(-number // size) * size for number in (num_tokens, self._num_touched))
+            if start < end:
+                self._num_tokens = min(self._num_tokens, start)
+                for index in range(len(self.arrays)):
+                    self._memory.give_back(index, 0, start, end)
+                self._num_touched = start
 
-    def release_unless_reading(self, first_slot: int, num_slots: int) -> bool:
-        """Give the memory back before these slots are written to, unless the prompt of another one is being read.
+    def rest(self) -> None:
+        """Give all memory back, unless a prompt is read soon."""
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._num_touched:
+            # Not `self`: a model that was unloaded must be able to go.
+            self._timer = threading.Timer(self._rest_seconds, _end_rest, (weakref.ref(self), self._num_holds))
+            self._timer.daemon = True
+            self._timer.start()
 
-        Returns whether any was given back.
-        """
-        if self._slot is not None and not first_slot <= self._slot < first_slot + num_slots:
-            return False
-        return self.release()
+    def end_rest(self, num_holds: int) -> None:
+        """Give all memory back if no prompt was read since `hold` had been called so often. In any thread."""
+        with self._lock:
+            if self._num_holds == num_holds:
+                self.give_back(0)
 
-    def release(self) -> bool:
-        """Give the memory back, where it is worth it; returns whether it was."""
-        self.forget()
-        if self._num_touched < _WORTH_GIVING_BACK:
-            return False
-        self.give_back(0)
-        return True
+
+def _end_rest(buffers: weakref.ref[PromptBuffers], num_holds: int) -> None:
+    found = buffers()
+    if found is not None:
+        found.end_rest(num_holds)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import platform
 import threading
 import time
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from hearthd.bundle import Bundle
 from hearthd.errors import ConfigError
 from hearthd.kv.runner_protocol import RunTerminated
 from hearthd.kv_buffers import DecoderShape, KVSlots, PromptBuffers
+from hearthd.run_buffers import Binding
 from hearthd.session import open_session
 
 __all__ = ["DecoderShape", "OnnxRunner"]
@@ -31,51 +31,6 @@ _PROMPT_BINDINGS = 2
 _STEP_BINDINGS = 16
 # Drafts come in a few lengths, of one sequence at a time.
 _VERIFY_BINDINGS = 8
-
-
-class _Binding:
-    """Buffers of one batch shape, bound once: a run only writes token ids and lengths into them.
-
-    Binding the some 240 KV tensors anew would cost a tenth of a decode step. Everything bound is kept here, because an
-    OrtValue of the CPU refers to the array's memory and does not copy.
-    """
-
-    def __init__(self, session: ort.InferenceSession, length: int, logits: NDArray[np.float32]) -> None:
-        """logits: (B, N, vocab_size) for the last N positions, or (B, vocab_size) if the graph gives the last only."""
-        num_rows = len(logits)
-        self.token_ids = np.zeros((num_rows, length), np.int64)
-        self.last_positions = np.zeros(num_rows, np.int32)
-        self.longest = np.zeros(1, np.int32)
-        self.logits = logits
-        self.new: tuple[NDArray[np.int8], ...] = ()
-        """What the run gives of an int8 cache that it does not write to, each (1, kv_heads, length, head_dim)."""
-        self.io = session.io_binding()
-        self._bound: list[ort.OrtValue] = []
-        self.bind_input("input_ids", self.token_ids)
-        self.bind_input("seqlens_k", self.last_positions)
-        self.bind_input("total_sequence_length", self.longest)
-        if logits.ndim == 3:
-            self.bind_input("num_logits", np.asarray(logits.shape[1:2], np.int64))
-        self.io.bind_ortvalue_output("logits", self._value(self.logits))
-
-    def bind_input(self, name: str, array: NDArray[np.generic]) -> None:
-        self.io.bind_ortvalue_input(name, self._value(array))
-
-    def bind_kv(self, past: Iterable[NDArray[Any]], present: Iterable[NDArray[Any]], suffix: str = "") -> None:
-        """Bind keys and values, layer by layer, as they are before and after the run."""
-        for index, (before, after) in enumerate(zip(past, present, strict=True)):
-            layer, part = divmod(index, 2)
-            name = f"{('key', 'value')[part]}{suffix}.{layer}"
-            value = self._value(before)
-            self.io.bind_ortvalue_input(f"past_{name}", value)
-            self.io.bind_ortvalue_output(f"present_{name}", value if after is before else self._value(after))
-
-    def _value(self, array: NDArray[np.generic]) -> ort.OrtValue:
-        value = ort.OrtValue.ortvalue_from_numpy(array, "cpu", 0)
-        is_shared = not array.size or value.data_ptr() == array.ctypes.data
-        assert is_shared, "ONNX Runtime copied a buffer that must be shared"
-        self._bound.append(value)
-        return value
 
 
 class OnnxRunner:
@@ -134,11 +89,11 @@ class OnnxRunner:
             )
         self.context_length = min(context_length, self.kv_budget.context_length)
         # By first slot, rows and length, the last used at the end.
-        self._bindings: dict[tuple[int, int, int], _Binding] = {}
+        self._bindings: dict[tuple[int, int, int], Binding] = {}
         # Of prompts in an int8 cache, by length, the last used at the end: each has KV of its own for so many tokens.
-        self._prompt_bindings: dict[int, _Binding] = {}
+        self._prompt_bindings: dict[int, Binding] = {}
         # By slot and length, the last used at the end.
-        self._verify_bindings: dict[tuple[int, int], _Binding] = {}
+        self._verify_bindings: dict[tuple[int, int], Binding] = {}
         self._verified = np.zeros((0, self.vocab_size), np.float32)
         self._lock = threading.Lock()
         self._running: ort.RunOptions | None = None
@@ -209,6 +164,7 @@ class OnnxRunner:
             self._release_prompt(first_slot, num_rows, run_options)
             for row, past_length in enumerate(past_lengths.tolist()):
                 self._slots.touch(first_slot + row, past_length + length)
+                self._keep(first_slot + row, past_length)
         self._run(binding, run_options)
         if self._prompt is not None and length > 1:
             self._slots.write(first_slot, past, [array[0] for array in binding.new])
@@ -232,17 +188,18 @@ class OnnxRunner:
         run_options.log_severity_level = 4
         self._release_prompt(slot, 1, run_options)
         self._slots.touch(slot, num_past + len(token_ids))
+        self._keep(slot, num_past)
         self._run(binding, run_options)
         logits: NDArray[np.float32] = binding.logits[0]
         return logits
 
     def _release_prompt(self, first_slot: int, num_rows: int, run_options: ort.RunOptions) -> None:
-        """Before these slots are written to: give back what only the run of a prompt needs, if that is done."""
-        if self._prompt is not None and self._prompt.release_unless_reading(first_slot, num_rows):
+        """Before a step of these slots: give back what only the run of a prompt needs, if that is done."""
+        if self._prompt is not None and self._prompt.ends_reading(first_slot, num_rows):
             # It is five times what a step needs.
             run_options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
 
-    def _binding(self, first_slot: int, num_rows: int, length: int) -> _Binding:
+    def _binding(self, first_slot: int, num_rows: int, length: int) -> Binding:
         """Return the buffers for runs of this shape."""
         if self._prompt is not None and length > 1:
             assert num_rows == 1, "a batch of prompts"
@@ -263,9 +220,9 @@ class OnnxRunner:
         shape = (num_rows, 1, self.vocab_size) if self._has_num_logits else (num_rows, self.vocab_size)
         return np.zeros(shape, np.float32)
 
-    def _slot_binding(self, first_slot: int, length: int, logits: NDArray[np.float32]) -> _Binding:
-        """Return new buffers for runs over the slots' own KV. logits: as those of `_Binding`."""
-        binding = _Binding(self._session, length, logits)
+    def _slot_binding(self, first_slot: int, length: int, logits: NDArray[np.float32]) -> Binding:
+        """Return new buffers for runs over the slots' own KV. logits: as those of `Binding`."""
+        binding = Binding(self._session, length, logits)
         # A view of a contiguous run of slots: no copy, and any such run can be a batch.
         rows = [array[first_slot : first_slot + len(logits)] for array in self._slots.arrays]
         if self._prompt is None:
@@ -277,7 +234,7 @@ class OnnxRunner:
             binding.bind_kv(rows, rows, "_int8")
         return binding
 
-    def _verify_binding(self, slot: int, length: int) -> _Binding:
+    def _verify_binding(self, slot: int, length: int) -> Binding:
         """Return the buffers for a draft in a slot. All share one buffer for logits, which may have megabytes."""
         if length > len(self._verified):
             self._verify_bindings.clear()
@@ -290,11 +247,11 @@ class OnnxRunner:
             del self._verify_bindings[next(iter(self._verify_bindings))]
         return binding
 
-    def _prompt_binding(self, prompt: PromptBuffers, length: int) -> _Binding:
+    def _prompt_binding(self, prompt: PromptBuffers, length: int) -> Binding:
         """Return the buffers for a chunk of a prompt, of whatever slot."""
         binding = self._prompt_bindings.pop(length, None)
         if binding is None:
-            binding = _Binding(self._session, length, self._new_logits(1))
+            binding = Binding(self._session, length, self._new_logits(1))
             _, kv_heads, _, head_dim = prompt.arrays[0].shape
             unused = [np.zeros((1, kv_heads, 0, head_dim), np.int8)] * len(prompt.arrays)
             binding.new = tuple(np.zeros((1, kv_heads, length, head_dim), np.int8) for _ in prompt.arrays)
@@ -306,7 +263,7 @@ class OnnxRunner:
             del self._prompt_bindings[next(iter(self._prompt_bindings))]
         return binding
 
-    def _run(self, binding: _Binding, run_options: ort.RunOptions) -> None:
+    def _run(self, binding: Binding, run_options: ort.RunOptions) -> None:
         with self._lock:
             self._running = run_options
         try:
@@ -339,23 +296,25 @@ class OnnxRunner:
     def rest(self) -> None:
         """Give back memory that only a run needs."""
         if self._prompt is not None:
-            self._prompt.release()
+            self._prompt.rest()
 
     def load_preset(self, slot: int) -> None:
         """Write the KV of `preset_tokens` to the slot's first positions."""
         if self._preset is not None:
-            self._slots_change(slot)
+            self._keep(slot, 0)
             self._slots.write(slot, 0, list(self._preset.reshape(-1, *self._preset.shape[2:])))
 
     def swap_slots(self, a: int, b: int, num_a: int, num_b: int) -> None:
         """Exchange two slots, of which so many positions are in use."""
-        self._slots_change(a, b)
         self._slots.swap(a, b, num_a, num_b)
+        if self._prompt is not None:
+            self._prompt.swapped(a, b)
 
     def copy_slot(self, source: int, target: int, num_tokens: int) -> None:
         """Copy the first num_tokens positions of a slot to another."""
-        self._slots_change(target)
         self._slots.copy(source, target, num_tokens)
+        if self._prompt is not None:
+            self._prompt.copied(source, target, num_tokens)
 
     @property
     def kv_version(self) -> str:
@@ -373,12 +332,12 @@ class OnnxRunner:
 
     def write_kv(self, slot: int, start: int, kv: bytes, num_skipped: int) -> None:
         """Write what `read_kv` gave to positions from `start` on, but for the first num_skipped of them."""
-        self._slots_change(slot)
+        self._keep(slot, start + num_skipped)
         self._slots.write_bytes(slot, start, kv, num_skipped)
 
     def give_back(self, slot: int, num_tokens: int) -> None:
         """Give back the memory of a slot behind its first num_tokens positions."""
-        self._slots_change(slot)
+        self._keep(slot, num_tokens)
         self._slots.give_back(slot, num_tokens)
 
     def give_back_prompt(self, num_tokens: int) -> None:
@@ -390,6 +349,7 @@ class OnnxRunner:
         """Return a copy of a slot's first positions, (layers, 2, kv_heads, num_tokens, head_dim)."""
         return self._slots.read(slot, num_tokens)
 
-    def _slots_change(self, *slots: int) -> None:
+    def _keep(self, slot: int, num_tokens: int) -> None:
+        """Note that a slot changes behind its first num_tokens positions."""
         if self._prompt is not None:
-            self._prompt.forget(*slots)
+            self._prompt.keep(slot, num_tokens)

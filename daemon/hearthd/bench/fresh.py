@@ -103,10 +103,13 @@ def _load(arguments: argparse.Namespace) -> dict[str, Any]:
     found["context_length"] = context
     found["prefill_seconds_per_token"] = measure.prefill(model.runner, prompt, chunk=arguments.chunk) / prompt
     measure.decode(model.runner, 1, prompt, num_steps=answer)
+    # As the daemon does a little later.
+    model.runner.give_back_prompt(0)
     found["used"] = {"tokens": prompt + answer} | asdict(ResidentSet.of_this_process(directory))
     if arguments.fill:
         measure.prefill(model.runner, context - 1, chunk=arguments.chunk)
         measure.decode(model.runner, 1, context - 1, num_steps=1)
+        model.runner.give_back_prompt(0)
         found["full_slot"] = {"tokens": context} | asdict(ResidentSet.of_this_process(directory))
     return found
 
