@@ -14,6 +14,7 @@ from hearthd.kv import prefix_store
 from hearthd.kv.loading import Loading
 from hearthd.kv.prefix_file import DamagedPrefixError, file_size, written
 from hearthd.kv.prefix_store import PrefixStore, StoredPrefix
+from hearthd.sequence import SequenceState
 from prefix_daemon import MB, SYSTEM, Daemon, asked, chunks_of, open_store
 
 
@@ -234,6 +235,16 @@ class TestEngine:
         for last in (1, 2, 3):
             daemon.run(asked([*SYSTEM, last, 8, 7]))
         assert daemon.store.num_hits == 1
+
+    def test_what_was_just_answered_is_stored_before_the_process_ends(self, tmp_path: Path) -> None:
+        daemon = Daemon(tmp_path)
+        sequence = asked([*SYSTEM, 5, 6, 7])
+        daemon.engine.add(sequence)
+        while sequence.state is not SequenceState.ENDED:
+            daemon.engine.step()
+        assert daemon.store.num_saved == 0
+        daemon.engine.close(30)
+        assert daemon.store.num_saved == 1
 
     def test_a_short_one_is_stored_when_it_comes_again(self, tmp_path: Path) -> None:
         daemon = Daemon(tmp_path, min_tokens=1000)

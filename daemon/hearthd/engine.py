@@ -186,6 +186,10 @@ class Engine:
         """Run so many sequences at once, at most `num_slots`; those that are too many are paused by the next step."""
         self._scheduler.num_places = max(1, min(num_places, self._num_slots))
 
+    def close(self, seconds: float) -> None:
+        """Use so long at most for what must be done before the process ends."""
+        self._cache.close(seconds)
+
     def share_prompts(self, prompts: Iterable[Tokens[int]]) -> None:
         """Share these beginnings of prompts with all callers, and no others; read them as soon as nobody asks."""
         self._cache.share(list(prompts))

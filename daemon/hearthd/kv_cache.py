@@ -259,6 +259,11 @@ class KVCache:
         if self._stored is not None:
             self._stored.save_some(self._slots)
 
+    def close(self, seconds: float) -> None:
+        """Store what is still to be stored, within so long."""
+        if self._stored is not None:
+            self._stored.finish(self._slots, seconds)
+
     def _consider(self, slot: Slot) -> None:
         if self._stored is not None:
             self._stored.consider(slot)

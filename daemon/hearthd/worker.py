@@ -37,6 +37,8 @@ __all__ = ["State", "Worker"]
 _STOP_AGAIN_SECONDS: Final = 0.05
 # A thread whose work can wait looks so often whether the others are done.
 _GIVE_WAY_SECONDS: Final = 0.1
+# For what is on its way to the disk at the end; `server` waits a little longer for the thread.
+_CLOSE_SECONDS: Final = 0.8
 # The engine outlives a failed run; one that fails run after run is broken, and a new process may not be.
 _MAX_FAILURES_IN_A_ROW: Final = 8
 
@@ -320,6 +322,7 @@ class Worker:
         try:
             while not self._must_stop:
                 self._step(restraint)
+            self._engine.close(_CLOSE_SECONDS)
         except BaseException as error:  # noqa: BLE001 - nobody may wait for a dead thread
             crash = EngineCrashedError(log_incident("the inference thread crashed", error))
             self._call_loop(lambda: self._end(crash))

@@ -7,6 +7,8 @@ the disk. Knows slots' books and the runner's KV; no files. Called by `kv_cache`
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -20,6 +22,8 @@ from hearthd.kv.slot import Slot
 
 __all__ = ["PUBLIC", "StoredPrefixes"]
 
+# A writing thread tells that it has ended a moment before it has.
+_LOOK_SECONDS: Final = 0.05
 # The identity of what the owner shares with everybody; no caller's, which are names.
 PUBLIC: Final = "\0public"
 
@@ -136,12 +140,17 @@ class StoredPrefixes:
             end = min(start + CHUNK, saving.prefix.num_tokens)
             saving.give(self._runner.read_kv(number_of[out.slot], start, end), end - start)
 
-    def finish(self, seconds: float) -> None:
-        """Wait for what was handed over to be written; what was not is left out."""
-        if self._outgoing is not None:
-            if self._outgoing.saving.num_given < self._outgoing.saving.prefix.num_tokens:
-                self._outgoing.saving.give_up()
-            self._outgoing.saving.wait(seconds)
+    def finish(self, slots: Sequence[Slot], seconds: float) -> None:
+        """Store what is still to be stored, as far as the disk takes it within so long: the process ends."""
+        end = time.monotonic() + seconds
+        moved = threading.Event()
+        self.on_room = moved.set
+        while (self._wanted or self._outgoing is not None) and (left := end - time.monotonic()) > 0:
+            moved.clear()
+            if self.has_work:
+                self.save_some(slots)
+            else:
+                moved.wait(min(left, _LOOK_SECONDS))
 
     def _tell_room(self) -> None:
         self.on_room()
