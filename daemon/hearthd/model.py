@@ -74,6 +74,7 @@ def load_model(bundle: Bundle, config: Config) -> Model:
         num_threads=config.engine.num_threads,
         kv_bytes=config.engine.kv_bytes,
         num_full=config.engine.slots,
+        has_neighbours=bool(config.model_options),
     )
     engine = Engine(
         runner,

@@ -51,18 +51,21 @@ class OnnxRunner:
         preset: NDArray[Any] | None = None,
         kv_bytes: int = 0,
         num_full: int | None = None,
+        has_neighbours: bool = False,
     ) -> None:
         """Load the graph. num_threads: at least 1, set explicitly, since ONNX Runtime ignores a CPU mask.
 
         preset: KV of `preset_tokens` as the slots hold it, (layers, 2, kv_heads, tokens, head_dim).
         kv_bytes: what KV may take at most, which may shorten the context; 0 for what `num_full` full slots (all, if
         None) and the reading of a full prompt need.
+        has_neighbours: other models run in turn with this one.
         Raises BundleError if ONNX Runtime refuses the graph, ConfigError if kv_bytes is too little to say anything.
         """
         self._model_path = model_path
+        self._has_neighbours = has_neighbours
         self.num_threads = num_threads
         started = time.monotonic()
-        self._session = open_session(model_path, num_threads)
+        self._session = open_session(model_path, num_threads, has_neighbours=has_neighbours)
         self.load_seconds = time.monotonic() - started
         self.num_slots = num_slots
         self.vocab_size = shape.vocab_size
@@ -123,6 +126,7 @@ class OnnxRunner:
         num_threads: int,
         kv_bytes: int = 0,
         num_full: int | None = None,
+        has_neighbours: bool = False,
     ) -> OnnxRunner:
         """Load a bundle's graph; context_length is at most the bundle's. The rest is as of `__init__`."""
         manifest = bundle.manifest
@@ -137,6 +141,7 @@ class OnnxRunner:
             preset=bundle.preset(),
             kv_bytes=kv_bytes,
             num_full=num_full,
+            has_neighbours=has_neighbours,
         )
 
     def forward(
@@ -284,7 +289,7 @@ class OnnxRunner:
         for bindings in (self._bindings, self._prompt_bindings, self._verify_bindings):
             bindings.clear()
         del self._session
-        self._session = open_session(self._model_path, num_threads)
+        self._session = open_session(self._model_path, num_threads, has_neighbours=self._has_neighbours)
         self.num_threads = num_threads
 
     def terminate(self) -> None:
