@@ -11,9 +11,11 @@ from hearthd.errors import BundleError, ConfigError, EngineCrashedError, NotServ
 from hearthd.models.entry import Failure, ModelState
 from hearthd.models.pool import ModelPool
 from hearthd.models.room import choose_leaving
+from hearthd.scheduling.chunks import ChunkSizes
+from hearthd.scheduling.pace import Pace
 from hearthd.worker import State
 from serving import NAME, asynchronous
-from several_models import MODEL_BYTES, Shelf, ask, chat, entry, pooling, several_config, until
+from several_models import MODEL_BYTES, Shelf, ask, chat, entry, pooling, sequence, several_config, until
 
 
 def states(pool: ModelPool) -> dict[str, ModelState]:
@@ -441,6 +443,17 @@ async def test_pings_come_back_while_models_come_and_go(tmp_path: Path) -> None:
             await asyncio.sleep(0)
         assert all(await asking)
         assert num_pings
+
+
+def test_a_run_of_a_prompt_is_short_while_another_model_answers() -> None:
+    pace = Pace()
+    pace.note_prompt_run(100, 0.5)  # 5 ms a token
+    sizes = ChunkSizes(pace, beside=64, alone=512, max_stall_seconds=0.1)
+    prompt = sequence(400)
+    # Alone, as many as there are in a second, by sixteens; beside others in a tenth of one.
+    assert sizes.choose(prompt, [], has_others=False) == 192
+    assert sizes.choose(prompt, [], has_others=True) == 16
+    assert sizes.choose(prompt, [], has_others=True) == sizes.choose(prompt, [sequence()])
 
 
 # All of it at random.
