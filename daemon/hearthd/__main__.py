@@ -241,6 +241,7 @@ def run_server(
 def _check_config(parsed: argparse.Namespace) -> None:
     from hearthd.listeners import find_listeners, find_metrics_listeners
     from hearthd.policy.policy_file import PolicyFile
+    from hearthd.shared_prompts import read_shared_prompts
     from hearthd.store import Store
     from hearthd.tls import find_exposure, find_files, read_certificate
     from hearthd.tokens import list_tokens
@@ -261,6 +262,7 @@ def _check_config(parsed: argparse.Namespace) -> None:
             if token.role not in config.roles:
                 print(f"hearthd: warning: token {token.name} has no rights: no role {token.role}", file=sys.stderr)
     PolicyFile(config.policy.file, config.roles)
+    read_shared_prompts(config)
     store = Store(config.model.directory)
     for name in config.model_names:
         # Without the hashes, which take as long as reading the whole model.
