@@ -162,6 +162,8 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _end(number: int, frame: object) -> None:  # noqa: ARG001 - as signal calls it
+    # A second one would cut off what the first one lets end.
+    signal.signal(number, signal.SIG_IGN)
     sys.exit(128 + number)
 
 

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import re
 import sys
+import tempfile
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -547,12 +548,18 @@ def test_memory_is_watched_over_many_requests(load: Any, tmp_path: Path) -> None
     assert target.startswith("growth")
 
 
-def test_a_daemon_that_cannot_start_is_a_line_of_the_report(load: Any, tmp_path: Path) -> None:
+def test_a_daemon_that_cannot_start_says_why_and_leaves_nothing(
+    load: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     broken = load.bench.Bench(
         model=tmp_path / "none", output=tmp_path, say=lambda text: None, command=(sys.executable, "-c", "exit(4)")
     )
-    with pytest.raises(load.server_process.ServerError, match="hearthd ended with 4"):
-        asyncio.run(load.scenarios.SCENARIOS["mixes"](broken))
+    # A short path: that of a Unix socket has at most 107 bytes.
+    with tempfile.TemporaryDirectory() as place:
+        monkeypatch.setattr(tempfile, "tempdir", place)
+        with pytest.raises(load.server_process.ServerError, match="hearthd ended with 4"):
+            asyncio.run(load.scenarios.SCENARIOS["mixes"](broken))
+        assert list(Path(place).iterdir()) == []
 
 
 @pytest.mark.model

@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Self
 
 from hearthd.tokens import create_token
 from load.chat import Caller
@@ -58,6 +59,13 @@ class HearthServer(ServerProcess):
             f"[engine]\nslots = {slots}\ncontext_length = {context_length}\nthreads = {threads}\n"
             f"[limits]\nmax_queued = {MAX_QUEUED}\n{settings}"
         )
+
+    def __enter__(self) -> Self:
+        try:
+            return super().__enter__()
+        except BaseException:
+            self.remove()
+            raise
 
     def __exit__(self, *error: object) -> None:
         self.stop()
