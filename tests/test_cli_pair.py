@@ -4,12 +4,14 @@ import json
 import os
 import pty
 import re
+import shutil
 import socket
 import ssl
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -18,10 +20,12 @@ import hearth
 from hearth.__main__ import main as hearth_program
 from hearth._certificate import fingerprint
 from hearth._paired import PairedDaemon
+from hearthd import durable_file
 from hearthd.__main__ import main as hearthd_program
 from hearthd.bundle import Bundle
-from hearthd.tls import Certificate
-from hearthd.tokens import list_tokens
+from hearthd.config import load_config
+from hearthd.tls import Certificate, find_files, read_certificate
+from hearthd.tokens import create_token, list_tokens
 from paired_board import Board, Device, Running, free_port
 from serving import asynchronous
 
@@ -69,7 +73,7 @@ def test_two_commands_and_a_question(board: Board, device: Device, start: Callab
     assert asked.returncode == 0, asked.stderr
     assert asked.stdout
     assert f"at 127.0.0.1:{board.port}" in device.hearth("status").stdout
-    assert "test-model" in device.hearth("models").stdout
+    assert "TestForCausalLM" in device.hearth("models").stdout
     listed = json.loads(device.hearth("pair", "--list", "--json").stdout)
     assert [each["name"] for each in listed["daemons"]] == [HOST]
 
@@ -276,29 +280,146 @@ def test_open_lan_opens_it_and_the_daemon_starts_on_what_it_made(
     assert device.hearth("ask", "hello").returncode == 0
 
 
-@pytest.mark.parametrize(("is_enabled", "verb"), [(0, "restart"), (1, "try-restart")])
-def test_open_lan_restarts_the_service(
-    board: Board, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_enabled: int, verb: str
-) -> None:
-    """With a systemctl that notes what it is told, for there is no systemd here."""
-    program = tmp_path / "bin/systemctl"
-    program.parent.mkdir()
-    program.write_text(f'#!/bin/sh\necho "$@" >>{tmp_path}/told\n[ "$1" != is-enabled ] || exit {is_enabled}\n')
-    program.chmod(0o755)
+@dataclass
+class Systemctl:
+    """A program that notes what it is told, for there is no systemd here."""
+
+    directory: Path
+
+    @property
+    def told(self) -> list[str]:
+        file = self.directory / "told"
+        return file.read_text().splitlines() if file.exists() else []
+
+    def write(self, lines: str) -> None:
+        program = self.directory / "systemctl"
+        program.write_text(f'#!/bin/sh\necho "$@" >>{self.directory}/told\n{lines}\n')
+        program.chmod(0o755)
+
+
+@pytest.fixture
+def systemctl(board: Board, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Systemctl:
+    """For `hearthd_program` in this process, which gets the board's environment, too."""
+    made = Systemctl(tmp_path / "bin")
+    made.directory.mkdir()
+    made.write("")
     for name, value in board.environment.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
-    monkeypatch.setattr("hearthd.pairing.cli._SYSTEMD", tmp_path)
+    monkeypatch.setenv("PATH", f"{made.directory}:{os.environ['PATH']}")
+    monkeypatch.setattr("hearthd.pairing.running_daemon._SYSTEMD", tmp_path)
+    return made
+
+
+OPEN_LAN = ("pair", "phone", "--open-lan", "--address", "127.0.0.1")
+
+
+@pytest.mark.parametrize(("is_enabled", "verb"), [(0, "restart"), (1, "try-restart")])
+def test_open_lan_restarts_the_service_unless_it_serves_this_certificate(
+    board: Board, systemctl: Systemctl, start: Callable[[Board], Running], is_enabled: int, verb: str
+) -> None:
+    systemctl.write(f'[ "$1" != is-enabled ] || exit {is_enabled}')
     board.write("")
-    assert hearthd_program(["pair", "phone", "--open-lan", "--address", "127.0.0.1"]) == 0
-    told = (tmp_path / "told").read_text().splitlines()
-    assert told == ["is-enabled --quiet hearthd.service", f"{verb} hearthd.service"]
+    assert hearthd_program(OPEN_LAN) == 0
+    restart = ["is-enabled --quiet hearthd.service", f"{verb} hearthd.service"]
+    assert systemctl.told == restart
+    board.write_usual()
+    # Nothing is to be written any more, but nobody listens: a code would be of no use.
+    assert hearthd_program(OPEN_LAN) == 0
+    assert systemctl.told == 2 * restart
+    # Unasked, no service is restarted.
+    assert hearthd_program(("pair", "phone", "--address", "127.0.0.1")) == 0
+    assert systemctl.told == 2 * restart
     # Once it is open, nothing is restarted any more.
-    assert hearthd_program(["pair", "tablet", "--open-lan", "--address", "127.0.0.1"]) == 0
-    assert (tmp_path / "told").read_text().splitlines() == told
-    program.write_text("#!/bin/sh\nexit 1\n")
+    start(board)
+    assert hearthd_program(OPEN_LAN) == 0
+    assert systemctl.told == 2 * restart
+    systemctl.write("exit 1")
     board.write("")
-    assert hearthd_program(["pair", "other", "--open-lan", "--address", "127.0.0.1"]) == 78
+    assert hearthd_program(OPEN_LAN) == 78
+
+
+def test_open_lan_refuses_before_it_writes_anything(
+    board: Board, systemctl: Systemctl, capsys: pytest.CaptureFixture[str]
+) -> None:
+    refusals = [
+        (("Anna's iPad",), 'token name "Anna\'s iPad": give up to 64 of'),
+        (("phone", "--role", "kidd"), "there is no role 'kidd'; there are: admin, user, monitor"),
+        (("phone", "--minutes", "61"), "--minutes is 61"),
+        (("phone", "--address", "a:99999"), "no number from 1 to 65535"),
+    ]
+    for words, said in refusals:
+        board.write("# mine\n")
+        assert hearthd_program(("pair", *words, "--open-lan")) == 78
+        shown = capsys.readouterr()
+        assert (shown.out, said in shown.err, shown.err.count("\n")) == ("", True, 1), shown.err
+        assert board.file.read_text() == "# mine\n"
+        assert not board.state.exists()
+    board.prepare()
+    create_token(board.state / "tokens", "phone")
+    assert hearthd_program(OPEN_LAN) == 78
+    assert "'phone' is taken" in capsys.readouterr().err
+    # A broken pair, which only its owner can put right.
+    (board.state / "tls/server.crt").write_text("no certificate")
+    assert hearthd_program(("pair", "tablet", *OPEN_LAN[2:])) == 78
+    assert "server.crt" in capsys.readouterr().err
+    # Whoever must show a certificate cannot be paired, and is not told first to open anything.
+    (board.state / "tls/clients.crt").write_text("an authority")
+    for ending in ((), ("--open-lan",)):
+        assert hearthd_program(("pair", "tablet", *ending)) == 78
+        shown = capsys.readouterr()
+        assert ("clients.crt" in shown.err, "open-lan" in shown.err) == (True, False)
+    assert board.file.read_text() == "# mine\n"
+    assert systemctl.told == []
+
+
+def test_open_lan_goes_on_where_it_was_interrupted_and_a_daemon_starts_at_every_moment(
+    board: Board, systemctl: Systemctl, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Ends it after each change that it makes on the disk, and at the restart; then the same command again."""
+    steps = 0
+    last_step = 0
+
+    def interrupted(really: Callable[..., object]) -> Callable[..., object]:
+        def step(*arguments: object, **options: object) -> object:
+            nonlocal steps
+            done = really(*arguments, **options)
+            steps += 1
+            if steps == last_step:
+                raise KeyboardInterrupt
+            return done
+
+        return step
+
+    monkeypatch.setattr("hearthd.durable_file.sync_directory", interrupted(durable_file.sync_directory))
+    monkeypatch.setattr("hearthd.pairing.running_daemon.subprocess.run", interrupted(subprocess.run))
+    found_open = []
+    while True:
+        last_step, steps = last_step + 1, 0
+        shutil.rmtree(board.directory)
+        board.directory.mkdir()
+        board.write("")
+        (systemctl.directory / "told").unlink(missing_ok=True)
+        code = hearthd_program(OPEN_LAN)
+        if steps < last_step:
+            break
+        assert code != 0
+        config = load_config(board.file)
+        files = find_files(config.tls)
+        found_open.append(files is not None)
+        if files is not None:
+            # What `hearthd serve` reads before it serves.
+            read_certificate(files)
+            assert config.auth.token_file
+            assert list_tokens(config.auth.token_file) == []
+        capsys.readouterr()
+        # As many steps as it takes: this one is not interrupted.
+        steps = 1000
+        assert hearthd_program(OPEN_LAN) == 0
+        assert capsys.readouterr().out.startswith("hearth://127.0.0.1:")
+        assert "restart hearthd.service" in systemctl.told
+    # Token file, key, certificate; then the file that names them; is it enabled, restart; then the code.
+    assert found_open == [False] * 3 + [True] * 4
+    assert code == 0
 
 
 def test_a_daemon_that_wants_certificates_of_its_callers_pairs_nobody(board: Board) -> None:

@@ -28,7 +28,7 @@ from hearthd.lan_addresses import lan_addresses
 from hearthd.pairing import records as records_module
 from hearthd.pairing.certificate import FIXED_NAME, make_certificate
 from hearthd.pairing.code import make_code
-from hearthd.pairing.open_lan import missing_lines, open_lan
+from hearthd.pairing.open_lan import missing_lines, plan_open_lan
 from hearthd.pairing.records import SECRET_BYTES, PairingRecords
 from hearthd.tls import find_exposure, find_files, read_certificate
 from hearthd.tokens import create_token, list_tokens, make_token_file
@@ -452,7 +452,11 @@ def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def open_file(file: Path) -> Config:
     config = load_config(file if file.exists() else None)
-    return open_lan(file, missing_lines(config, is_exposed=False))
+    before = file.read_text() if file.exists() else None
+    planned = plan_open_lan(file, missing_lines(config, is_exposed=False))
+    assert (file.read_text() if file.exists() else None) == before, "a plan writes nothing"
+    planned.write()
+    return planned.config
 
 
 @pytest.mark.parametrize("start", [None, "", "# nothing\n", '[server]\ntcp = ["127.0.0.1:50051"]', "[log]\n[tls]\n"])

@@ -113,9 +113,10 @@ def make_token_file(path: Path) -> None:
 
 
 def check_new_token(path: Path, name: str) -> None:
-    """Raise ConfigError if `create_token` would not take the name now."""
+    """Raise ConfigError if `create_token` would not take the name now. Writes nothing; the file may be missing."""
     _check_name(name)
-    _check_not_taken(list_tokens(path), path, name)
+    if os.path.lexists(path):
+        _check_not_taken(list_tokens(path), path, name)
 
 
 def revoke_token(path: Path, name: str) -> None:

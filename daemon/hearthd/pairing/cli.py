@@ -1,19 +1,18 @@
 """`hearthd pair NAME`: make a code with which one device becomes a caller; list and take back codes.
 
 Runs beside the daemon, usually as root, and talks to it by files only: certificate, token file and pairing record, all
-in the service's own directories and owned by it. Imports what makes certificates and QR codes when it needs them.
+in the service's own directories and owned by it. Checks everything before it writes anything, and hearthd.toml last.
+Imports what makes certificates and QR codes when it needs them.
 Called by `__main__`.
 """
 
 import argparse
 import os
 import re
-import shutil
 import socket
-import ssl
-import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -26,11 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ["add_parser"]
 
-_UNIT: Final = "hearthd.service"
-# There is one where systemd is what runs the machine (sd_booted(3)).
-_SYSTEMD: Final = Path("/run/systemd/system")
 _MAX_HOSTS: Final = 3
-_PROBE_SECONDS: Final = 3.0
 _HOST: Final = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?")
 
 
@@ -57,7 +52,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument(
         "--open-lan",
         action="store_true",
-        help="write what hearthd.toml lacks for other machines to call, and restart the service if it runs",
+        help="write what hearthd.toml lacks for other machines to call, and restart the service if it has to",
     )
     parser.add_argument("--no-qr", action="store_true", help="print no QR code")
     parser.add_argument("--list", action="store_true", help="list the devices that are being paired")
@@ -95,16 +90,20 @@ def _pair(parsed: argparse.Namespace) -> None:
     from hearthd.listeners import find_listeners
     from hearthd.pairing.certificate import make_certificate
     from hearthd.pairing.code import make_code
-    from hearthd.pairing.open_lan import by_hand, missing_lines, open_lan
+    from hearthd.pairing.open_lan import by_hand, missing_lines, plan_open_lan
     from hearthd.pairing.records import PairingRecords
+    from hearthd.pairing.running_daemon import find_problem, restart_service
     from hearthd.tls import find_files, read_certificate
-    from hearthd.tokens import DEFAULT_ROLE, check_new_token, make_token_file
+    from hearthd.tokens import DEFAULT_ROLE, make_token_file
 
+    # All that can be refused is, before anything is written.
     if not 1 <= parsed.minutes <= 60:
         raise ConfigError(f"--minutes is {parsed.minutes}; give 1 to 60")
     file = choose_file(parsed.config)
     config = load_config(file, paths.service_environment())
     given_hosts, given_port = _given_addresses(parsed.address)
+    role = parsed.role or DEFAULT_ROLE
+    _check_device(config, parsed.name, role)
     listeners = find_listeners(config.server, config.tls, config.auth)
     is_exposed = bool(given_hosts) or any(listener.is_exposed for listener in listeners)
     lines = missing_lines(config, is_exposed=is_exposed)
@@ -114,33 +113,34 @@ def _pair(parsed: argparse.Namespace) -> None:
             f"no other machine may call this daemon yet; {by_hand(lines)} to {file}, restart the daemon, and run this "
             f"again; or let `hearthd pair {parsed.name} --open-lan` do that"
         )
-    if lines:
-        config = open_lan(file, lines)
+    planned = plan_open_lan(file, lines) if lines else None
+    if planned:
+        config = planned.config
         listeners = find_listeners(config.server, config.tls, config.auth)
-        print(f"hearthd: {file} lets other machines call now, with TLS and a token each", file=sys.stderr)
+    port = given_port or _port(listeners)
+    hosts = given_hosts or _own_hosts(listeners)
+
+    # What the daemon does not start without is there before the file that says so: killed in between, or refused by a
+    # disk, this leaves a daemon that starts, and the same command goes on from there.
     token_file = _token_file(config)
-    role = parsed.role or DEFAULT_ROLE
-    if role not in config.roles:
-        raise ConfigError(f"there is no role {role[:80]!r}; there are: {', '.join(config.roles)}")
     make_token_file(token_file)
-    check_new_token(token_file, parsed.name)
     if config.tls.directory and make_certificate(config.tls.directory):
         print(f"hearthd: made a certificate in {config.tls.directory}; devices know it by its hash", file=sys.stderr)
     files = find_files(config.tls)
     assert files is not None
-    if files.clients:
-        raise ConfigError(
-            f"callers of this daemon must show a certificate of {files.clients}, and a device that is being paired has "
-            "none; give the device such a certificate instead, or take that file away and restart the daemon"
-        )
-    certificate = read_certificate(files)
-    if lines:
-        _restart_service()
-    port = given_port or _port(listeners)
-    hosts = given_hosts or _own_hosts(listeners)
-    _tell_if_not_served(listeners, certificate.fingerprint)
+    fingerprint = read_certificate(files).fingerprint
+    if planned:
+        planned.write()
+        print(f"hearthd: {file} lets other machines call now, with TLS and a token each", file=sys.stderr)
+    problem = None if planned else find_problem(listeners, fingerprint)
+    if parsed.open_lan and (planned or problem):
+        restart_service()
+        problem = find_problem(listeners, fingerprint)
+    if problem:
+        print(f"hearthd: warning: {problem}", file=sys.stderr)
+
     secret = PairingRecords(token_file).create(parsed.name, role, seconds=parsed.minutes * 60)
-    code = make_code(hosts, port, certificate.fingerprint, secret)
+    code = make_code(hosts, port, fingerprint, secret)
     print(
         f"hearthd: for {parsed.minutes} minutes, and once, this lets a device in as {parsed.name} (role {role}):",
         file=sys.stderr,
@@ -149,6 +149,23 @@ def _pair(parsed: argparse.Namespace) -> None:
         _print_qr(code)
     print(code, flush=True)
     print("hearthd: on the device: hearth pair CODE, with the line above as CODE", file=sys.stderr)
+
+
+def _check_device(config: Config, name: str, role: str) -> None:
+    """Raise ConfigError for a device that could not be paired whatever hearthd.toml says of addresses."""
+    from hearthd.tls import find_files
+    from hearthd.tokens import check_new_token
+
+    check_new_token(_token_file(config), name)
+    if role not in config.roles:
+        raise ConfigError(f"there is no role {role[:80]!r}; there are: {', '.join(config.roles)}")
+    tls = config.tls if config.tls.is_configured else replace(config.tls, directory=paths.tls_directory())
+    files = find_files(tls)
+    if files and files.clients:
+        raise ConfigError(
+            f"callers of this daemon must show a certificate of {files.clients}, and a device that is being paired has "
+            "none; give the device such a certificate instead, or take that file away and restart the daemon"
+        )
 
 
 def _token_file(config: Config) -> Path:
@@ -199,53 +216,6 @@ def _own_hosts(listeners: "Sequence[Listener]") -> list[str]:
     if not addresses and not named:
         raise ConfigError("this machine has no address on a network; connect it, or name one with --address HOST")
     return [*named, *addresses][:_MAX_HOSTS]
-
-
-def _restart_service() -> None:
-    """Let a running service read its configuration again; waits until it serves."""
-    if not shutil.which("systemctl") or not _SYSTEMD.is_dir():
-        print("hearthd: restart the daemon, so that it reads its configuration", file=sys.stderr)
-        return
-    enabled = subprocess.run(["systemctl", "is-enabled", "--quiet", _UNIT], stdin=subprocess.DEVNULL, check=False)
-    # One that is enabled may have failed for want of what is there now.
-    verb = "try-restart" if enabled.returncode else "restart"
-    print(f"hearthd: systemctl {verb} {_UNIT}", file=sys.stderr, flush=True)
-    done = subprocess.run(["systemctl", verb, _UNIT], stdin=subprocess.DEVNULL, check=False)
-    if done.returncode:
-        raise ConfigError(f"{_UNIT} did not start again; journalctl -u {_UNIT} says why")
-
-
-def _tell_if_not_served(listeners: "Sequence[Listener]", fingerprint: bytes) -> None:
-    """Look whether a daemon with this certificate is there; say so if not, for the code would be of no use."""
-    import hashlib
-
-    for listener in listeners:
-        if listener.socket_path:
-            continue
-        host, _, port = listener.target.rpartition(":")
-        where = (host.strip("[]") if host != "[::]" else "127.0.0.1", int(port))
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-        try:
-            with (
-                socket.create_connection(where, timeout=_PROBE_SECONDS) as connection,
-                context.wrap_socket(connection) as tls,
-            ):
-                served = hashlib.sha256(tls.getpeercert(binary_form=True) or b"").digest()
-        except OSError as error:
-            print(
-                f"hearthd: warning: no daemon with TLS answers at {listener.text} ({error.strerror or error}); start "
-                f"it, or restart it if it runs with an older configuration: systemctl restart {_UNIT}",
-                file=sys.stderr,
-            )
-            return
-        if served != fingerprint:
-            print(
-                f"hearthd: warning: what listens at {listener.text} shows another certificate; restart it: systemctl "
-                f"restart {_UNIT}",
-                file=sys.stderr,
-            )
-        return
 
 
 def _print_qr(code: str) -> None:

@@ -1,12 +1,14 @@
 """`hearthd pair --open-lan`: the lines of hearthd.toml that let other machines call, with TLS and tokens.
 
-Changes single lines of the file and leaves the rest, comments too, as it is; then reads it back, and writes nothing
-that does not come to exactly what was meant. Called by `pairing.cli`.
+Changes single lines of the file and leaves the rest, comments too, as it is; what would not come to exactly what was
+meant is refused, and planned apart from written: a daemon that finds the lines must find a certificate, too. Called by
+`pairing.cli`.
 """
 
 import re
 import tempfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -15,7 +17,7 @@ from hearthd.config import Config, load_config
 from hearthd.durable_file import replace_file
 from hearthd.errors import ConfigError
 
-__all__ = ["by_hand", "missing_lines", "open_lan"]
+__all__ = ["PlannedFile", "by_hand", "missing_lines", "plan_open_lan"]
 
 _EVERYWHERE: Final = "0.0.0.0"  # noqa: S104 - what --open-lan is for
 
@@ -32,23 +34,38 @@ def missing_lines(config: Config, *, is_exposed: bool) -> dict[tuple[str, str], 
     return lines
 
 
-def open_lan(file: Path, lines: Mapping[tuple[str, str], str]) -> Config:
-    """Write the lines into the file, which is made if it is missing. Return what it comes to now.
+@dataclass(frozen=True, slots=True)
+class PlannedFile:
+    """hearthd.toml as it shall be."""
 
-    Raises ConfigError if it cannot be written, or something stands above it: then it stays as it is.
+    config: Config
+    """What it will come to."""
+    _file: Path
+    _text: str
+
+    def write(self) -> None:
+        """Let it take the file's place, which is made if it is missing. Raises ConfigError if it cannot be written."""
+        try:
+            self._file.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+            # Whoever could read it still can: the service is another user.
+            mode = self._file.stat().st_mode & 0o777 if self._file.exists() else 0o644
+            replace_file(self._file, self._text.encode(), mode=mode)
+        except OSError as error:
+            raise ConfigError(f"{self._file} cannot be written: {error.strerror}; run this as root") from None
+
+
+def plan_open_lan(file: Path, lines: Mapping[tuple[str, str], str]) -> PlannedFile:
+    """Put the lines into the file's text, and prove what that comes to. Writes nothing.
+
+    Raises ConfigError if the file cannot be read, or something stands above it.
     """
     try:
-        before = file.read_text(encoding="utf-8") if file.exists() else ""
-        text = before
-        for (section, key), value in lines.items():
-            text = _with_line(text, section, key, value)
-        config = _read_back(text, file, lines)
-        file.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
-        # Whoever could read it still can: the service is another user.
-        replace_file(file, text.encode(), mode=file.stat().st_mode & 0o777 if file.exists() else 0o644)
+        text = file.read_text(encoding="utf-8") if file.exists() else ""
     except OSError as error:
-        raise ConfigError(f"{file} cannot be written: {error.strerror}; run this as root") from None
-    return config
+        raise ConfigError(f"{file} cannot be read: {error.strerror}; run this as root") from None
+    for (section, key), value in lines.items():
+        text = _with_line(text, section, key, value)
+    return PlannedFile(_read_back(text, file, lines), file, text)
 
 
 def _port(config: Config) -> str:
