@@ -1,9 +1,9 @@
 """A systemd of the test's own, as process 1 of namespaces of its own, on this machine's files: units run for real.
 
-Needs root. The network, processes and mounts are the namespaces'; /run and /var/lib begin empty, what is written to
-/etc goes to memory, and all of it is gone afterwards. The units are those of deploy/systemd, with a drop-in that says
-where this clone is, since nothing is installed; everything else of them is in force: user, sandbox, system calls,
-limits, watchdog.
+Needs root. The network, processes and mounts are the namespaces'; /run, /var/lib and /var/cache begin empty, what is
+written to /etc goes to memory, and all of it is gone afterwards. The units are those of deploy/systemd, with a drop-in
+that says where this clone is, since nothing is installed; everything else of them is in force: user, sandbox, system
+calls, limits, watchdog.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ mount -t tmpfs -o mode=755 tmpfs /run
 mkdir -p /run/units /run/clone /run/python /run/etc/upper /run/etc/work
 mount -t overlay -o lowerdir=/etc,upperdir=/run/etc/upper,workdir=/run/etc/work overlay /etc
 mkdir -p /etc/systemd /etc/hearth /etc/credstore
-for place in /var/lib /etc/systemd; do mount -t tmpfs -o mode=755 tmpfs $place; done
+for place in /var/lib /var/cache /etc/systemd; do mount -t tmpfs -o mode=755 tmpfs $place; done
 cp -a {units}/. /run/units/
 mount --bind {root} /run/clone
 mount --bind {python} /run/python

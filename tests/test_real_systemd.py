@@ -37,10 +37,11 @@ def started(machine: SystemdMachine, unit: str, configuration: str = "") -> Iter
     assert machine.show(unit)["Result"] == "success"
 
 
-def ask(machine: SystemdMachine, *options: str) -> "subprocess.CompletedProcess[str]":
-    """Ask from inside, with the client of this clone."""
+def ask(machine: SystemdMachine, *options: str, who: str = "") -> "subprocess.CompletedProcess[str]":
+    """Ask from inside, with the client of this clone; as root, or as `who` says to setpriv."""
     packages = "$(ls -d /run/clone/.venv/lib/python*/site-packages)"
-    python = f"LD_LIBRARY_PATH=/run/python/lib PYTHONPATH=/run/clone/client:{packages} exec /run/python/bin/python3"
+    program = f"setpriv {who} /run/python/bin/python3" if who else "/run/python/bin/python3"
+    python = f"HOME=/nonexistent LD_LIBRARY_PATH=/run/python/lib PYTHONPATH=/run/clone/client:{packages} exec {program}"
     words = " ".join(("ask", *options, "Hello"))
     return machine.run("sh", "-c", f"{python} -P -c '{HEARTH}' {words}")
 
@@ -101,6 +102,25 @@ def test_the_sandbox_is_in_force(machine: SystemdMachine) -> None:
         assert "Read-only file system" in looked.stderr
 
 
+def test_people_of_the_group_ask_without_a_token_and_others_do_not(machine: SystemdMachine) -> None:
+    # It ran with a user of its own before, as on a board that has an older package.
+    with started(machine, "hearthd-local"):
+        machine.write("/var/lib/hearth/tokens", "")
+    made = machine.run("systemd-sysusers", "/run/units/sysusers.d/hearth.conf")
+    assert made.returncode == 0, made.stderr
+    user, group = machine.run("sh", "-c", "id -u hearth; getent group hearth | cut -d: -f3").stdout.split()
+    with started(machine, "hearthd-local"):
+        assert machine.run("stat", "-c", "%u %g %a", "/run/hearth/hearthd.sock").stdout.split() == [user, group, "660"]
+        for place in ("/var/lib/private/hearth", "/var/lib/private/hearth/tokens", "/var/cache/private/hearth"):
+            assert machine.run("stat", "-c", "%u", place).stdout.strip() == user, place
+        someone = "--reuid=65530 --regid=65530 --clear-groups"
+        socket = ("--address", "unix:///run/hearth/hearthd.sock", "--wait", "1")
+        member = ask(machine, *socket, who=someone.replace("--clear-groups", f"--groups={group}"))
+        assert (member.returncode, bool(member.stdout.strip())) == (0, True), member.stderr
+        stranger = ask(machine, *socket, who=someone)
+        assert (stranger.returncode, stranger.stdout) == (1, ""), stranger.stderr
+
+
 def test_the_local_unit_has_no_network_and_answers(machine: SystemdMachine) -> None:
     with started(machine, "hearthd-local"):
         assert machine.show("hearthd-local")["StatusText"] == (
@@ -144,3 +164,19 @@ def test_a_second_instance_serves_beside_the_first(machine: SystemdMachine) -> N
         answer = ask(machine, "--address", "unix:///run/hearth-kitchen/hearthd.sock")
         assert (answer.returncode, bool(answer.stdout.strip())) == (0, True), answer.stderr
         assert machine.show("hearthd")["ActiveState"] == "active"
+
+
+def test_a_second_instance_sees_the_models_of_the_first_and_nothing_else(machine: SystemdMachine) -> None:
+    machine.write("/etc/hearth/kitchen.toml", '[server]\ntcp = ["127.0.0.1:50061"]\n')
+    with started(machine, "hearthd"):
+        machine.run("mkdir", "/var/lib/hearth/models")
+        for name in ("tokens", "models/one"):
+            machine.write(f"/var/lib/hearth/{name}", "of the first")
+        with started(machine, "hearthd@kitchen"):
+            pid = machine.show("hearthd@kitchen")["MainPID"]
+            within = ("nsenter", "-t", pid, "-m", "sh", "-c")
+            assert machine.run(*within, "cd /var/lib/hearth; ls -A . models").stdout.split() == [
+                ".:", "models", "models:", "one"
+            ]  # fmt: skip
+            assert "Read-only file system" in machine.run(*within, "touch /var/lib/hearth/models/two").stderr
+            assert machine.run(*within, "touch /var/lib/hearth-kitchen/x /var/cache/hearth-kitchen/x").returncode == 0

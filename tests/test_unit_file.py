@@ -11,6 +11,7 @@ import grpc
 import pytest
 
 from hearthd import __main__ as cli
+from hearthd import paths
 from hearthd.config import ServerConfig
 from hearthd.errors import ConfigError
 from hearthd.server import CLOSE_SECONDS, Server
@@ -22,6 +23,7 @@ UNITS = Path(__file__).parent.parent / "deploy/systemd"
 LAN, LOCAL, INSTANCE = "hearthd.service", "hearthd-local.service", "hearthd@.service"
 DAEMONS = (LAN, LOCAL, INSTANCE, "user/hearthd.service")
 SYSTEM = (LAN, LOCAL, INSTANCE, "hearthd-proxy.service", "hearthd-proxy.socket")
+USER = "sysusers.d/hearth.conf"
 # What `systemd-analyze security` may say at most, in tenths.
 EXPOSURE = {LAN: 11, LOCAL: 3, INSTANCE: 11, "hearthd-proxy.service": 3}
 
@@ -50,7 +52,8 @@ def service(unit: str) -> dict[str, str]:
 
 
 def test_each_unit_is_tested_here() -> None:
-    assert {str(path.relative_to(UNITS)) for path in UNITS.rglob("*.*")} == {*SYSTEM, *DAEMONS}
+    files = {str(path.relative_to(UNITS)) for path in UNITS.rglob("*") if path.is_file()}
+    assert files == {*SYSTEM, *DAEMONS, USER}
 
 
 @pytest.mark.parametrize("unit", SYSTEM)
@@ -110,10 +113,42 @@ def test_the_units_differ_only_where_they_are_meant_to(unit: str) -> None:
     """Whoever hardens one must harden the others: copies drift apart."""
     meant = {
         LOCAL: {"RestrictAddressFamilies", "PrivateNetwork", "IPAddressDeny", "Environment"},
-        INSTANCE: {"ExecStart", "ExecReload", "StateDirectory", "RuntimeDirectory", "Environment", "LoadCredential"},
+        INSTANCE: {"ExecStart", "ExecReload", "Environment", "LoadCredential", "BindReadOnlyPaths"}
+        | {"StateDirectory", "CacheDirectory", "RuntimeDirectory"},
     }[unit]
     different = set(read(unit)["Service"]) ^ set(read(LAN)["Service"])
     assert {key for key, _ in different} == meant
+
+
+@pytest.mark.parametrize("unit", [LAN, LOCAL, INSTANCE])
+def test_what_is_the_daemons_is_its_own(unit: str) -> None:
+    """Of state and cache it has one directory each, which nobody else may look into."""
+    found = service(unit)
+    name = "hearth-%i" if unit == INSTANCE else "hearth"
+    assert {found[f"{kind}Directory"] for kind in ("State", "Cache", "Runtime")} == {name}
+    assert found["StateDirectoryMode"] == found["CacheDirectoryMode"] == "0700"
+    # Where the daemon itself looks then.
+    environment = {"STATE_DIRECTORY": "/var/lib/hearth", "CACHE_DIRECTORY": "/var/cache/hearth"}
+    assert paths.prefix_directory(environment) == Path("/var/cache/hearth/prefixes")
+
+
+@pytest.mark.parametrize("unit", [LAN, LOCAL, INSTANCE, "hearthd-proxy.service"])
+def test_the_user_is_the_one_that_people_can_join(unit: str) -> None:
+    (line,) = [line for line in (UNITS / USER).read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
+    assert line.split()[:3] == ["u", service(unit)["User"], "-"]
+    assert service(unit)["DynamicUser"] == "yes"
+    assert "Group" not in service(unit)  # the user's own
+
+
+@pytest.mark.skipif(shutil.which("systemd-sysusers") is None, reason="needs systemd-sysusers")
+def test_systemd_makes_the_user_and_its_group(tmp_path: Path) -> None:
+    (tmp_path / "etc").mkdir()
+    subprocess.run(["systemd-sysusers", f"--root={tmp_path}", str(UNITS / USER)], check=True)
+    user = (tmp_path / "etc/passwd").read_text(encoding="utf-8").strip().split(":")
+    (group,) = (tmp_path / "etc/group").read_text(encoding="utf-8").split()
+    assert (user[0], group.split(":")[0]) == ("hearth", "hearth")
+    assert user[3] == group.split(":")[2]
+    assert user[-1].endswith("/nologin")
 
 
 def test_the_local_unit_has_no_network_and_does_not_try_to_use_one() -> None:
