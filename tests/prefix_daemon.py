@@ -7,6 +7,7 @@ from pathlib import Path
 import tiny_tokenizers as tiny
 from fakes import FakeRunner, expected_tokens
 from hearthd.engine import Engine, Failed, Sequence
+from hearthd.kv.disk_writes import DiskWrites
 from hearthd.kv.prefix_file import CHUNK
 from hearthd.kv.prefix_store import PrefixStore
 from hearthd.kv.stored_prefixes import StoredPrefixes
@@ -19,8 +20,15 @@ SYSTEM = [(7 * at + at * at) % 250 for at in range(150)]
 MB = 2**20
 
 
-def open_store(directory: Path, *, max_bytes: int = MB, fingerprint: bytes = b"model", margin: int = 0) -> PrefixStore:
-    return PrefixStore(directory, fingerprint, 8, max_bytes=max_bytes, margin_bytes=margin)
+def open_store(
+    directory: Path,
+    *,
+    max_bytes: int = MB,
+    fingerprint: bytes = b"model",
+    margin: int = 0,
+    writes: DiskWrites | None = None,
+) -> PrefixStore:
+    return PrefixStore(directory, fingerprint, 8, max_bytes=max_bytes, margin_bytes=margin, writes=writes)
 
 
 def chunks_of(num_tokens: int, seed: int = 0) -> list[bytes]:
@@ -39,9 +47,17 @@ def asked(prompt: list[int], num_first: int = 150, identity: str = "a") -> Seque
 class Daemon:
     """An engine over a directory of prefixes; what a restart makes anew."""
 
-    def __init__(self, directory: Path, *, min_tokens: int = 100, min_run: int = 2, num_slots: int = 3) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        min_tokens: int = 100,
+        min_run: int = 2,
+        num_slots: int = 3,
+        writes: DiskWrites | None = None,
+    ) -> None:
         self.runner = FakeRunner(num_slots=num_slots, min_run=min_run)
-        self.prefixes = StoredPrefixes(open_store(directory), self.runner, min_tokens=min_tokens)
+        self.prefixes = StoredPrefixes(open_store(directory, writes=writes), self.runner, min_tokens=min_tokens)
         self.engine = Engine(self.runner, TOKENIZER, prefill_chunk=16, stored=self.prefixes)
         self.moved = threading.Event()
         self.prefixes.on_room = self.moved.set
@@ -49,6 +65,11 @@ class Daemon:
     @property
     def store(self) -> PrefixStore:
         return self.prefixes.store
+
+    def store_system(self, identity: str = "a", system: list[int] = SYSTEM) -> None:
+        """Ask twice with a system message: then it is stored."""
+        for last in (1, 2):
+            self.run(asked([*system, 251, last, 3], identity=identity))
 
     def run(self, *sequences: Sequence) -> None:
         """Answer, and then use the idle time until there is no more to do."""

@@ -11,9 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hearthd.kv import prefix_store
+from hearthd.kv.disk_writes import DiskWrites
 from hearthd.kv.loading import Loading
 from hearthd.kv.prefix_file import DamagedPrefixError, file_size, written
 from hearthd.kv.prefix_store import PrefixStore, StoredPrefix
+from hearthd.kv.slot import Slot
 from hearthd.sequence import SequenceState
 from prefix_daemon import MB, SYSTEM, Daemon, asked, chunks_of, open_store
 
@@ -167,6 +169,68 @@ class TestDamage:
             list(store.read(prefix))
 
 
+class TestDiskWrites:
+    @given(st.lists(st.tuples(st.floats(0, 5 * 3600), st.integers(1, 60)), max_size=60))
+    def test_within_no_24_hours_more_is_written_than_may_be(self, steps: list[tuple[float, int]]) -> None:
+        now, written_at = 0.0, []
+        writes = DiskWrites(100, lambda: now)
+        for seconds, size in steps:
+            now += seconds
+            if writes.begin(Path("a"), size):
+                list(writes.count(Path("a"), [b"x" * size]))
+                writes.end(Path("a"))
+                written_at.append((now, size))
+            assert sum(each for at, each in written_at if at > now - 86400) <= 100
+            assert len(writes._written) <= 25
+
+    def test_what_is_not_written_in_the_end_does_not_count(self) -> None:
+        writes = DiskWrites(100)
+        assert writes.begin(Path("a"), 90)
+        assert not writes.begin(Path("b"), 20)
+        next(writes.count(Path("a"), [b"x" * 10, b"x" * 80]))
+        writes.end(Path("a"))
+        assert writes.begin(Path("b"), 90)
+
+    def test_without_a_limit_anything_may_be_written(self) -> None:
+        assert DiskWrites(0).allows(2**60)
+
+
+class TestTwoModels:
+    def test_the_second_ones_start_leaves_the_firsts_half_written_file(self, tmp_path: Path) -> None:
+        writes = DiskWrites()
+        first = open_store(tmp_path, writes=writes)
+        seconds: list[PrefixStore] = []
+
+        def interrupted() -> Iterator[bytes]:
+            for chunk in chunks_of(150):
+                yield chunk
+                # Both make room: of all that is there nothing may stay, but for what is being written.
+                seconds.append(open_store(tmp_path, fingerprint=b"other", max_bytes=1, writes=writes))
+
+        prefix = StoredPrefix(150, first.key("a", SYSTEM))
+        first.write(prefix, interrupted())
+        assert first.problem is None
+        assert list(open_store(tmp_path).read(prefix)) == chunks_of(150)
+        assert [second.num_removed for second in seconds] == [0, 0, 0]
+
+    def test_what_both_write_at_once_is_within_the_limit(self, tmp_path: Path) -> None:
+        writes, size = DiskWrites(), file_size(150, 8)
+        first = open_store(tmp_path, max_bytes=2 * size, writes=writes)
+        second = open_store(tmp_path, max_bytes=2 * size, fingerprint=b"other", writes=writes)
+        old = stored(first, SYSTEM, seed=1)
+
+        def interrupted() -> Iterator[bytes]:
+            stored(second, SYSTEM)
+            yield from chunks_of(150)
+
+        prefix = StoredPrefix(150, first.key("b", SYSTEM))
+        first.write(prefix, interrupted())
+        assert len(list(tmp_path.iterdir())) == 2
+        assert first.has(prefix)
+        with pytest.raises(FileNotFoundError):
+            list(first.read(old))
+
+
 class TestFullDisk:
     def test_is_told_once_and_tried_again_later(
         self, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
@@ -219,7 +283,7 @@ def test_a_disk_that_hangs_is_not_waited_for(tmp_path: Path, monkeypatch: pytest
 
 class TestEngine:
     def test_a_system_prompt_is_not_read_again_after_a_restart(self, tmp_path: Path) -> None:
-        Daemon(tmp_path).run(asked([*SYSTEM, 5, 6, 7]))
+        Daemon(tmp_path).store_system()
         daemon = Daemon(tmp_path)
         sequence = asked([*SYSTEM, 9, 8, 7])
         daemon.run(sequence)
@@ -230,7 +294,7 @@ class TestEngine:
         assert prompt_runs[0] == 3
 
     def test_only_what_is_longer_than_in_memory_is_taken_from_the_disk(self, tmp_path: Path) -> None:
-        Daemon(tmp_path).run(asked([*SYSTEM, 5, 6, 7]))
+        Daemon(tmp_path).store_system()
         daemon = Daemon(tmp_path)
         for last in (1, 2, 3):
             daemon.run(asked([*SYSTEM, last, 8, 7]))
@@ -238,6 +302,7 @@ class TestEngine:
 
     def test_what_was_just_answered_is_stored_before_the_process_ends(self, tmp_path: Path) -> None:
         daemon = Daemon(tmp_path)
+        daemon.run(asked([*SYSTEM, 1, 2, 3]))
         sequence = asked([*SYSTEM, 5, 6, 7])
         daemon.engine.add(sequence)
         while sequence.state is not SequenceState.ENDED:
@@ -246,12 +311,53 @@ class TestEngine:
         daemon.engine.close(30)
         assert daemon.store.num_saved == 1
 
-    def test_a_short_one_is_stored_when_it_comes_again(self, tmp_path: Path) -> None:
-        daemon = Daemon(tmp_path, min_tokens=1000)
-        daemon.run(asked([*SYSTEM, 1, 2, 3]))
+    def test_one_is_stored_when_it_comes_again_whatever_memory_has_of_it(self, tmp_path: Path) -> None:
+        daemon = Daemon(tmp_path, num_slots=1)
+        daemon.run(asked([*SYSTEM, 1, 2, 3]), asked([9, 9, 9], num_first=0))
         assert list(tmp_path.iterdir()) == []
         daemon.run(asked([*SYSTEM, 4, 5, 6]))
         assert len(list(tmp_path.iterdir())) == 1
+
+    def test_what_another_caller_asked_is_not_the_first_time(self, tmp_path: Path) -> None:
+        daemon = Daemon(tmp_path)
+        daemon.run(asked([*SYSTEM, 1, 2, 3], identity="a"), asked([*SYSTEM, 1, 2, 3], identity="b"))
+        assert list(tmp_path.iterdir()) == []
+
+    def test_a_short_one_is_not_stored(self, tmp_path: Path) -> None:
+        Daemon(tmp_path, min_tokens=151).store_system()
+        assert list(tmp_path.iterdir()) == []
+
+    def test_a_thousand_that_never_come_again_are_not_stored_and_are_forgotten(self, tmp_path: Path) -> None:
+        daemon = Daemon(tmp_path)
+        slot = Slot(num_first=150, identity="a")
+        for number in range(1100):
+            daemon.prefixes.look_for(slot, [number, *SYSTEM[1:]], 150)
+        assert len(daemon.prefixes._seen) == 1024
+        assert not any(daemon.prefixes._seen.values())
+        daemon.run(asked([0, *SYSTEM[1:], 1]))
+        assert list(tmp_path.iterdir()) == []
+        daemon.run(asked([99, *SYSTEM[1:], 1]))
+        assert len(list(tmp_path.iterdir())) == 1
+
+    def test_no_more_is_written_in_a_day_than_there_may_be(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        caplog.set_level("INFO")
+        now = [0.0]
+        daemon = Daemon(tmp_path, writes=DiskWrites(2 * file_size(150, 8), lambda: now[0]))
+        for first in range(5):
+            daemon.store_system(system=[first, *SYSTEM[1:]])
+        assert daemon.store.num_saved == 2
+        assert daemon.store.problem is None
+        assert [record.message.split(",")[0] for record in caplog.records] == [
+            f"cache.max_bytes_per_day is {2 * file_size(150, 8)}"
+        ]
+        now[0] = 24 * 3600
+        daemon.run(asked([4, *SYSTEM[1:], 1]))
+        assert daemon.store.num_saved == 2
+        now[0] = 25 * 3600
+        daemon.run(asked([4, *SYSTEM[1:], 1]))
+        assert daemon.store.num_saved == 3
 
     def test_a_prompt_without_a_system_message_is_not_stored(self, tmp_path: Path) -> None:
         daemon = Daemon(tmp_path)
@@ -260,7 +366,7 @@ class TestEngine:
         assert list(tmp_path.iterdir()) == []
 
     def test_other_callers_neither_find_nor_are_found(self, tmp_path: Path) -> None:
-        Daemon(tmp_path).run(asked([*SYSTEM, 5, 6, 7], identity="a"))
+        Daemon(tmp_path).store_system()
         daemon = Daemon(tmp_path)
         sequence = asked([*SYSTEM, 9, 8, 7], identity="b")
         daemon.run(sequence)
@@ -268,7 +374,7 @@ class TestEngine:
 
     @pytest.mark.parametrize("damage", ["truncated", "flipped early", "flipped late"])
     def test_a_damaged_file_costs_time_and_no_answer(self, tmp_path: Path, damage: str) -> None:
-        Daemon(tmp_path).run(asked([*SYSTEM, 5, 6, 7]))
+        Daemon(tmp_path).store_system()
         path = only_file(tmp_path)
         daemon = Daemon(tmp_path)
         data = bytearray(path.read_bytes())
@@ -289,7 +395,7 @@ class TestEngine:
         assert daemon.store.num_saved == 1
 
     def test_who_leaves_while_it_is_loaded_leaves_nothing(self, tmp_path: Path) -> None:
-        Daemon(tmp_path).run(asked([*SYSTEM, 5, 6, 7]))
+        Daemon(tmp_path).store_system()
         daemon = Daemon(tmp_path, num_slots=1)
         leaving = asked([*SYSTEM, 9, 8, 7])
         daemon.engine.add(leaving)
@@ -299,6 +405,7 @@ class TestEngine:
 
     def test_what_is_thrown_away_while_it_is_stored_is_not_stored(self, tmp_path: Path) -> None:
         daemon = Daemon(tmp_path, num_slots=1)
+        daemon.run(asked([*SYSTEM, 1, 2, 3]))
         daemon.engine.add(asked([*SYSTEM, 5, 6, 7]))
         while daemon.prefixes._outgoing is None:
             daemon.engine.step()

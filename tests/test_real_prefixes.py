@@ -72,8 +72,10 @@ def test_with_and_without_the_disk_answers_and_kv_are_the_same(default_bundle: B
     assert all(sequence.num_cached == 0 for sequence, _ in expected)
 
     first = start(default_bundle, tmp_path)
-    ask(first, QUESTIONS[0])
     assert first.engine.stored is not None
+    ask(first, QUESTIONS[0])
+    assert first.engine.stored.store.num_saved == 0
+    ask(first, QUESTIONS[1])
     assert first.engine.stored.store.num_saved == 1
 
     again = start(default_bundle, tmp_path)

@@ -42,6 +42,7 @@ from hearthd.token_command import add_parser as add_token
 from hearthd.version import daemon_version
 
 if TYPE_CHECKING:
+    from hearthd.kv.disk_writes import DiskWrites
     from hearthd.model import Model
     from hearthd.models.facts import ModelFacts
 
@@ -160,10 +161,10 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _load_model(config: Config) -> "Model":
+def _load_model(writes: "DiskWrites", config: Config) -> "Model":
     """Verify and load a model. Runs in its inference thread, where its imports cost nobody any time.
 
-    config: as the model has it (`Config.for_model`).
+    writes: of all models. config: as the model has it (`Config.for_model`).
     """
     from hearthd.model import load_model
     from hearthd.store import Store
@@ -171,7 +172,7 @@ def _load_model(config: Config) -> "Model":
     store = Store(config.model.directory)
     # An installation that was killed between two renames left the model under another name.
     store.sweep()
-    return load_model(store.open(config.model.name), config)
+    return load_model(store.open(config.model.name), config, writes)
 
 
 def _survey_model(config: Config) -> "ModelFacts":
@@ -185,11 +186,13 @@ def _survey_model(config: Config) -> "ModelFacts":
 
 
 def _serve(parsed: argparse.Namespace) -> int:
+    from hearthd.kv.disk_writes import DiskWrites
     from hearthd.logs import configure_logging
 
     config = load_config(parsed.config)
     configure_logging(config.log.level)
-    code = run_server(config, _load_model, partial(load_config, parsed.config), _survey_model)
+    load = partial(_load_model, DiskWrites(config.cache.max_bytes_per_day))
+    code = run_server(config, load, partial(load_config, parsed.config), _survey_model)
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()

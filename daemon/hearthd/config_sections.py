@@ -158,7 +158,8 @@ class CacheConfig:
 
     directory: Annotated[Path | None, Place(auto=paths.prefix_directory)] = None
     max_bytes: Annotated[int, ByteSize(2**50)] = 256 * 2**20
-    min_tokens: Annotated[int, Whole(64, 131072)] = 256
+    max_bytes_per_day: Annotated[int, ByteSize(2**50)] = 128 * 2**20
+    min_tokens: Annotated[int, Whole(64, 131072)] = 64
     shared_prompts: Annotated[tuple[str, ...], Strings(16)] = ()
 
 

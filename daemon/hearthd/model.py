@@ -17,6 +17,7 @@ from hearthd.drafts.exactness import drafting_for
 from hearthd.engine import Engine
 from hearthd.errors import BundleError
 from hearthd.events import Failed, Finished
+from hearthd.kv.disk_writes import DiskWrites
 from hearthd.kv.prefix_store import PrefixStore
 from hearthd.kv.stored_prefixes import StoredPrefixes
 from hearthd.kv_cache import Runner
@@ -58,8 +59,11 @@ class Model:
     source: str
 
 
-def load_model(bundle: Bundle, config: Config) -> Model:
-    """Load a bundle that has been verified. Raises BundleError if it cannot be run."""
+def load_model(bundle: Bundle, config: Config, writes: DiskWrites | None = None) -> Model:
+    """Load a bundle that has been verified. Raises BundleError if it cannot be run.
+
+    writes: the books of what all models of the process write to the disk; None: this is the only one.
+    """
     # In the inference thread, at its time: a second instance must be told within moments that it is one, and this
     # import alone takes longer.
     from hearthd.runner import OnnxRunner
@@ -85,7 +89,7 @@ def load_model(bundle: Bundle, config: Config) -> Model:
         max_stall_seconds=config.engine.max_stall_ms / 1000,
         max_answer_seconds=config.engine.max_answer_seconds,
         drafting=drafting_for(runner, tokenizer.encode_chat(_PROOF)) if config.engine.drafts else None,
-        stored=_open_prefixes(bundle, config, runner),
+        stored=_open_prefixes(bundle, config, runner, writes),
     )
     engine.share_prompts(encode_shared_prompts(config, tokenizer))
     return Model(
@@ -103,13 +107,19 @@ def load_model(bundle: Bundle, config: Config) -> Model:
     )
 
 
-def _open_prefixes(bundle: Bundle, config: Config, runner: "OnnxRunner") -> StoredPrefixes | None:
+def _open_prefixes(
+    bundle: Bundle, config: Config, runner: "OnnxRunner", writes: DiskWrites | None
+) -> StoredPrefixes | None:
     """Return the prefixes on disk that are this model's on this processor; None without a directory for them."""
     if config.cache.directory is None:
         return None
     fingerprint = "\n".join((bundle.manifest.to_json(), runner.kv_version, processor_kind()))
     store = PrefixStore(
-        config.cache.directory, fingerprint.encode(), runner.kv_token_bytes, max_bytes=config.cache.max_bytes
+        config.cache.directory,
+        fingerprint.encode(),
+        runner.kv_token_bytes,
+        max_bytes=config.cache.max_bytes,
+        writes=writes or DiskWrites(config.cache.max_bytes_per_day),
     )
     return StoredPrefixes(store, runner, min_tokens=config.cache.min_tokens)
 

@@ -29,7 +29,7 @@ def test_answers_are_right_whatever_the_disk_does(
 ) -> None:
     directory = disk.path / "prefixes"
     daemon = Daemon(directory)
-    daemon.run(asked([*SYSTEM, 1, 2, 3]))
+    daemon.store_system()
     assert daemon.store.num_saved == 1
     disk.sync()
     strike(disk, fault)
@@ -37,7 +37,7 @@ def test_answers_are_right_whatever_the_disk_does(
         daemon = Daemon(directory)
     sequences = [asked([*SYSTEM, 4, 5, 6]), *(asked([number, *SYSTEM[1:], 4, 5, 6]) for number in (7, 8, 9))]
     # Each is compared with what the model gives alone.
-    daemon.run(*sequences)
+    daemon.run(*sequences, *(asked([number, *SYSTEM[1:], 4, 5, 6]) for number in (7, 8, 9)))
     assert daemon.store.num_saved == (1 if when == "while it runs" else 0)
     assert SAID[fault] in str(daemon.store.problem)
     told = [record for record in caplog.records if record.levelno >= logging.WARNING]

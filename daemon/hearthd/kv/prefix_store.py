@@ -26,6 +26,7 @@ from typing import Final
 import numpy as np
 
 from hearthd.durable_file import replace_file
+from hearthd.kv.disk_writes import DiskWrites
 from hearthd.kv.prefix_file import DamagedPrefixError, file_size, is_ours, read_chunks, written
 
 __all__ = ["PrefixStore", "StoredPrefix"]
@@ -48,7 +49,7 @@ class StoredPrefix:
 
 
 class PrefixStore:
-    """The prefixes of one model in a directory, which other models and daemons may share."""
+    """The prefixes of one model in a directory, which other models of the daemon may share."""
 
     def __init__(
         self,
@@ -57,10 +58,13 @@ class PrefixStore:
         token_bytes: int,
         *,
         max_bytes: int,
+        writes: DiskWrites | None = None,
         margin_bytes: int = _MARGIN_BYTES,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """fingerprint: of everything that KV depends on beside identity and tokens. token_bytes: of a token's KV.
+
+        writes: the books of all stores of this process that write there.
 
         A directory that cannot be used is told in one line; the store is empty then, and stays so.
         """
@@ -68,6 +72,7 @@ class PrefixStore:
         self._fingerprint = hashlib.sha256(fingerprint).digest()
         self._token_bytes = token_bytes
         self._max_bytes = max_bytes
+        self._writes = writes or DiskWrites()
         self._margin_bytes = margin_bytes
         self._clock = clock
         self._retry_at = 0.0
@@ -116,7 +121,8 @@ class PrefixStore:
     def takes(self, num_tokens: int) -> bool:
         """Whether a prefix of so many tokens can be stored now, as far as is known."""
         is_rested = self.problem is None or self._clock() >= self._retry_at
-        return is_rested and file_size(num_tokens, self._token_bytes) <= self._max_bytes
+        size = file_size(num_tokens, self._token_bytes)
+        return is_rested and size <= self._max_bytes and self._writes.allows(size)
 
     # In the threads of `loading` and `saving`.
 
@@ -128,7 +134,7 @@ class PrefixStore:
         except DamagedPrefixError as error:
             _logger.warning("a stored prefix is damaged (%s) and was removed", error)
             self.num_removed += 1
-            self._remove(path)
+            self._writes.remove(path)
             self._forget(prefix)
             raise
         except OSError:
@@ -139,19 +145,23 @@ class PrefixStore:
 
     def write(self, prefix: StoredPrefix, chunks: Iterable[bytes]) -> None:
         """Store a prefix. A disk that does not take it is told once; whatever `chunks` raises leaves nothing behind."""
-        size = file_size(prefix.num_tokens, self._token_bytes)
+        size, path = file_size(prefix.num_tokens, self._token_bytes), self._path(prefix)
+        if not self._writes.begin(path, size):
+            return
         try:
-            self._make_room(size)
+            self._make_room()
             status = os.statvfs(self._directory)
             if status.f_bavail * status.f_frsize < size + self._margin_bytes:
                 raise OSError(None, "the disk is nearly full")
-            replace_file(self._path(prefix), written(prefix.key, prefix.num_tokens, self._token_bytes, chunks))
+            pieces = written(prefix.key, prefix.num_tokens, self._token_bytes, chunks)
+            replace_file(path, self._writes.count(path, pieces))
         except OSError as error:
             self._note_problem(error)
             return
+        finally:
+            self._writes.end(path)
         self.problem = None
         self.num_saved += 1
-        self.stored_bytes += size
         with self._changing:
             self._index[prefix.num_tokens] = self._index.get(prefix.num_tokens, frozenset()) | {prefix.key}
 
@@ -164,12 +174,11 @@ class PrefixStore:
                 num_tokens, is_mine = int(found[2]), found[1] == self._fingerprint[:8].hex()
                 is_whole = not is_mine or status.st_size == file_size(num_tokens, self._token_bytes)
                 if found[4] or not is_ours(status) or not is_whole:
-                    self.num_removed += 1
-                    self._remove(path)
+                    self.num_removed += self._writes.remove(path)
                 elif is_mine:
                     key = bytes.fromhex(found[3])
                     self._index[num_tokens] = self._index.get(num_tokens, frozenset()) | {key}
-            self._make_room(0)
+            self._make_room()
         except OSError as error:
             self._note_problem(error)
         if self.num_removed:
@@ -184,14 +193,15 @@ class PrefixStore:
             "same, and slower after a restart"
         )
 
-    def _make_room(self, size: int) -> None:
-        """Remove the least recently used until so many bytes more are within the limit. Raises OSError."""
-        files = sorted(self._look(), key=lambda found: found[1].st_mtime)
-        total = sum(status.st_size for _, status in files)
+    def _make_room(self) -> None:
+        """Remove the least recently used until all is within the limit with what is being written. Raises OSError."""
+        files = [found for found in self._look() if not self._writes.is_writing(found[0])]
+        files.sort(key=lambda found: found[1].st_mtime)
+        total = sum(status.st_size for _, status in files) + self._writes.pending_bytes
         for path, status in files:
-            if total + size <= self._max_bytes:
+            if total <= self._max_bytes:
                 break
-            self._remove(path)
+            self._writes.remove(path)
             total -= status.st_size
             found = _NAME.fullmatch(path.name)
             if found and found[1] == self._fingerprint[:8].hex():
@@ -214,8 +224,3 @@ class PrefixStore:
     def _forget(self, prefix: StoredPrefix) -> None:
         with self._changing:
             self._index[prefix.num_tokens] = self._index.get(prefix.num_tokens, frozenset()) - {prefix.key}
-
-    @staticmethod
-    def _remove(path: Path) -> None:
-        with suppress(OSError):
-            path.unlink()

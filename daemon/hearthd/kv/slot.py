@@ -113,10 +113,6 @@ class Slot:
         self._cut_parts_at(num_tokens)
         self.parts = [part for part in self.parts if part.end <= num_tokens]
 
-    def uses_of(self, num_tokens: int) -> int:
-        """Return how many prompts had the first num_tokens tokens."""
-        return next((part.uses for part in self.parts if part.end >= num_tokens), 0)
-
     def beginning(self, num_tokens: int) -> list[Part]:
         """Return the parts of the first num_tokens tokens, for a slot that they are copied to."""
         self._cut_parts_at(num_tokens)

@@ -1,6 +1,6 @@
 """Which beginnings of prompts go to the disk and come from there, as the inference thread sees it.
 
-To the disk: a prompt's first message, if it is long or has come twice, and what the owner shares with everybody. From
+To the disk: a prompt's first message when it has come twice, and what the owner shares with everybody. From
 there: whatever is longer than what memory has. Either way chunk by chunk, while threads of their own do what waits for
 the disk. Knows slots' books and the runner's KV; no files. Called by `kv_cache`.
 """
@@ -24,6 +24,8 @@ __all__ = ["PUBLIC", "StoredPrefixes"]
 
 # A writing thread tells that it has ended a moment before it has.
 _LOOK_SECONDS: Final = 0.05
+# First messages that are remembered, as hashes, until they come again; each may have been somebody's only one.
+_MAX_SEEN: Final = 1024
 # The identity of what the owner shares with everybody; no caller's, which are names.
 PUBLIC: Final = "\0public"
 
@@ -48,13 +50,15 @@ class StoredPrefixes:
     """The traffic between slots and a store."""
 
     def __init__(self, store: PrefixStore, runner: Runner, *, min_tokens: int) -> None:
-        """min_tokens: a first message of so many is stored when it comes for the first time."""
+        """min_tokens: a first message of so many is stored, when it comes again."""
         self.store = store
         self._runner = runner
         self._min_tokens = min_tokens
         self._incoming: dict[Slot, _Incoming] = {}
         self._outgoing: _Outgoing | None = None
         self._wanted: list[Slot] = []
+        # Keys of first messages, whether they have come more than once; the last to come at the end.
+        self._seen: dict[bytes, bool] = {}
         self.on_room: Callable[[], None] = lambda: None
         """Called in another thread when `has_work` may have become true."""
 
@@ -68,6 +72,7 @@ class StoredPrefixes:
     def look_for(self, slot: Slot, prompt: Sequence[int], most: int) -> None:
         """Begin to load the longest prefix of a prompt, of `most` tokens at most, if that is more than is there."""
         self.drop(slot)
+        self._note_seen(slot, prompt)
         num_past = len(slot.tokens)
         identities = [(slot.identity, most), (PUBLIC, min(slot.num_public, most))]
         found = self.store.find(prompt, identities, num_past + CHUNK)
@@ -163,13 +168,24 @@ class StoredPrefixes:
                 return _Outgoing(Saving(self.store, prefix, self._tell_room), slot, slot.num_cuts)
         return None
 
+    def _note_seen(self, slot: Slot, prompt: Sequence[int]) -> None:
+        num_tokens = slot.num_first
+        if num_tokens <= slot.num_public or num_tokens < self._min_tokens:
+            return
+        prefix = StoredPrefix(num_tokens, self.store.key(slot.identity, prompt[:num_tokens]))
+        came_before = self._seen.pop(prefix.key, None) is not None
+        # One that is there may turn out to be damaged.
+        self._seen[prefix.key] = came_before or self.store.has(prefix)
+        if len(self._seen) > _MAX_SEEN:
+            del self._seen[next(iter(self._seen))]
+
     def _prefix_of(self, slot: Slot) -> StoredPrefix | None:
         num_tokens = slot.num_first
         is_public = num_tokens <= slot.num_public
-        if not CHUNK <= num_tokens <= slot.num_reusable or not self.store.takes(num_tokens):
-            return None
-        if not is_public and num_tokens < self._min_tokens and slot.uses_of(num_tokens) < 2:
+        if not CHUNK <= num_tokens <= slot.num_reusable:
             return None
         identity = PUBLIC if is_public else slot.identity
         prefix = StoredPrefix(num_tokens, self.store.key(identity, slot.tokens[:num_tokens]))
-        return None if self.store.has(prefix) else prefix
+        if self.store.has(prefix) or not (is_public or self._seen.get(prefix.key, False)):
+            return None
+        return prefix if self.store.takes(num_tokens) else None
