@@ -22,6 +22,7 @@ import grpc
 
 from hearthd.caller import Caller, set_caller
 from hearthd.config import AuthConfig
+from hearthd.connection_guard import ConnectionGuard
 from hearthd.errors import InvalidRequestError, NotPermittedError, UnauthenticatedError, UnknownMethodError
 from hearthd.forward_clock import ForwardClock
 from hearthd.metering import Meters
@@ -170,9 +171,13 @@ def _connection(context: grpc.aio.ServicerContext) -> str:
 class AccessInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
     """Asks at each call who it is, whether they may, and whether not too often."""
 
-    def __init__(self, authenticator: Authenticator, meters: Meters, *, is_unix: bool) -> None:
+    def __init__(
+        self, authenticator: Authenticator, meters: Meters, guard: ConnectionGuard | None = None, *, is_unix: bool
+    ) -> None:
+        """guard: is told who of the network has the right to be connected."""
         self._authenticator = authenticator
         self._meters = meters
+        self._guard = guard
         self._is_unix = is_unix
 
     async def intercept_service(
@@ -189,7 +194,7 @@ class AccessInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         method = handler_call_details.method.removeprefix("/")
 
         async def decide(requests: AsyncIterator[Any], context: grpc.aio.ServicerContext) -> None:
-            caller = self._authenticator.identify(method, context, is_unix=self._is_unix)
+            caller = self._identify(method, context)
             set_caller(caller)
             self._authenticator.authorise(caller, method)
             self._meters.count_request(caller)
@@ -206,8 +211,20 @@ class AccessInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
             response_serializer=handler and handler.response_serializer,
         )
 
+    def _identify(self, method: str, context: grpc.aio.ServicerContext) -> Caller:
+        try:
+            caller = self._authenticator.identify(method, context, is_unix=self._is_unix)
+        except UnauthenticatedError:
+            if self._guard:
+                self._guard.note_refused(context.peer())
+            raise
+        # Not whoever only asks for a health that is open to everybody.
+        if self._guard and caller.rights.may_call(method):
+            self._guard.note_admitted(context.peer())
+        return caller
+
     def _check_again(self, method: str, context: grpc.aio.ServicerContext) -> None:
-        caller = self._authenticator.identify(method, context, is_unix=self._is_unix)
+        caller = self._identify(method, context)
         self._authenticator.authorise(caller, method)
 
 

@@ -49,7 +49,7 @@ class ServerConfig:
     tcp: Annotated[tuple[str, ...], Strings(16)] = ("127.0.0.1:50051",)
     tls_socket: Annotated[Path | None, Place(max_bytes=_MAX_SOCKET_PATH_BYTES)] = None
     allow_insecure_lan: Annotated[bool, Flag()] = False
-    max_connections: Annotated[int, Whole(1, 4096)] = 64
+    max_connections: Annotated[int, Whole(1, 4096)] = 128
     write_timeout_seconds: Annotated[float, Number(0.1, 600.0)] = 10.0
     stream_backlog_bytes: Annotated[int, Whole(4096, 16 * 2**20)] = 256 * 1024
     drain_grace_seconds: Annotated[float, Number(0.0, 3600.0)] = 20.0

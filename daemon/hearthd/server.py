@@ -24,6 +24,7 @@ from hearthd.auth import AccessInterceptor, Authenticator
 from hearthd.binding import bind
 from hearthd.chat_template import Message
 from hearthd.config import AuditConfig, Config
+from hearthd.connection_guard import ConnectionGuard
 from hearthd.daily_usage import DailyUsage
 from hearthd.errors import NotServingError
 from hearthd.health import HealthService
@@ -95,6 +96,7 @@ class Server:
         self._daily_usage = DailyUsage(config.auth.usage_file)
         self._meters = Meters(self._daily_usage)
         self._pairing = PairingGate(config.auth.token_file)
+        self._guard = ConnectionGuard(config.server.max_connections)
         self._observation = Observation(config, root)
         self._models = ModelPool(config, load, survey, lambda: self._observation.governor.throttle)
         self._policy = PolicyFile(config.policy.file, config.roles)
@@ -136,12 +138,15 @@ class Server:
         Raises AddressInUseError, ConfigError or whatever `load` raises before it is ready, EngineCrashedError after.
         """
         asyncio.get_running_loop().set_exception_handler(_log_loop_error)
+        watching: list[asyncio.Task[None]] = []
         with ExitStack() as held:
             try:
                 self._bind(held)
                 for server in self._servers:
                     await server.start()
                 _logger.info("listening on %s", ", ".join(self.addresses))
+                ports = {int(each.rpartition(":")[2]) for each in self.addresses if not each.startswith("unix:")}
+                watching.append(asyncio.create_task(self._guard.watch(ports)))
                 audit_log = self._audit_log
                 await self._observation.start(
                     self._status_service.describe, lambda: audit_log.num_lost if audit_log else 0
@@ -150,6 +155,7 @@ class Server:
                 if await self._load():
                     await self._serve()
             finally:
+                await _cancel(*watching)
                 await self._close()
 
     # Binding.
@@ -174,7 +180,7 @@ class Server:
                 self.addresses.append(bind(server, listener, unix_socket_mode=mode, credentials=secret))
 
     def _make_server(self, *, is_unix: bool) -> grpc.aio.Server:
-        access = AccessInterceptor(self._authenticator, self._meters, is_unix=is_unix)
+        access = AccessInterceptor(self._authenticator, self._meters, self._guard, is_unix=is_unix)
         audit = [AuditInterceptor(self._audit_log)] if self._audit_log else []
         server = grpc.aio.server(
             interceptors=[*audit, ErrorBoundary(self._observation.observers), self._pairing, access],
@@ -206,14 +212,8 @@ class Server:
         ]
 
     def _make_troubles(self) -> Troubles:
-        parts = (
-            self._models,
-            self._authenticator,
-            self._daily_usage,
-            self._certificates,
-            self._audit_log,
-            self._reload,
-        )
+        first = (self._models, self._authenticator, self._guard, self._daily_usage)
+        parts = (*first, self._certificates, self._audit_log, self._reload)
         written = {"auth.usage_file": self._config.auth.usage_file, "audit.file": self._config.audit.file}
         problems = [part.find_problem for part in parts if part is not None]
         return Troubles([*problems, self._find_prefix_problem], written)

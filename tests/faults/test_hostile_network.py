@@ -16,15 +16,20 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
+import grpc
 import pytest
 from fake_daemon import FakeDaemon
 
 from hearth import Client
+from hearth.v1 import status_pb2, status_pb2_grpc
+from hearthd.tokens import create_token
 from serving import PROOF_FORWARDS
 from tls_files import make_tls_files
 
 NUM_SILENT = 1000
+NUM_HOLDERS = 64
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 SETTINGS = bytes.fromhex("000000040000000000")
 PING = bytes.fromhex("000008060000000000") + bytes(8)
@@ -72,6 +77,54 @@ def test_a_thousand_silent_connections_and_a_real_client(tmp_path: Path, figure:
     # The silent ones are cut off after 5 seconds.
     assert newcomer < 10
     assert grown < 30
+
+
+def hold(daemon: FakeDaemon, authority: bytes) -> grpc.Channel:
+    """Connect as anybody can, with TLS and HTTP/2, and call without a credential."""
+    channel = grpc.secure_channel(
+        daemon.tcp, grpc.ssl_channel_credentials(authority), options=[("grpc.use_local_subchannel_pool", 1)]
+    )
+    with contextlib.suppress(grpc.RpcError):
+        status_pb2_grpc.StatusServiceStub(channel).GetStatus(status_pb2.GetStatusRequest(), timeout=10)
+    return channel
+
+
+def warned_of_connections(client: Client) -> str | None:
+    return next((line for line in client.status().warnings if line.startswith("server.max_connections")), None)
+
+
+def test_strangers_that_hold_every_connection_shut_nobody_out(tmp_path: Path, figure: Callable[[str], None]) -> None:
+    """Each has made a call, which was refused, and is silent; gRPC itself would wait for two minutes."""
+    files, tokens = make_tls_files(tmp_path), tmp_path / "tokens"
+    token = create_token(tokens, "phone")
+    with FakeDaemon(
+        tmp_path,
+        server={"max_connections": NUM_HOLDERS},
+        tls={"certificate": files.certificate, "key": files.key},
+        auth={"token_file": tokens},
+    ) as daemon:
+        options: dict[str, Any] = {"ca": files.ca, "token": token, "max_retries": 0}
+        with daemon.client(daemon.tcp, **options) as early, daemon.client() as beside:
+            early.chat("hello", max_tokens=2)
+            assert warned_of_connections(beside) is None
+            authority = files.ca.read_bytes()
+            with ThreadPoolExecutor(8) as pool:
+                holders = list(pool.map(lambda _: hold(daemon, authority), range(NUM_HOLDERS)))
+            try:
+                begin = time.monotonic()
+                with daemon.client(daemon.tcp, **options) as late:
+                    assert late.chat("hello", max_tokens=2).text
+                newcomer = time.monotonic() - begin
+                assert early.chat("hello", max_tokens=2).text
+                warned = warned_of_connections(beside)
+            finally:
+                for channel in holders:
+                    channel.close()
+    figure(f"a newcomer with a token waits {newcomer:.1f} s beside {NUM_HOLDERS} strangers")
+    assert warned is not None
+    assert f"of {NUM_HOLDERS} TCP connections were open" in warned
+    assert newcomer < 10
+    assert "a valid credential were closed" in daemon.log.read_text()
 
 
 def storm(daemon: FakeDaemon, seconds: float) -> tuple[int, int, bool]:
