@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -126,12 +126,61 @@ def test_maintainer_scripts_are_plain_shell_and_stop_at_the_first_error(script: 
     subprocess.run(["sh", "-n", str(path)], check=True)
 
 
-def test_removing_keeps_what_is_the_users_and_purging_leaves_nothing() -> None:
+def run_postrm(root: Path, action: str) -> None:
+    """Run the script as dpkg does, with root in place of /."""
     script = (DEBIAN / "hearth/postrm").read_text(encoding="utf-8")
-    removed, purged = script.split('if [ "$1" = purge ]; then')
-    for kept in ("/var/lib", "/etc/hearth", "/var/cache"):
-        assert kept not in removed
-        assert kept in purged
+    moved, count = re.subn(r'(?<=[\s"])/(?=(?:etc|var|opt|run)/)', f"{root}/", script)
+    assert count > 10
+    command = ["/bin/sh", "-c", moved, "postrm", action]
+    # Nothing of the machine that the tests run on: no systemctl, no deb-systemd-helper.
+    programs = root / "bin"
+    programs.mkdir()
+    for name in ("rm", "find", "sed", "sort", "basename"):
+        (programs / name).symlink_to(str(shutil.which(name)))
+    subprocess.run(command, check=True, env={"PATH": str(programs)})
+    shutil.rmtree(programs)
+
+
+def write_files(root: Path, names: Iterable[str]) -> None:
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(name, encoding="utf-8")
+
+
+def files_below(root: Path) -> set[str]:
+    return {str(path.relative_to(root)) for path in root.rglob("*") if path.is_symlink() or path.is_file()}
+
+
+def test_removing_keeps_what_is_the_users(tmp_path: Path) -> None:
+    kept = {"etc/hearth/hearthd.toml", "var/lib/private/hearth/tokens", "var/cache/private/hearth/prefixes/1"}
+    write_files(tmp_path, {*kept, "opt/hearth.previous/running", "opt/hearth/lib/made-later"})
+    run_postrm(tmp_path, "remove")
+    assert files_below(tmp_path) == kept
+
+
+def test_purging_takes_the_instances_and_nothing_of_anybody_else(tmp_path: Path) -> None:
+    ours = [f"etc/hearth/{name}.toml" for name in ("hearthd", "kitchen", "policy")]
+    ours += [f"var/lib/private/{name}/tokens" for name in ("hearth", "hearth-kitchen", "hearth-hall")]
+    ours += [f"var/cache/private/{name}/prefixes/1" for name in ("hearth", "hearth-hall")]
+    ours += ["etc/credstore/hearth.tokens", "etc/credstore/hearth-kitchen.server.key", "opt/hearth.refused/bin/hearthd"]
+    ours += [f"etc/systemd/system/hearthd{name}.service.d/override.conf" for name in ("", "@", "-local", "@hall")]
+    theirs = [f"{place}/hearth-stone/a" for place in ("var/lib", "var/lib/private", "var/cache", "opt")]
+    theirs += ["var/lib/hearth-policy/a", "etc/credstore/hearth-stone.tokens"]
+    theirs += ["etc/systemd/system/hearthdx.service.d/a"]
+    write_files(tmp_path, [*ours, *theirs])
+    for name in ("hearth", "hearth-kitchen", "hearth-hall"):
+        (tmp_path / "var/lib" / name).symlink_to(f"private/{name}")
+    wants = tmp_path / "etc/systemd/system/multi-user.target.wants"
+    wants.mkdir()
+    (wants / "hearthd@hall.service").symlink_to("/usr/lib/systemd/system/hearthd@.service")  # with no file of its own
+    run_postrm(tmp_path, "purge")
+    assert files_below(tmp_path) == set(theirs)
+
+
+def test_purging_before_the_first_start_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "var/lib/hearth/models").mkdir(parents=True)
+    run_postrm(tmp_path, "purge")
+    assert list(tmp_path.rglob("*hearth*")) == []
 
 
 def test_every_override_of_lintian_has_a_reason() -> None:

@@ -191,6 +191,37 @@ def test_an_upgrade_and_a_downgrade_keep_what_is_the_users(
     (state / "tokens").unlink()
 
 
+def test_people_of_the_group_may_ask_where_the_network_wants_a_token(machine: Machine) -> None:
+    machine.run("useradd", "--create-home", "somebody")
+    machine.run("usermod", "--append", "--groups", "hearth", "somebody")
+    asked = machine.run(
+        "setpriv", "--reuid=somebody", "--regid=somebody", "--init-groups",
+        "hearth", "ask", "--address", "unix:///run/hearth/hearthd.sock", "--max-tokens", "4", "Hello",
+    )  # fmt: skip
+    assert asked.stdout.split()
+    machine.run("userdel", "--remove", "somebody")
+
+
+def test_an_upgrade_from_a_version_without_a_user_of_its_own_gives_it_what_was_the_old_ones(
+    machine: Machine, packages: dict[str, Path], tmp_path: Path
+) -> None:
+    def uid(path: str) -> str:
+        return machine.run("stat", "--format=%u", path).stdout.strip()
+
+    state = "/var/lib/private/hearth"
+    machine.run("systemctl", "stop", "hearthd")
+    machine.run("userdel", "hearth")
+    machine.run("systemctl", "start", "hearthd")
+    machine.run("install", "--mode=600", f"--owner={uid(state)}", "/dev/null", f"{state}/tokens")
+    assert int(uid(state)) >= 61184, "the user is not one of the moment"
+    install(machine, change(packages["hearth"], tmp_path, NEW))
+    user = machine.run("id", "--user", "hearth").stdout.strip()
+    assert int(user) < 1000
+    assert {uid(state), uid(f"{state}/tokens"), uid("/run/hearth/hearthd.sock")} == {user}
+    (machine.root / state.lstrip("/") / "tokens").unlink()
+    reset(machine, packages)
+
+
 def test_a_version_that_does_not_get_ready_gives_way_to_the_one_before(
     machine: Machine, packages: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -283,7 +314,13 @@ def test_removing_keeps_what_is_the_users_and_installing_finds_it_again(
 
 
 def test_purging_leaves_nothing(machine: Machine, packages: dict[str, Path]) -> None:
+    (machine.root / "etc/hearth/kitchen.toml").write_text('[server]\ntcp = ["127.0.0.1:50061"]\n', encoding="utf-8")
+    machine.run("systemctl", "enable", "--now", "hearthd@kitchen")
+    assert (machine.root / "var/lib/private/hearth-kitchen").is_dir()
+    neighbour = machine.root / "var/lib/hearth-stone"
+    neighbour.mkdir()
     machine.run("apt-get", "purge", "--yes", "hearth", MODEL)
+    neighbour.rmdir()
     search = ["find", "/", "-xdev", "-iname", "*hearth*", "-not", "-path", "/debs/*"]
     assert machine.run(*search).stdout.split() == []
     give(machine, *packages.values())

@@ -60,7 +60,8 @@ def hearth_package(target: Target, version: str) -> Package:
         description=(HERE / "hearth/description").read_text(encoding="utf-8"),
         relations={
             "Depends": f"python3 (>= {target.python}), python3 (<< {target.next_python}), libc6 (>= 2.28), "
-            "libgcc-s1 (>= 4.2), libstdc++6 (>= 9), libsystemd0 (>= 246), init-system-helpers (>= 1.54~)",
+            "libgcc-s1 (>= 4.2), libstdc++6 (>= 9), libsystemd0 (>= 246), init-system-helpers (>= 1.54~), "
+            "systemd | systemd-standalone-sysusers | systemd-sysusers",
             "Recommends": "hearth-model-smollm2-135m | hearth-model",
         },
     )
@@ -95,6 +96,7 @@ def build_hearth(target: Target, version: str, output: Path, cache: Path, compre
         user_units = ROOT / "deploy/systemd/user"
         if user_units.is_dir():
             shutil.copytree(user_units, root / "usr/lib/systemd/user")
+        shutil.copytree(ROOT / "deploy/systemd/sysusers.d", root / "usr/lib/sysusers.d")
         configuration = root / "etc/hearth/hearthd.toml"
         configuration.parent.mkdir(parents=True)
         shutil.copy(ROOT / "deploy/hearthd.toml", configuration)
