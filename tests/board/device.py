@@ -1,6 +1,7 @@
 """A device in the house: the `hearth` program outside of the board, with a home directory of its own.
 
-Runs the client of this clone, and knows of the board only what its owner tells it. Used by `scenario`.
+The client of this clone is installed there as the manual says, from wheels; it knows of the board only what its owner
+tells it. Used by `scenario`.
 """
 
 import contextlib
@@ -57,17 +58,38 @@ class Answering:
 
 
 class Device:
-    """Where `hearth` is installed."""
+    """A computer with a Python and a clone of this repository, and once `install` has been called, with `hearth`."""
 
     def __init__(self, home: Path, transcript: Transcript) -> None:
         self._transcript = transcript
-        kept = {name: value for name, value in os.environ.items() if not name.startswith(("HEARTH", "GRPC_", "XDG_"))}
+        self._program = ""
+        not_its_own = ("HEARTH", "GRPC_", "XDG_", "PYTHON", "VIRTUAL_ENV")
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(not_its_own)}
         self._environment = kept | {
             "HOME": str(home),
-            "PYTHONPATH": str(ROOT / "client"),
+            # Its `python3` is the one that runs this, which is new enough.
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            # What this machine has fetched before need not be fetched again.
+            "PIP_CACHE_DIR": os.environ.get("PIP_CACHE_DIR") or str(Path.home() / ".cache/pip"),
             "TERM": "dumb",
             "PYTHONUTF8": "1",
         }
+
+    def install(self, box: str, *, seconds: float = 300.0) -> Outcome:
+        """Type what the manual says, in the clone; `hearth` is from then on the one that the shell finds after it."""
+        command = ["bash", "-e", "-c", f"{box}\ncommand -v hearth"]
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=self._environment,
+        )
+        outcome = Answering(process, box, self._transcript).finish(seconds)
+        if outcome.exit_code == 0:
+            self._program = outcome.output.splitlines()[-1]
+        return outcome
 
     def run(self, *words: str, seconds: float = 60.0) -> Outcome:
         """Run `hearth` with these words to its end. The output ends with what it wrote to standard error."""
@@ -78,7 +100,7 @@ class Device:
     def begin(self, *words: str) -> Iterator[Answering]:
         """Start `hearth`; in the block it runs, after the block it has ended."""
         process = subprocess.Popen(
-            [sys.executable, "-m", "hearth", *words],
+            [self._program, *words],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -14,6 +14,7 @@ from typing import Final
 from device import Answering, Device
 from machine import Board, BoardError, Outcome
 from manual import boxes
+from packages import NEWER
 from transcript import Transcript
 
 HERE: Final = Path(__file__).resolve().parent
@@ -116,7 +117,17 @@ class Life:
         self._type("sudo hearthd pair --cancel phone")
         where = self._type("ss -Hltn 'sport = :50051'").output.split()[3]
         require("127.0.0.1" not in where, f"the daemon listens on {where} alone")
-        return f"listens on {where}, with TLS and tokens"
+        refused = self._board.run("hearth ask --wait 1 Hello?")
+        require(refused.exit_code != 0, f"who has no token was answered on the board: {refused.output}")
+        self._type(boxes(PAIR)[1])
+        self._type("hearth ask --max-tokens 4 Hello", seconds=ANSWER_SECONDS)  # each command logs in anew
+        return f"listens on {where}, with TLS and tokens; on the board the group may ask"
+
+    def install_client(self) -> str:
+        """Install the client on the device, as the manual says."""
+        outcome = self._device.install(boxes(PAIR, "device")[0])
+        require(outcome.exit_code == 0, f"exit code {outcome.exit_code}: {outcome.output.strip()[-400:]}")
+        return outcome.output.strip().splitlines()[-1]
 
     def pair(self) -> str:
         """Pair the device: one command on the board, one on the device."""
@@ -229,6 +240,10 @@ class Life:
         pack, own, stop, unpack, start = boxes(BACKUP)
         for command in (pack, own, boxes(PAIR)[-1]):
             self._type(command)
+        owner = self._type("stat -c '%U %a' hearth-backup.tar.gz").output.strip()
+        require(owner == "pi 600", f"the backup is {owner}")
+        held = self._type("tar -tzf hearth-backup.tar.gz").output
+        require("hearth/tokens\n" in held and "prefixes" not in held, f"the backup holds {held}")
         refused = self._device.run("ask", "--max-tokens", "4", QUESTION)
         require(refused.exit_code == 1, f"a revoked token: exit code {refused.exit_code}: {refused.output}")
         for command in (stop, unpack, start):
@@ -238,15 +253,17 @@ class Life:
 
     def upgrade(self) -> str:
         """Install a newer package over the running daemon, as the manual says."""
-        files, pid = self._checksums(), self._main_pid()
-        self._type("rm hearth_*.deb")
-        self._type(f"sudo mount -o ro LABEL=stick {STICK} && cp {STICK}/newer/hearth_*.deb .", seconds=120)
-        self._type(boxes(UPDATE)[0], seconds=600)
-        require(self._type("systemctl is-active hearthd").output.strip() == "active", "the daemon does not run")
-        require(self._main_pid() != pid, "the old daemon still runs")
-        require(self._checksums() == files, "files of model, tokens and configuration differ")
-        self._ask_briefly()
-        version = self._type("dpkg-query -W -f '${Version}' hearth").output
+        self._type(f"sudo mount -o ro LABEL=stick {STICK}")
+        make_room, install, *_ = boxes(UPDATE)
+        version = self._replace(make_room, f"{STICK}/newer", install)
+        require(version.endswith(NEWER), f"{version} is installed")
+        return f"{version} runs and answers the same device"
+
+    def go_back(self) -> str:
+        """Install the older package again, as the manual says."""
+        *_, make_room, install = boxes(UPDATE)
+        version = self._replace(make_room, STICK, install)
+        require(not version.endswith(NEWER), f"{version} is installed")
         return f"{version} runs and answers the same device"
 
     def purge(self) -> str:
@@ -278,6 +295,18 @@ class Life:
         outcome = self._board.run(command, user=user, seconds=seconds)
         require(outcome.exit_code == 0, f"{command!r} ends with {outcome.exit_code}: {outcome.output.strip()[-400:]}")
         return outcome
+
+    def _replace(self, make_room: str, place: str, install: str) -> str:
+        """Put the package that is in a place over the one that runs, and return its version."""
+        files, pid = self._checksums(), self._main_pid()
+        self._type(make_room)
+        self._type(f"cp {place}/hearth_*.deb .", seconds=120)
+        self._type(install, seconds=600)
+        require(self._type("systemctl is-active hearthd").output.strip() == "active", "the daemon does not run")
+        require(self._main_pid() != pid, "the daemon from before still runs")
+        require(self._checksums() == files, "files of model, tokens and configuration differ")
+        self._ask_briefly()
+        return self._type("dpkg-query -W -f '${Version}' hearth").output.strip()
 
     def _ask_briefly(self) -> None:
         found = self._device.run("ask", *GREEDY, "--max-tokens", "12", QUESTION, seconds=ANSWER_SECONDS)
@@ -342,6 +371,7 @@ LIFE: Final[tuple[tuple[str, Callable[[Life], str]], ...]] = (
     ("hearthd doctor finds no problem", Life.ask_doctor),
     ("has the sandbox that the unit asks for", Life.examine_sandbox),
     ("is opened to the house", Life.open_to_the_house),
+    ("installs the client on a device", Life.install_client),
     ("pairs a device", Life.pair),
     ("streams a chat over TLS", Life.chat),
     ("memory", Life.memory),
@@ -353,6 +383,7 @@ LIFE: Final[tuple[tuple[str, Callable[[Life], str]], ...]] = (
     ("gives the same answer", Life.chat_again),
     ("shuts a device out, and restores a backup", Life.restore),
     ("takes a newer package over the running daemon", Life.upgrade),
+    ("goes back to the older one", Life.go_back),
     ("has a clean journal", Life.read_journal),
     ("purges to nothing", Life.purge),
 )

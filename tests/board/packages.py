@@ -13,8 +13,10 @@ from typing import Final
 
 from image import ROOT
 
-__all__ = ["add_newer", "build_packages"]
+__all__ = ["NEWER", "add_newer", "build_packages"]
 
+NEWER: Final = "+newer"
+"""The later version ends with this."""
 _BUILD: Final = ROOT / "deploy/debian/build.py"
 
 
@@ -36,7 +38,7 @@ def add_newer(packages: Path) -> None:
         root = Path(scratch) / "root"
         subprocess.run(["dpkg-deb", "--raw-extract", str(package), str(root)], check=True)
         control = root / "DEBIAN/control"
-        text, count = re.subn(r"(?m)^Version: (.*)$", r"Version: \1+newer", control.read_text(encoding="utf-8"))
+        text, count = re.subn(r"(?m)^Version: (.*)$", rf"Version: \1{NEWER}", control.read_text(encoding="utf-8"))
         assert count == 1
         control.write_text(text, encoding="utf-8")
         command = ["dpkg-deb", "--root-owner-group", "-Znone", "--build", str(root), str(newer)]
