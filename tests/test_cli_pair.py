@@ -169,6 +169,66 @@ def test_pairing_again_takes_the_old_ones_place(
     assert first.fingerprint == second.fingerprint
 
 
+@pytest.mark.parametrize(
+    ("stored", "again", "is_of_older_version"),
+    [((), (), False), ((), (), True), (("--name", "kitchen"), (), False), (("--name", "kitchen"),) * 2 + (True,)],
+)
+def test_a_daemon_with_a_new_certificate_takes_its_old_place(
+    board: Board,
+    device: Device,
+    start: Callable[[Board], Running],
+    stored: tuple[str, ...],
+    again: tuple[str, ...],
+    is_of_older_version: bool,
+) -> None:
+    running = start(board)
+    assert device.hearth("pair", board.code("phone"), *stored).returncode == 0
+    (name,) = device.daemons.names()
+    before = device.daemons.read(name)
+    assert before.own_name == HOST
+    if is_of_older_version:
+        file = device.daemons.directory / name
+        fields = json.loads(file.read_text())
+        del fields["own_name"]
+        file.write_text(json.dumps(fields))
+    running.stop()
+    # A card that was set up anew.
+    shutil.rmtree(board.state)
+    start(board)
+    assert "then pair again" in device.hearth("ask", "hello").stderr
+    paired = device.hearth("pair", board.code("phone"), *again)
+    assert paired.returncode == 0, paired.stderr
+    assert f"{name} has another certificate than before" in paired.stdout
+    assert device.daemons.names() == [name]
+    assert device.daemons.read(name).fingerprint != before.fingerprint
+    assert device.hearth("ask", "hello").returncode == 0
+
+
+@pytest.mark.parametrize("is_on", [True, False])
+def test_another_daemon_of_the_same_name_takes_nobodys_place(
+    tmp_path: Path, board: Board, device: Device, start: Callable[[Board], Running], is_on: bool
+) -> None:
+    """Two cards with the same host name, at addresses of their own; and the first may be switched off just now."""
+    first = start(board)
+    assert device.hearth("pair", board.code("phone")).returncode == 0
+    if not is_on:
+        first.stop()
+    other = Board(tmp_path / "other", free_port())
+    other.directory.mkdir()
+    other.write_usual()
+    start(other)
+    code = other.code("phone")
+    taken = device.hearth("pair", code, "--name", HOST)
+    assert (taken.returncode, "it is another daemon's" in taken.stderr) == (2, True)
+    paired = device.hearth("pair", code)
+    assert paired.returncode == 0, paired.stderr
+    assert "another certificate than before" not in paired.stdout
+    assert f"if it is no more: hearth pair --forget {HOST}\n" in paired.stdout
+    assert device.daemons.names() == [HOST, f"{HOST}-2"]
+    undecided = device.hearth("ask", "hello")
+    assert (undecided.returncode, "hearth pair --forget NAME" in undecided.stderr) == (2, True)
+
+
 def test_the_secret_goes_to_nobody_with_another_certificate(
     tmp_path: Path, board: Board, device: Device, start: Callable[[Board], Running]
 ) -> None:

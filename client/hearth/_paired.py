@@ -38,6 +38,12 @@ class PairedDaemon:
     device: str
     """As what the daemon knows this device."""
     role: str
+    own_name: str = ""
+    """As it calls itself; empty if an older version stored it."""
+
+    def calls_itself(self, name: str) -> bool:
+        """Whether that is the daemon's own name, as far as it is known."""
+        return (self.own_name or self.name) == name
 
 
 class PairedDaemons:
@@ -86,13 +92,20 @@ class PairedDaemons:
         """Each of them, by name; ConfigurationError as `read`."""
         return [self.read(name) for name in self.names()]
 
+    def readable(self) -> list[PairedDaemon]:
+        """Those whose files can be used."""
+        found = []
+        for name in self.names():
+            with contextlib.suppress(ConfigurationError):
+                found.append(self.read(name))
+        return found
+
     def free_name(self, wanted: str, fingerprint: str) -> str:
         """A name for a new one: that of the same daemon if it was paired before, else `wanted` or something like it."""
         taken = self.names()
-        for name in taken:
-            with contextlib.suppress(ConfigurationError):
-                if self.read(name).fingerprint == fingerprint:
-                    return name
+        for daemon in self.readable():
+            if daemon.fingerprint == fingerprint:
+                return daemon.name
         base = wanted if _NAME.fullmatch(wanted) else "hearth"
         candidates = (base if number == 1 else f"{base[:58]}-{number}" for number in range(1, len(taken) + 2))
         return next(name for name in candidates if name not in taken)
@@ -115,6 +128,7 @@ class PairedDaemons:
             "token": daemon.token,
             "device": daemon.device,
             "role": daemon.role,
+            "own_name": daemon.own_name,
         }
         with self._writing():
             self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -157,6 +171,7 @@ class PairedDaemons:
 def _parse(name: str, fields: Mapping[str, object]) -> PairedDaemon:
     addresses = fields["addresses"]
     texts = {key: fields[key] for key in ("certificate", "server_name", "fingerprint", "token", "device", "role")}
+    texts["own_name"] = fields.get("own_name", "")
     if fields["version"] != _VERSION or not isinstance(addresses, list) or not addresses:
         raise ValueError("another version")
     if not all(isinstance(text, str) for text in (*texts.values(), *addresses)):

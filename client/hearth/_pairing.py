@@ -1,10 +1,12 @@
 """Pairing: trade a code for a token that stays valid, with the daemon that the code means and with no other.
 
 The certificate is fetched and compared with the code's fingerprint first; only then is the secret sent, over TLS that
-accepts this certificate alone. Called by the command `pair`.
+accepts this certificate alone. A daemon whose certificate has changed is known again by its own name and its address:
+it takes the place that it had. Called by the command `pair`.
 """
 
 import ssl
+from dataclasses import dataclass
 from typing import Any
 
 from hearth._address import parse_address
@@ -16,6 +18,7 @@ from hearth._paired import PairedDaemon, PairedDaemons
 from hearth._pairing_code import PairingCode, parse_code
 from hearth._settings import Settings
 from hearth._translate import translate
+from hearth._whereabouts import has_other_certificate
 from hearth.v1 import pairing_pb2
 
 _PAIR = f"/{pairing_pb2.DESCRIPTOR.services_by_name['PairingService'].full_name}/Pair"
@@ -23,7 +26,18 @@ _CONNECT_SECONDS = 5.0
 _CALL_SECONDS = 20.0
 
 
-def pair(text: str, daemons: PairedDaemons, *, name: str | None = None) -> PairedDaemon:
+@dataclass(frozen=True, slots=True)
+class Pairing:
+    """What came of a code."""
+
+    daemon: PairedDaemon
+    has_replaced: bool
+    """Whether it was stored under its name before, with another certificate."""
+    namesakes: tuple[str, ...]
+    """Other stored ones that call themselves the same: this very daemon at an earlier time, or another one."""
+
+
+def pair(text: str, daemons: PairedDaemons, *, name: str | None = None) -> Pairing:
     """Use up the code, store what it gives in `daemons` and return it.
 
     name: what to call the daemon; None: as it calls itself. Raises ConfigurationError, ConnectError if the daemon is
@@ -35,7 +49,7 @@ def pair(text: str, daemons: PairedDaemons, *, name: str | None = None) -> Paire
     address, certificate = _find(code)
     server_name = read_name(address, certificate, _CONNECT_SECONDS)
     mark = fingerprint(certificate)
-    if name is not None and daemons.free_name(name, mark) != name:
+    if name is not None and not _is_usable(name, daemons, mark):
         raise ConfigurationError(
             f"name {name[:80]!r} cannot be used: it is another daemon's, or this daemon is stored under another one, "
             "or it has other characters than letters, digits, '.', '_', '-'; see: hearth pair --list"
@@ -44,8 +58,10 @@ def pair(text: str, daemons: PairedDaemons, *, name: str | None = None) -> Paire
     response = _claim(code, address, pem, server_name)
     if not response.token:
         raise ProtocolError(f"the daemon at {address} answered without a token")
+    name = name or _choose_name(daemons, response.daemon_name, mark)
+    before = [daemon for daemon in daemons.readable() if daemon.name == name]
     daemon = PairedDaemon(
-        name=name or daemons.free_name(response.daemon_name, mark),
+        name=name,
         # What has just worked first.
         addresses=tuple(dict.fromkeys((address, *code.addresses))),
         certificate=pem,
@@ -54,9 +70,34 @@ def pair(text: str, daemons: PairedDaemons, *, name: str | None = None) -> Paire
         token=response.token,
         device=response.name,
         role=response.role,
+        own_name=response.daemon_name,
     )
     daemons.write(daemon)
-    return daemon
+    return Pairing(
+        daemon,
+        has_replaced=any(each.fingerprint != mark for each in before),
+        namesakes=tuple(
+            each.name for each in daemons.readable() if each.name != name and each.calls_itself(response.daemon_name)
+        ),
+    )
+
+
+def _is_usable(name: str, daemons: PairedDaemons, mark: str) -> bool:
+    free = daemons.free_name(name, mark)
+    if free == name or name not in daemons.names():
+        return free == name
+    # Another certificate's, then; unless this one has taken its place. `free` is in the list if it has a name already.
+    return free not in daemons.names() and has_other_certificate(daemons.read(name), mark)
+
+
+def _choose_name(daemons: PairedDaemons, own_name: str, mark: str) -> str:
+    """A name for a daemon: the one that it has, even if its certificate was another one then; else a new one."""
+    known = daemons.readable()
+    if all(each.fingerprint != mark for each in known):
+        for each in known:
+            if each.calls_itself(own_name) and has_other_certificate(each, mark):
+                return each.name
+    return daemons.free_name(own_name, mark)
 
 
 def _find(code: PairingCode) -> tuple[str, bytes]:

@@ -113,7 +113,7 @@ def _choose_paired(address: str | None, options: ClientOptions, environ: Mapping
     if len(names) > 1:
         raise ConfigurationError(
             f"this user is paired with several daemons: {', '.join(names)}; name one (--daemon, HEARTH_DAEMON or "
-            "daemon=), or an address"
+            "daemon=), or an address; one that is no more: hearth pair --forget NAME"
         )
     return daemons.read(names[0]) if names else None
 

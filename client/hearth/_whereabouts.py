@@ -1,7 +1,8 @@
 """Where a paired daemon is now: at a stored address, or, if the network can be asked, at another one.
 
 An address counts only if the daemon's own certificate is shown there: another machine may have taken the address over.
-Blocks; `Client` and `AsyncClient` call it before a channel is opened, the latter in a thread.
+Blocks; `Client` and `AsyncClient` call it before a channel is opened, the latter in a thread; `_pairing` to know a
+daemon again whose certificate has changed.
 """
 
 import contextlib
@@ -9,7 +10,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from hearth._certificate import fetch_certificate, fingerprint
@@ -44,6 +45,15 @@ def find_address(daemon: PairedDaemon, seconds: float, environ: Mapping[str, str
     return found or daemon.addresses[0]
 
 
+def has_other_certificate(daemon: PairedDaemon, mark: str) -> bool:
+    """Whether the certificate with this fingerprint has taken the place of the one that the daemon was paired with.
+
+    It is shown at a stored address, and the stored one is shown at none.
+    """
+    marks = {shown for _, shown in _ask(daemon.addresses, _STORED_SECONDS)}
+    return mark in marks and daemon.fingerprint not in marks
+
+
 def _ask_the_network(daemon: PairedDaemon, seconds: float) -> str | None:
     def is_it(found: FoundDaemon) -> bool:
         return found.fingerprint == daemon.fingerprint
@@ -68,6 +78,16 @@ def _first_that_answers(
     daemon: PairedDaemon, addresses: Sequence[str], seconds: float
 ) -> tuple[str | None, str | None]:
     """(the first address with the daemon's certificate, an address where another one is shown), as far as there are."""
+    other = None
+    for address, mark in _ask(addresses, seconds):
+        if mark == daemon.fingerprint:
+            return address, None
+        other = other or (address if mark else None)
+    return None, other
+
+
+def _ask(addresses: Sequence[str], seconds: float) -> Iterator[tuple[str, str | None]]:
+    """Each address that answers in time, with the fingerprint of the certificate there; None: there is none."""
     answers: queue.SimpleQueue[tuple[str, str | None]] = queue.SimpleQueue()
 
     def ask(address: str) -> None:
@@ -79,13 +99,9 @@ def _first_that_answers(
     # At once: a name that nobody knows may take its resolver many seconds, which must not delay the others.
     for address in addresses:
         threading.Thread(target=ask, args=(address,), name="hearth-find", daemon=True).start()
-    deadline, other = time.monotonic() + seconds, None
+    deadline = time.monotonic() + seconds
     for _ in addresses:
         try:
-            address, mark = answers.get(timeout=max(deadline - time.monotonic(), 0))
+            yield answers.get(timeout=max(deadline - time.monotonic(), 0))
         except queue.Empty:
-            break
-        if mark == daemon.fingerprint:
-            return address, None
-        other = other or (address if mark else None)
-    return None, other
+            return

@@ -7,10 +7,14 @@ import argparse
 import json
 import os
 from contextlib import suppress
+from typing import TYPE_CHECKING
 
 from hearth._errors import ConfigurationError
 from hearth._paired import PairedDaemon, PairedDaemons
 from hearth.cli.terminal import Screen, neutralise_line
+
+if TYPE_CHECKING:
+    from hearth._pairing import Pairing
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -27,16 +31,28 @@ def run(arguments: argparse.Namespace) -> int:
     # gRPC is slow to import, and a list does without.
     from hearth._pairing import pair
 
-    daemon = pair(arguments.code, daemons, name=arguments.name)
+    pairing = pair(arguments.code, daemons, name=arguments.name)
     if arguments.json:
-        screen.write(json.dumps(_fields(daemon), ensure_ascii=not screen.encoding_is_unicode) + "\n")
+        screen.write(json.dumps(_fields(pairing.daemon), ensure_ascii=not screen.encoding_is_unicode) + "\n")
     else:
-        screen.write(
-            f"paired with {daemon.name} at {daemon.addresses[0]}, as {neutralise_line(daemon.device)} "
-            f"(role {neutralise_line(daemon.role)})\n"
-        )
-        screen.note('now ask it something: hearth ask "Why is the sky blue?"')
+        _report(screen, pairing)
     return 0
+
+
+def _report(screen: Screen, pairing: "Pairing") -> None:
+    daemon = pairing.daemon
+    screen.write(
+        f"paired with {daemon.name} at {daemon.addresses[0]}, as {neutralise_line(daemon.device)} "
+        f"(role {neutralise_line(daemon.role)})\n"
+    )
+    if pairing.has_replaced:
+        screen.write(f"{daemon.name} has another certificate than before; what was stored of it is replaced\n")
+    if pairing.namesakes:
+        screen.write(
+            f"{', '.join(pairing.namesakes)}, stored before, has the same name of its own; if it is no more: hearth "
+            f"pair --forget {pairing.namesakes[0]}\n"
+        )
+    screen.note('now ask it something: hearth ask "Why is the sky blue?"')
 
 
 def _forget(screen: Screen, daemons: PairedDaemons, name: str) -> int:
