@@ -94,6 +94,15 @@ def test_two_commands_and_a_question(board: Board, device: Device, start: Callab
     refused = device.hearth("ask", "hello")
     assert refused.returncode == 1
     assert refused.stderr.count("\n") == 1
+    # Words for a person, who has never heard of metadata.
+    said = f"{HOST} does not let this device in any more: its token was taken back, or has expired; to be let in again"
+    assert f"{said}, on the board: sudo hearthd pair NAME, and here: hearth pair CODE" in refused.stderr
+    assert said in device.hearth("status").stderr
+    # Whoever brings a token of its own, on purpose, is told what the daemon says.
+    token = ("--address", f"127.0.0.1:{board.port}", "--ca", str(board.state / "tls/server.crt"), "--token-file")
+    (device.home / "token").write_text("hearth_nobodys\n")
+    unknown = device.hearth("ask", *token, str(device.home / "token"), "hello")
+    assert (unknown.returncode, "Bearer TOKEN" in unknown.stderr) == (1, True), unknown.stderr
 
 
 def test_the_python_client_finds_the_paired_daemon(
@@ -117,6 +126,22 @@ def test_the_python_client_finds_the_paired_daemon(
             assert (await client.status()).state == "serving"
 
     ask()
+    assert board.hearthd("token", "revoke", "laptop").returncode == 0
+    refused = "kitchen does not let this device in any more: .* hearth pair CODE"
+    with hearth.Client() as client:
+        for call in (client.status, lambda: client.chat("hello")):
+            with pytest.raises(hearth.AuthenticationError, match=refused):
+                call()
+
+    @asynchronous
+    async def ask_again() -> None:
+        async with hearth.AsyncClient() as client:
+            with pytest.raises(hearth.AuthenticationError, match=refused):
+                await client.chat("hello")
+            with pytest.raises(hearth.AuthenticationError, match=refused):
+                await client.status()
+
+    ask_again()
     with pytest.raises(hearth.ConfigurationError, match="paired are: kitchen"):
         hearth.Client(daemon="cellar")
     with pytest.raises(hearth.ConfigurationError, match="beside token"):

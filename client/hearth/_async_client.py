@@ -25,7 +25,6 @@ from hearth._patience import Patience
 from hearth._requests import chat_request
 from hearth._settings import check_seconds, read_settings
 from hearth._status import DaemonStatus
-from hearth._translate import translate
 from hearth._values import Answer, ChatOptions, ClientOptions, Delta, Health, Message, ModelInfo, Queued
 
 _T = TypeVar("_T")
@@ -144,7 +143,7 @@ class AsyncClient:
                     operation.request, timeout=patience.remaining(), metadata=self._metadata
                 )
             except grpc.RpcError as error:
-                failure = translate(error, self.address)
+                failure = self._connection.explain(error)
                 delay = patience.delay_after(failure)
                 if delay is None:
                     raise failure from error
@@ -292,7 +291,7 @@ class AsyncChatStream:
                 data: bytes | None = await anext(self._responses, None)
             except grpc.RpcError as error:
                 self._call = self._responses = None
-                failure = translate(error, self._client.address)
+                failure = self._client._connection.explain(error)
                 delay = self._progress.delay_after(failure)
                 if delay is None:
                     raise failure from error

@@ -14,14 +14,14 @@ from hearth import _operations
 from hearth._channel import call_metadata
 from hearth._chat import ChatProgress
 from hearth._connection import Connection
-from hearth._errors import CallCancelledError
+from hearth._errors import CallCancelledError, HearthError
 from hearth._grpc import grpc
 from hearth._operations import Operation
 from hearth._patience import Patience
 from hearth._requests import chat_request
 from hearth._settings import check_seconds, read_settings
 from hearth._status import DaemonStatus
-from hearth._translate import translate
+from hearth._translate import RpcFailure
 from hearth._values import Answer, ChatOptions, ClientOptions, Delta, Health, Message, ModelInfo, Queued
 
 _T = TypeVar("_T")
@@ -102,7 +102,7 @@ class Client:
                 self._raise_if_closed()
                 raise
 
-        return ChatStream(begin, open_call, Stop(parent=self._stop), self.address)
+        return ChatStream(begin, open_call, Stop(parent=self._stop), self._connection.explain)
 
     def models(self, *, timeout: float | None = None) -> tuple[ModelInfo, ...]:
         """List the models that the daemon serves, the default one first."""
@@ -137,7 +137,7 @@ class Client:
                 )
             except grpc.RpcError as error:
                 self._raise_if_closed()
-                failure = translate(error, self.address)
+                failure = self._connection.explain(error)
                 delay = patience.delay_after(failure)
                 if delay is None:
                     raise failure from error
@@ -174,13 +174,13 @@ class ChatStream:
         begin: Callable[[], ChatProgress],
         open_call: Callable[[float | None], Any],
         stop: "Stop",
-        address: str,
+        explain: Callable[[RpcFailure], HearthError],
     ) -> None:
         """Made by `Client.stream`."""
         self._begin = begin
         self._open_call = open_call
         self._stop = stop
-        self._address = address
+        self._explain = explain
         self._progress: ChatProgress | None = None
         self._call: Any = None
         self._answer: Answer | None = None
@@ -253,7 +253,7 @@ class ChatStream:
                 # gRPC words a closed channel differently at each stage of a call; that we closed it, we know.
                 if self._stop.is_set:
                     raise CallCancelledError("the call was cancelled: it was closed before its end") from error
-                failure = translate(error, self._address)
+                failure = self._explain(error)
                 delay = self._progress.delay_after(failure)
                 if delay is None:
                     raise failure from error

@@ -1,5 +1,7 @@
 """The channel of a client, and where it leads: for a paired daemon that is looked up first, and again when it is gone.
 
+Says what a failed call means, too, which for a paired daemon is another thing.
+
 Two kinds, kept parallel: for threads and for asyncio. Called by `Client` and `AsyncClient`.
 """
 
@@ -12,8 +14,9 @@ from typing import Any
 
 from hearth._address import parse_address
 from hearth._channel import open_async_channel, open_channel
-from hearth._errors import ConnectError, HearthError
+from hearth._errors import AuthenticationError, ConnectError, HearthError
 from hearth._settings import Settings
+from hearth._translate import RpcFailure, translate
 from hearth._whereabouts import find_address
 
 
@@ -34,6 +37,16 @@ class _Whereabouts:
         """Hear of a failed attempt: a paired daemon that cannot be reached may be elsewhere by now."""
         if self.settings.paired is not None and isinstance(failure, ConnectError):
             self.must_look = True
+
+    def explain(self, failure: RpcFailure) -> HearthError:
+        """The error of a failed call. What a daemon says of tokens is for programmers; a paired device has a person."""
+        error = translate(failure, self.address)
+        if self.settings.paired is None or not isinstance(error, AuthenticationError):
+            return error
+        return AuthenticationError(
+            f"{self.settings.paired.name} does not let this device in any more: its token was taken back, or has "
+            "expired; to be let in again, on the board: sudo hearthd pair NAME, and here: hearth pair CODE"
+        )
 
     def look(self, seconds: float | None) -> Settings:
         """Ask where the daemon is; blocks."""

@@ -1,7 +1,7 @@
 """gRPC's failures as errors of this package: the only place where a status becomes an exception.
 
-Works on anything that has the methods of a failed gRPC call, so that it needs no gRPC itself. Called by `Client` and
-`AsyncClient`.
+Works on anything that has the methods of a failed gRPC call, so that it needs no gRPC itself. Called by `_connection`
+and `_pairing`.
 """
 
 import math
@@ -69,7 +69,8 @@ _REASONS = (
     _Reason(r"Expected SETTINGS frame", "it does not speak gRPC, or wants TLS: then name the CA file", False),
     _Reason(
         r"Socket closed|[Cc]onnection reset",
-        "it hangs up at once: it has as many connections as it takes, or it wants TLS (then name the CA file)",
+        "it hangs up at once: it has as many connections as it takes, or it wants TLS (then name the CA file), or a "
+        "certificate of its callers (then name yours and its key)",
         True,
     ),
     _Reason(r"before receiving SETTINGS", "it takes connections and stays silent", True),
