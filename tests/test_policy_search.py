@@ -6,7 +6,7 @@ import time
 import unicodedata
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from hearthd.policy.phrases import MAX_PHRASE_UNITS, Automaton, read_phrase
@@ -138,6 +138,7 @@ def expected(text: str, phrase: str, *, whole: bool) -> set[tuple[int, int]]:
 
 
 @given(st.text(LETTERS, max_size=12), PHRASES, st.booleans())
+@example("-a", "*a", True)  # a run at the beginning takes letters alone, too
 def test_finds_what_trying_everything_finds(text: str, phrase: str, whole: bool) -> None:
     search = Search(compiled(phrase, whole=whole))
     found = {(match.start, match.end) for match in [*search.push(text), *search.flush()]}

@@ -22,11 +22,12 @@ _MAX_WILDCARDS: Final = 4
 
 @dataclass(frozen=True, slots=True)
 class _Element:
-    """What one unit of a text has to be; None: any. is_repeated: a run of letters may follow."""
+    """What one unit of a text has to be; None: any. is_repeated: a run of letters may follow. is_letter: of a run."""
 
     char: str | None
     is_mark: bool = False
     is_repeated: bool = False
+    is_letter: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +72,7 @@ def read_phrase(text: str, *, is_whole_words: bool) -> Phrase:
         raise ValueError(f"has {len(elements)} characters; give fewer than {MAX_PHRASE_UNITS}")
     alternatives = [tuple(elements)]
     if begins_with_run and is_whole_words:  # otherwise it says nothing: the phrase may begin anywhere
-        alternatives.append((_Element(None, is_repeated=True), *elements))
+        alternatives.append((_Element(None, is_repeated=True, is_letter=True), *elements))
     return Phrase(tuple(alternatives), is_whole_words)
 
 
@@ -118,6 +119,8 @@ class Automaton:
     marks: dict[str, int] = field(default_factory=dict)
     """The same for combining marks, which are never a whole character."""
     any: int = 0
+    letter: int = 0
+    """Those of `any` that must be a letter or digit: a run that begins a phrase."""
     repeated: int = 0
     first: int = 0
     """Elements that begin a phrase."""
@@ -158,6 +161,7 @@ class Automaton:
             bit = 1 << place
             if element.char is None:
                 self.any |= bit
+                self.letter |= bit if element.is_letter else 0
             else:
                 table = self.marks if element.is_mark else self.symbols
                 table[element.char] = table.get(element.char, 0) | bit

@@ -90,6 +90,8 @@ class Search:
             case _:
                 advanced |= automaton.first_within_word if is_within_word else automaton.first
                 repeated = live & automaton.repeated if can_repeat else 0
+                if kind is Kind.OTHER:
+                    advanced &= ~automaton.letter
                 live = advanced & automaton.symbols.get(unit.char, automaton.any) | repeated
                 self._is_in_word = kind is Kind.WORD
         self._run = 0 if kind in (Kind.SPACE, Kind.OTHER) else self._run + 1
@@ -135,6 +137,8 @@ class Search:
             else:
                 stayed = states & automaton.repeated if can_repeat else 0
                 read = states & automaton.symbols.get(unit.char, automaton.any)
+                if unit.kind is Kind.OTHER:
+                    read &= ~automaton.letter
                 if read & (automaton.first_within_word if is_within_word else automaton.first):
                     earliest = place
             states = (read & automaton.not_first) >> 1 | stayed
