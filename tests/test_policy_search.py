@@ -2,6 +2,7 @@
 # ruff: noqa: RUF001 - characters that look alike are what this is about
 
 import itertools
+import sys
 import time
 import unicodedata
 
@@ -9,6 +10,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from hearthd.policy.folding import Folder
 from hearthd.policy.phrases import MAX_PHRASE_UNITS, Automaton, read_phrase
 from hearthd.policy.search import MAX_RUN, Match, Search
 
@@ -39,6 +41,10 @@ def find(text: str, *phrases: str, whole: bool = True) -> list[str]:
         ("하", "한 하 한", ["하"]),
         ("#tag", "x#tag #tags", ["#tag"]),
         ("I", "ı I i", ["I", "i"]),
+        ("gun", "g\x07u\x1fn g\u2065un gu\U000e0002n", ["g\x07u\x1fn", "g\u2065un", "gu\U000e0002n"]),
+        ("bad word", "bad\u2800word bad\x85word", ["bad\u2800word", "bad\x85word"]),
+        ("gun", "_gun_ my_gun, gun2 2gun", ["gun", "gun"]),
+        ("a_b", "a_b a b", ["a_b"]),
     ],
 )
 def test_phrase_is_found_as_it_is_read(phrase: str, text: str, found: list[str]) -> None:
@@ -54,6 +60,7 @@ def test_phrase_is_found_as_it_is_read(phrase: str, text: str, found: list[str])
         ("w?rd", "wo\u0308rd", ["wo\u0308rd"]),
         ("f*k", "f**k fork f k fk", ["fork", "fk"]),
         ("gun*", "gun, guns! gun-smith", ["gun", "guns", "gun"]),
+        ("gun*", "gu\x07n gun\x00ner gun_x", ["gu\x07n", "gun\x00ner", "gun"]),
         ("禁*", "これは禁止です。", ["禁", "禁止", "禁止で", "禁止です"]),
         ("kill * now", "kill him now, kill all of them now", ["kill him now"]),
         (r"5\*5 \? \\", r"5*5 ? \ 535 ? \ ", [r"5*5 ? \ ".strip()]),
@@ -61,6 +68,39 @@ def test_phrase_is_found_as_it_is_read(phrase: str, text: str, found: list[str])
 )
 def test_wildcards(phrase: str, text: str, found: list[str]) -> None:
     assert find(text, phrase) == found
+
+
+# Default_Ignorable_Code_Point in DerivedCoreProperties.txt, with what is reserved for characters to come.
+DEFAULT_IGNORABLE = (
+    (0x00AD, 0x00AD), (0x034F, 0x034F), (0x061C, 0x061C), (0x115F, 0x1160), (0x17B4, 0x17B5), (0x180B, 0x180F),
+    (0x200B, 0x200F), (0x202A, 0x202E), (0x2060, 0x206F), (0x3164, 0x3164), (0xFE00, 0xFE0F), (0xFEFF, 0xFEFF),
+    (0xFFA0, 0xFFA0), (0xFFF0, 0xFFF8), (0x1BCA0, 0x1BCA3), (0x1D173, 0x1D17A), (0xE0000, 0xE0FFF),
+)  # fmt: skip
+# White_Space in PropList.txt.
+WHITE_SPACE = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(map(chr, range(0x2000, 0x200B)))
+INVISIBLE = {chr(code) for first, last in DEFAULT_IGNORABLE for code in range(first, last + 1)} | {
+    chr(code)
+    for code in range(sys.maxunicode + 1)
+    if unicodedata.category(chr(code)) in ("Cc", "Cf") and chr(code) not in WHITE_SPACE
+}
+
+
+def test_what_cannot_be_seen_hides_nothing_and_all_else_counts() -> None:
+    # All of plane 1 and what lies below; beyond are ideographs, the tags of plane 14 and private use.
+    for code in (*range(0xD800), *range(0xE000, 0x20000), *range(0xE0000, 0xE1000)):
+        folder = Folder()
+        units = folder.push(chr(code)) + folder.flush()
+        assert (not units) == (chr(code) in INVISIBLE), f"U+{code:04X}"
+    automaton = compiled("gun*")
+    for character in INVISIBLE:
+        search = Search(automaton)
+        assert search.push(f"gu{character}n") + search.flush() == [Match(0, 4, 0)], f"U+{ord(character):04X}"
+
+
+@pytest.mark.parametrize("space", WHITE_SPACE)
+def test_every_white_space_is_a_space(space: str) -> None:
+    assert find(f"a bad{space}word", "bad word") == [f"bad{space}word"]
+    assert find(f"gu{space}n", "gun") == []
 
 
 def test_within_words_where_the_rule_says_so() -> None:

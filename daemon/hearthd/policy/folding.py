@@ -1,8 +1,9 @@
 """Text as phrases are compared with it: without case, width, composition, invisible characters and kinds of spaces.
 
 Each character becomes units, compatibility-decomposed (NFKD) and case-folded, as the Unicode Standard's compatibility
-caseless matching (D146) has it; characters without appearance are left out, and a run of spaces is one space. A unit
-knows which characters of the original text it stands for. Look-alikes of other alphabets stay what they are.
+caseless matching (D146) has it; control characters and others without appearance are left out, and a run of spaces is
+one space. A unit knows which characters of the original text it stands for. Look-alikes of other alphabets stay what
+they are.
 
 Works on text that comes in pieces: only combining marks wait, for the others of their run, whose order is made
 canonical. Knows no phrases. Called by `phrases` and `search`.
@@ -17,7 +18,8 @@ __all__ = ["Folder", "Kind", "Unit"]
 
 # Unicode's Stream-Safe Text Format (UAX 15): no honest text has longer runs of marks, and a run is held in memory.
 _MAX_MARKS: Final = 30
-# Default_Ignorable_Code_Point without what is of category Cf, which is left out as a whole.
+# Default_Ignorable_Code_Point of DerivedCoreProperties.txt (Unicode 16), what is not assigned yet included, and without
+# what is of category Cf, which is left out as a whole.
 _INVISIBLE: Final = frozenset(
     chr(code)
     for first, last in (
@@ -25,13 +27,18 @@ _INVISIBLE: Final = frozenset(
         (0x115F, 0x1160),
         (0x17B4, 0x17B5),
         (0x180B, 0x180F),
+        (0x2065, 0x2065),
         (0x3164, 0x3164),
         (0xFE00, 0xFE0F),
         (0xFFA0, 0xFFA0),
-        (0xE0100, 0xE01EF),
+        (0xFFF0, 0xFFF8),
+        (0xE0000, 0xE0FFF),
     )
     for code in range(first, last + 1)
 )
+# White_Space that is of category Cc, and two symbols that are an empty place: a braille cell without dots, and a note
+# without a head. `str.isspace` takes control characters for spaces that nobody sees (U+001C to U+001F).
+_BLANK: Final = frozenset("\t\n\v\f\r\x85\u2800\U0001d159")
 # Scripts that write no spaces between words: Thai and Lao, Burmese, Khmer, Han and kana.
 _UNSPACED: Final = (
     (0x0E00, 0x0EFF),
@@ -51,7 +58,7 @@ class Kind(enum.Enum):
 
     OTHER = 0
     WORD = 1
-    """Part of a word in a script that puts spaces between words."""
+    """A letter or digit of a script that puts spaces between words. `_` is none: `_gun_` is emphasis in Markdown."""
     MARK = 2
     """Part of the character before it."""
     SPACE = 3
@@ -121,9 +128,9 @@ def _fold(character: str) -> tuple[tuple[str, Kind], ...]:
     units = []
     for char in unicodedata.normalize("NFKD", folded):
         category = unicodedata.category(char)
-        if char.isspace() or category[0] == "Z":
+        if char in _BLANK or category[0] == "Z":
             units.append((" ", Kind.SPACE))
-        elif category == "Cf" or char in _INVISIBLE:
+        elif category in ("Cc", "Cf") or char in _INVISIBLE:
             continue
         elif category[0] == "M" or _FIRST_JAMO_VOWEL <= ord(char) <= _LAST_JAMO:
             units.append((char, Kind.MARK))
@@ -133,6 +140,6 @@ def _fold(character: str) -> tuple[tuple[str, Kind], ...]:
 
 
 def _kind(char: str, category: str) -> Kind:
-    if category[0] not in "LN" and char != "_":
+    if category[0] not in "LN":
         return Kind.OTHER
     return Kind.UNSPACED if any(first <= ord(char) <= last for first, last in _UNSPACED) else Kind.WORD
