@@ -1,5 +1,7 @@
 """Client certificates: who holds one is who it names, with a role, and TLS alone decides whether it is genuine."""
 
+import asyncio
+import shutil
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -13,7 +15,9 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
+import hearth
 from hearth.v1 import status_pb2, status_pb2_grpc
+from hearth_program import run
 from hearthd.roles import Role
 from hearthd.server import Server
 from hearthd.tokens import create_token, revoke_token
@@ -207,3 +211,56 @@ async def test_limits_are_those_of_the_holder(tmp_path: Path, authority: TlsFile
         for expected in (CODE.OK, CODE.OK, CODE.RESOURCE_EXHAUSTED):
             async with connect(server, authority, phone) as channel:
                 assert await code_of(channel) is expected
+
+
+# Hearth's own client.
+
+
+@pytest.fixture
+def own(tmp_path: Path, phone: ClientFiles) -> dict[str, str]:
+    paths = {"cert": tmp_path / "phone.pem", "key": tmp_path / "phone.key"}
+    paths["cert"].write_bytes(phone.certificate)
+    paths["key"].write_bytes(phone.key)
+    return {name: str(path) for name, path in paths.items()}
+
+
+@asynccontextmanager
+async def with_clients_crt(directory: Path, authority: TlsFiles) -> AsyncIterator[str]:
+    """The address of a daemon as docs/pairing.md describes it: three files in one directory."""
+    tls = directory / "tls"
+    tls.mkdir()
+    for name, path in (
+        ("server.crt", authority.certificate),
+        ("server.key", authority.key),
+        ("clients.crt", authority.ca),
+    ):
+        shutil.copy(path, tls / name)
+    async with daemon(directory, authority, tls={"directory": tls}) as server:
+        yield f"127.0.0.1:{tcp_target(server).rpartition(':')[2]}"
+
+
+@asynchronous
+async def test_the_clients_show_their_certificate(tmp_path: Path, authority: TlsFiles, own: dict[str, str]) -> None:
+    options: hearth.ClientOptions = {"ca": authority.ca, "cert": own["cert"], "key": own["key"]}
+    async with with_clients_crt(tmp_path, authority) as address:
+        async with hearth.AsyncClient(address, **options) as client:
+            assert (await client.chat("hello")).text
+
+        def ask() -> str:
+            with hearth.Client(address, **options) as client:
+                return client.chat("hello").text
+
+        assert await asyncio.to_thread(ask)
+
+
+@asynchronous
+async def test_the_program_shows_its_certificate(tmp_path: Path, authority: TlsFiles, own: dict[str, str]) -> None:
+    async with with_clients_crt(tmp_path, authority) as address:
+        words = ("ask", "--address", address, "--ca", str(authority.ca), "--wait", "0", "hello")
+        by_option = await asyncio.to_thread(run, *words, "--cert", own["cert"], "--key", own["key"])
+        assert (by_option.returncode, by_option.stdout != b"") == (0, True), by_option.stderr
+        by_environment = await asyncio.to_thread(run, *words, HEARTH_CERT=own["cert"], HEARTH_KEY=own["key"])
+        assert by_environment.returncode == 0, by_environment.stderr
+        without = await asyncio.to_thread(run, *words)
+        assert without.returncode == 1
+        assert b"or a certificate of its callers (then name yours and its key)" in without.stderr

@@ -198,7 +198,10 @@ def test_a_peer_that_hangs_up_at_once_names_both_causes(connect: Connect) -> Non
         finally:
             server.shutdown(socket.SHUT_RDWR)
             thread.join(20)
-    said = "it hangs up at once: it has as many connections as it takes, or it wants TLS (then name the CA file)"
+    said = (
+        "it hangs up at once: it has as many connections as it takes, or it wants TLS (then name the CA file), or a "
+        "certificate of its callers (then name yours and its key)"
+    )
     assert str(caught.value) == f"cannot reach {address}: {said}"
     assert caught.value.is_transient
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import socket
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from hypothesis import strategies as st
 import hearth
 from hearth._address import default_address, parse_address
 from hearth._patience import Patience
-from hearth._settings import read_settings
+from hearth._settings import OwnCertificate, read_settings
+from tls_files import make_tls_files
 
 
 @pytest.mark.parametrize(
@@ -192,6 +194,41 @@ def test_a_unix_socket_has_no_tls(tmp_path: Path) -> None:
         read_settings("unix:///run/x.sock", {"ca": certificate(tmp_path)}, {})
     # That of the environment is for the addresses that need one.
     assert read_settings("unix:///run/x.sock", {}, {"HEARTH_CA": str(certificate(tmp_path))}).ca is None
+
+
+def test_a_callers_certificate_that_cannot_be_shown_is_refused_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    files, other = make_tls_files(tmp_path), make_tls_files(tmp_path / "other")
+    ca, cert, key = str(files.ca), str(files.certificate), str(files.key)
+    locked = tmp_path / "locked.key"
+    subprocess.run(
+        ["openssl", "pkey", "-in", key, "-aes256", "-passout", "pass:x", "-out", locked],
+        check=True,
+        capture_output=True,
+    )
+    own = read_settings("localhost:1", {"ca": ca, "cert": cert, "key": key}, {}).own
+    assert own == OwnCertificate(files.certificate.read_bytes(), files.key.read_bytes())
+    environ = {"HEARTH_CA": ca, "HEARTH_CERT": cert, "HEARTH_KEY": key}
+    assert read_settings("localhost:1", {}, environ).own == own
+    # That of the environment is for the addresses that need one.
+    assert read_settings("unix:///run/x.sock", {}, environ).own is None
+    refusals: list[tuple[str | None, Any, str]] = [
+        ("localhost:1", {"ca": ca, "cert": cert}, "cert is given alone: "),
+        ("localhost:1", {"ca": ca, "key": key}, "key is given alone: "),
+        ("localhost:1", {"cert": cert, "key": key}, "is shown over TLS alone; name the file"),
+        ("unix:///run/x.sock", {"cert": cert, "key": key}, "a Unix socket has no TLS; leave cert out"),
+        ("localhost:1", {"ca": ca, "cert": "/nonexistent", "key": key}, "cert file '/nonexistent' cannot be read"),
+        ("localhost:1", {"ca": ca, "cert": cert, "key": str(other.key)}, "the key is that of another certificate"),
+        ("localhost:1", {"ca": ca, "cert": cert, "key": cert}, "they are not a certificate and its key in PEM form"),
+        ("localhost:1", {"ca": ca, "cert": "/dev/null", "key": key}, "they are not a certificate and its key"),
+        ("localhost:1", {"ca": ca, "cert": cert, "key": str(locked)}, "the key has a passphrase; store it without"),
+        (None, {"daemon": "kitchen", "cert": cert, "key": key}, "is given beside cert; a paired daemon has its own"),
+    ]
+    for address, options, reason in refusals:
+        with pytest.raises(hearth.ConfigurationError) as caught:
+            read_settings(address, options, {})
+        assert reason in str(caught.value)
+        assert "\n" not in str(caught.value)
 
 
 class Clock:

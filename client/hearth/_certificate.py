@@ -1,11 +1,14 @@
 """A daemon's certificate over the network: which one is shown at an address, and what name stands in it.
 
-A handshake only; nothing is sent. Knows no gRPC. Called by `_pairing` and `_whereabouts`.
+A handshake only; nothing is sent. And whether a caller's own certificate and key are a pair. Knows no gRPC. Called by
+`_pairing`, `_whereabouts` and `_settings`.
 """
 
 import hashlib
 import socket
 import ssl
+from pathlib import Path
+from typing import NoReturn
 
 from hearth._errors import ConnectError
 
@@ -44,6 +47,23 @@ def read_name(address: str, certificate: bytes, timeout: float) -> str:
             is_transient=False,
         )
     return names[0]
+
+
+def find_fault(certificate: Path, key: Path) -> str | None:
+    """Why the two files (PEM) do not belong together, for a person; None if they do."""
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_cert_chain(certificate, key, password=_refuse_passphrase)
+    except ssl.SSLError as error:
+        if error.reason == "KEY_VALUES_MISMATCH":
+            return "the key is that of another certificate"
+        return "they are not a certificate and its key in PEM form"
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def _refuse_passphrase() -> NoReturn:
+    raise ValueError("the key has a passphrase; store it without one, readable by you alone")
 
 
 def fingerprint(certificate: bytes) -> str:

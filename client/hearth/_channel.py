@@ -43,12 +43,17 @@ def call_metadata(settings: Settings) -> tuple[tuple[str, str], ...]:
     return (("authorization", f"Bearer {settings.token}"),) if settings.token else ()
 
 
+def _credentials(settings: Settings) -> Any:
+    own = settings.own
+    return grpc.ssl_channel_credentials(settings.ca, own and own.key, own and own.chain)
+
+
 def open_channel(settings: Settings) -> Any:
     """A grpc.Channel. Nothing is sent yet."""
     options = channel_options(settings)
     if settings.ca is None:
         return grpc.insecure_channel(settings.address.target, options)
-    return grpc.secure_channel(settings.address.target, grpc.ssl_channel_credentials(settings.ca), options)
+    return grpc.secure_channel(settings.address.target, _credentials(settings), options)
 
 
 def open_async_channel(settings: Settings) -> Any:
@@ -56,4 +61,4 @@ def open_async_channel(settings: Settings) -> Any:
     options = channel_options(settings)
     if settings.ca is None:
         return aio.insecure_channel(settings.address.target, options)
-    return aio.secure_channel(settings.address.target, grpc.ssl_channel_credentials(settings.ca), options)
+    return aio.secure_channel(settings.address.target, _credentials(settings), options)

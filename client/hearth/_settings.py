@@ -12,15 +12,26 @@ from pathlib import Path
 from typing import cast
 
 from hearth._address import Address, default_address, parse_address
+from hearth._certificate import find_fault
 from hearth._errors import ConfigurationError
 from hearth._paired import PairedDaemon, PairedDaemons
 from hearth._values import ClientOptions
 
 # A token is one short line and a CA file a few certificates: whatever is larger is another file, named by mistake.
 _MAX_TOKEN_FILE_BYTES = 4096
-_MAX_CA_FILE_BYTES = 1 << 20
+_MAX_PEM_FILE_BYTES = 1 << 20
+# Options, and as HEARTH_... variables of the environment, that a paired daemon has of its own.
+_CREDENTIALS = ("token", "token_file", "ca", "cert", "key")
 # What RFC 6750 lets stand after `Bearer `.
 _TOKEN = re.compile(r"[A-Za-z0-9._~+/-]+=*")
+
+
+@dataclass(frozen=True, slots=True)
+class OwnCertificate:
+    """A caller's certificate, PEM."""
+
+    chain: bytes
+    key: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +50,8 @@ class Settings:
     """The name to look for in the daemon's certificate; None: the host of the address."""
     paired: PairedDaemon | None = None
     """Whose address this is, so that it may be looked for elsewhere."""
+    own: OwnCertificate | None = field(default=None, repr=False)
+    """What says to the daemon who calls, where it asks for a certificate."""
 
 
 def read_settings(address: str | None, options: ClientOptions, environ: Mapping[str, str]) -> Settings:
@@ -51,10 +64,12 @@ def read_settings(address: str | None, options: ClientOptions, environ: Mapping[
         where = parse_address(paired.addresses[0])
         ca: bytes | None = paired.certificate.encode()
         token: str | None = paired.token
+        own = None
     else:
         where = parse_address(default_address(environ) if address is None else address)
         ca = _read_ca(where, options, environ)
         token = _read_token(options, environ)
+        own = _read_own(where, ca, options, environ)
     if token and not (where.is_loopback or ca or options.get("allow_plaintext_token")):
         raise ConfigurationError(
             f"address {where.text!r}: the token would cross the network unencrypted; name the file that the daemon's "
@@ -80,6 +95,7 @@ def read_settings(address: str | None, options: ClientOptions, environ: Mapping[
         ca=ca,
         server_name=paired.server_name if paired else None,
         paired=paired,
+        own=own,
         **cast(dict[str, int], numbers),
     )
 
@@ -94,7 +110,7 @@ def check_seconds(name: str, seconds: float) -> float:
 def _choose_paired(address: str | None, options: ClientOptions, environ: Mapping[str, str]) -> PairedDaemon | None:
     """The paired daemon to use: the one that is named, else the only one; None if something else says where to go."""
     name = options.get("daemon")
-    own = [option for option in ("token", "token_file", "ca") if options.get(option) is not None]
+    own = [option for option in _CREDENTIALS if options.get(option) is not None]
     if name is not None:
         if address is not None or own:
             raise ConfigurationError(
@@ -106,7 +122,7 @@ def _choose_paired(address: str | None, options: ClientOptions, environ: Mapping
     if name := environ.get("HEARTH_DAEMON"):
         return PairedDaemons(environ).read(name)
     # Whoever brings credentials means a daemon that was not paired.
-    if own or any(environ.get(variable) for variable in ("HEARTH_TOKEN", "HEARTH_TOKEN_FILE", "HEARTH_CA")):
+    if own or any(environ.get(f"HEARTH_{option.upper()}") for option in _CREDENTIALS):
         return None
     daemons = PairedDaemons(environ)
     names = daemons.names()
@@ -126,11 +142,42 @@ def _read_ca(address: Address, options: ClientOptions, environ: Mapping[str, str
         path = environ.get("HEARTH_CA")
     if not path or address.is_unix:
         return None
-    pem = _read_file("CA file", path, _MAX_CA_FILE_BYTES)
+    pem = _read_file("CA file", path, _MAX_PEM_FILE_BYTES)
     # gRPC would take anything, and say at the first call only that no connection came about.
     if b"-----BEGIN CERTIFICATE-----" not in pem:
         raise ConfigurationError(f"CA file {os.fspath(path)!r} holds no certificate in PEM form")
     return pem
+
+
+def _read_own(
+    address: Address, ca: bytes | None, options: ClientOptions, environ: Mapping[str, str]
+) -> OwnCertificate | None:
+    certificate, key = options.get("cert"), options.get("key")
+    if address.is_unix:
+        if certificate or key:
+            name = "cert" if certificate else "key"
+            raise ConfigurationError(f"address {address.text!r}: a Unix socket has no TLS; leave {name} out")
+        return None
+    certificate, key = certificate or environ.get("HEARTH_CERT"), key or environ.get("HEARTH_KEY")
+    if not (certificate or key):
+        return None
+    if not (certificate and key):
+        raise ConfigurationError(
+            f"{'cert' if certificate else 'key'} is given alone: a caller's certificate and its key go together (cert "
+            "and key, --cert and --key, or HEARTH_CERT and HEARTH_KEY)"
+        )
+    if ca is None:
+        raise ConfigurationError(
+            f"cert {os.fspath(certificate)!r} is shown over TLS alone; name the file that the daemon's certificate is "
+            "checked against (ca, --ca or HEARTH_CA)"
+        )
+    own = OwnCertificate(
+        _read_file("cert file", certificate, _MAX_PEM_FILE_BYTES), _read_file("key file", key, _MAX_PEM_FILE_BYTES)
+    )
+    # gRPC would take anything, as above.
+    if fault := find_fault(Path(certificate), Path(key)):
+        raise ConfigurationError(f"cert {os.fspath(certificate)!r} and key {os.fspath(key)!r} cannot be used: {fault}")
+    return own
 
 
 def _read_token(options: ClientOptions, environ: Mapping[str, str]) -> str | None:

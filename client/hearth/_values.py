@@ -61,6 +61,11 @@ class ClientOptions(TypedDict, total=False):
     ca: str | os.PathLike[str] | None
     """File with the certificate, PEM, that the daemon's is checked against. Makes the connection TLS. Not set:
     HEARTH_CA."""
+    cert: str | os.PathLike[str] | None
+    """File with a certificate, PEM, that says to the daemon who calls, for one that lets callers in by theirs. Goes
+    with `key` and `ca`. Not set: HEARTH_CERT."""
+    key: str | os.PathLike[str] | None
+    """File with the key of `cert`, PEM, without a passphrase. Not set: HEARTH_KEY."""
     timeout: float
     """For a whole answer, waiting and retries included. 600 if not set."""
     call_timeout: float

@@ -21,6 +21,8 @@ environment:
   HEARTH_ADDRESS      where the daemon is
   HEARTH_DAEMON       which of the paired ones it is
   HEARTH_CA           file with the certificate that the daemon's is checked against
+  HEARTH_CERT         file with the certificate that says who calls, and
+  HEARTH_KEY          file with its key, where the daemon asks for them
   HEARTH_TOKEN        the token that the daemon wants
   HEARTH_TOKEN_FILE   a file that holds it
   NO_COLOR            set to anything: no dim text
@@ -185,6 +187,8 @@ def _add_connection_options(command: argparse.ArgumentParser, *, offers_wait: bo
     group.add_argument("--address", metavar="ADDRESS", help="where the daemon is; see hearth --help")
     group.add_argument("--daemon", metavar="NAME", help="one of `hearth pair --list`, instead of an address")
     group.add_argument("--ca", metavar="FILE", help="certificate (PEM) to check the daemon's against; makes it TLS")
+    group.add_argument("--cert", metavar="FILE", help="certificate (PEM) that says who calls, where the daemon asks")
+    group.add_argument("--key", metavar="FILE", help="file with its key (PEM)")
     group.add_argument("--token-file", metavar="FILE", help="file with the token that the daemon wants")
     group.add_argument(
         "--allow-plaintext-token",

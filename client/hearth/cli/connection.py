@@ -25,6 +25,10 @@ def open_client(arguments: argparse.Namespace, screen: Screen) -> Client:
         options["daemon"] = arguments.daemon
     if arguments.ca is not None:
         options["ca"] = arguments.ca
+    if arguments.cert is not None:
+        options["cert"] = arguments.cert
+    if arguments.key is not None:
+        options["key"] = arguments.key
     if arguments.token_file is not None:
         options["token_file"] = arguments.token_file
     if arguments.timeout is not None:
