@@ -23,11 +23,12 @@ from hearth import ConfigurationError
 from hearth._pairing_code import parse_code
 from hearth.v1 import pairing_pb2, pairing_pb2_grpc, status_pb2, status_pb2_grpc
 from hearthd.config import Config, load_config
-from hearthd.errors import ConfigError
+from hearthd.errors import ConfigError, HearthdError, QuotaExceededError, UnauthenticatedError
 from hearthd.lan_addresses import lan_addresses
 from hearthd.pairing import records as records_module
 from hearthd.pairing.certificate import FIXED_NAME, make_certificate
 from hearthd.pairing.code import make_code
+from hearthd.pairing.gate import PAIR_METHOD, PairingGate
 from hearthd.pairing.open_lan import missing_lines, plan_open_lan
 from hearthd.pairing.records import SECRET_BYTES, PairingRecords
 from hearthd.tls import find_exposure, find_files, read_certificate
@@ -335,6 +336,40 @@ async def test_of_two_devices_with_one_code_exactly_one_gets_a_token(tmp_path: P
             assert len(tokens) == 1
             assert refused == [grpc.StatusCode.UNAUTHENTICATED]
         assert len(list_tokens(tmp_path / "tokens")) == 4
+
+
+async def guess(gate: PairingGate, address: str) -> type[Exception]:
+    """Show a wrong secret from an address; return the error that answers it."""
+    metadata = (("authorization", f"Bearer pair_{'0' * 2 * SECRET_BYTES}"),)
+    details = SimpleNamespace(method=PAIR_METHOD, invocation_metadata=metadata)
+
+    async def no_other(_: object) -> None:
+        raise AssertionError
+
+    handler = await gate.intercept_service(no_other, details)
+    assert handler is not None
+    with pytest.raises(HearthdError) as caught:
+        await handler.unary_unary(pairing_pb2.PairRequest(), SimpleNamespace(peer=lambda: address))
+    return caught.type
+
+
+@asynchronous
+async def test_one_machine_that_guesses_from_many_addresses_is_one_and_the_journal_stays_short(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    now = 0.0
+    gate = PairingGate(tmp_path / "tokens", clock=lambda: now)
+    answers = [await guess(gate, f"ipv6:%5B2001:db8::{host:x}%5D:{host}") for host in range(1, 8)]
+    assert answers == [UnauthenticatedError] * 5 + [QuotaExceededError] * 2
+    # Another house, and a neighbour of IPv4.
+    assert await guess(gate, "ipv6:%5B2001:db8:0:1::1%5D:1") is UnauthenticatedError
+    for host in range(50):
+        assert await guess(gate, f"ipv4:192.0.2.{host}:1") is UnauthenticatedError
+    lines = [record.message for record in caplog.records if "wrong pairing code" in record.message]
+    assert len(lines) == 10
+    now = 7.0
+    await guess(gate, "ipv4:192.0.2.99:1")
+    assert caplog.records[-1].message == "a wrong pairing code came from ipv4:192.0.2.99:1 (46 others before it)"
 
 
 @asynchronous

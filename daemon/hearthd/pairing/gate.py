@@ -21,6 +21,7 @@ import grpc
 from hearth.v1 import pairing_pb2
 from hearthd.errors import ConfigError, NotPermittedError, QuotaExceededError, UnauthenticatedError
 from hearthd.pairing.records import SECRET_BYTES, PairingRecords
+from hearthd.peer_address import find_end, find_source
 from hearthd.token_bucket import TokenBucket
 from hearthd.tokens import create_token
 
@@ -33,6 +34,8 @@ BEARER_PREFIX: Final = "pair_"
 # Nobody finds 96 bits by trying; this keeps who tries from filling the journal and the disk's queue.
 _WRONG_PER_MINUTE: Final = 5
 _MAX_ADDRESSES: Final = 1024
+# For all addresses together: one machine may have many.
+_LINES_PER_MINUTE: Final = 10
 
 
 class PairingGate(grpc.aio.ServerInterceptor):  # type: ignore[misc]
@@ -44,6 +47,8 @@ class PairingGate(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         self._records = PairingRecords(token_file) if token_file else None
         self._clock = clock
         self._wrong: dict[str, TokenBucket] = {}
+        self._lines = TokenBucket(_LINES_PER_MINUTE, clock())
+        self._num_untold = 0
 
     async def intercept_service(
         self,
@@ -72,7 +77,9 @@ class PairingGate(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         records, token_file = self._records, self._token_file
         assert records is not None
         assert token_file is not None
-        wrong = self._bucket(_address(context))
+        end = find_end(context.peer())
+        # Behind a proxy, all have the one address of its Unix socket.
+        wrong = self._bucket(find_source(end.ip) if end else "unix")
         if seconds := wrong.seconds_until(1, self._clock()):
             raise QuotaExceededError(
                 "-",
@@ -84,7 +91,7 @@ class PairingGate(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         record = await asyncio.to_thread(records.claim, secret)
         if record is None:
             wrong.take(1, self._clock())
-            _logger.warning("a wrong pairing code came from %s", context.peer())
+            self._tell_wrong(context.peer())
             raise UnauthenticatedError(
                 "the pairing code is not valid: it was used, or has expired, or never was one; `hearthd pair NAME`, on "
                 "the daemon's machine, makes a new one"
@@ -101,6 +108,15 @@ class PairingGate(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         return pairing_pb2.PairResponse(
             token=token, name=record.name, role=record.role, daemon_name=socket.gethostname().partition(".")[0]
         )
+
+    def _tell_wrong(self, peer: str) -> None:
+        self._num_untold += 1
+        if self._lines.seconds_until(1, self._clock()):
+            return
+        self._lines.take(1, self._clock())
+        more = f" ({self._num_untold - 1} others before it)" if self._num_untold > 1 else ""
+        _logger.warning("a wrong pairing code came from %s%s", peer, more)
+        self._num_untold = 0
 
     def _bucket(self, address: str) -> TokenBucket:
         """Return the count of an address; when there are too many, the one that was new the longest ago is dropped."""
@@ -123,9 +139,3 @@ def _shown_secret(details: grpc.HandlerCallDetails) -> bytes | None:
     except ValueError:
         return None
     return secret if len(secret) == SECRET_BYTES else None
-
-
-def _address(context: grpc.aio.ServicerContext) -> str:
-    """Name the other machine: `ipv4:192.0.2.1`, `unix:`. The port is another for each connection."""
-    peer: str = context.peer()
-    return peer.rpartition(":")[0] if peer.startswith("ip") else peer
