@@ -444,6 +444,42 @@ class TestSharedPrompts:
         daemon.run(other)
         assert other.num_cached == 150
 
+    def test_those_that_are_not_read_yet_keep_nobody_waiting(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        daemon = Daemon(tmp_path, num_slots=2)
+        daemon.engine.share_prompts([[first, *SYSTEM[1:]] for first in range(4)])
+        # One of them has begun, and the disk has not answered.
+        with monkeypatch.context() as patched:
+            patched.setattr(daemon.prefixes, "fetch", lambda *_: None)
+            daemon.engine.step()
+        sequences = [asked([3, 4, number], num_first=0) for number in range(2)]
+        for sequence in sequences:
+            daemon.engine.add(sequence)
+        for _ in range(20):
+            daemon.engine.step()
+        assert all(sequence.state is SequenceState.ENDED for sequence in sequences)
+        daemon.run()
+        num_read = sum(batch * size for _, batch, size in daemon.runner.calls)
+        assert num_read > 4 * 150
+
+    def test_others_take_their_place_and_those_of_before_are_shared_no_more(self, tmp_path: Path) -> None:
+        daemon = Daemon(tmp_path)
+        daemon.engine.share_prompts([SYSTEM])
+        daemon.run()
+        daemon.engine.share_prompts([SYSTEM[::-1]])
+        daemon.run()
+        of_before, new = asked([*SYSTEM, 1, 2]), asked([*SYSTEM[::-1], 1, 2])
+        daemon.run(of_before, new)
+        assert (of_before.num_cached, new.num_cached) == (0, 150)
+
+    def test_the_same_ones_again_are_not_read_again(self, tmp_path: Path) -> None:
+        daemon = Daemon(tmp_path)
+        daemon.engine.share_prompts([SYSTEM])
+        daemon.run()
+        daemon.engine.share_prompts([SYSTEM])
+        assert not daemon.engine.has_work
+
     def test_whoever_asks_goes_first(self, tmp_path: Path) -> None:
         daemon = Daemon(tmp_path)
         daemon.engine.share_prompts([SYSTEM])

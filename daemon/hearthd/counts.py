@@ -19,6 +19,8 @@ class Counts:
     failed: int = 0
     prompt_tokens: int = 0
     cached_prompt_tokens: int = 0
+    prompt_tokens_from_disk: int = 0
+    """Of the cached ones."""
     completion_tokens: int = 0
     drafted_tokens: int = 0
     accepted_tokens: int = 0

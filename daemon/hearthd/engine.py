@@ -309,7 +309,9 @@ class Engine:
         num_fetched = self._cache.fetch(sequence.slot, 0.0 if self._batch else _DISK_SECONDS)
         if num_fetched is None:
             return
-        sequence.num_cached = num_fetched or sequence.num_cached
+        if num_fetched:
+            sequence.num_from_disk = num_fetched - sequence.num_cached
+            sequence.num_cached = num_fetched
         done = self._cache.num_tokens(sequence.slot)
         left = len(sequence.prompt_ids) - done
         most = self._chunks.choose(sequence, self._batch, has_others=self.has_others())

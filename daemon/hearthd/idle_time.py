@@ -35,12 +35,13 @@ class IdleTime:
 
     def use(self) -> None:
         """Do the next of it. Raises RunTerminated if `Runner.terminate` stopped it, which has changed nothing then."""
-        if self._cache.has_warming:
-            self._cache.warm_some(_DISK_SECONDS)
-        elif self._cache.next_unread(self._chunk) is not None:
+        # One shared prompt is read before the next one comes, which may need its place, and stored if the disk is fast.
+        if self._cache.next_unread(self._chunk) is not None:
             self._read()
-        else:
+        elif self._cache.has_saving:
             self._cache.save_some()
+        elif self._cache.has_warming:
+            self._cache.warm_some(_DISK_SECONDS)
 
     def _read(self) -> None:
         unread = self._cache.next_unread(self._chunk)

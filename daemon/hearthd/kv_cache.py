@@ -62,8 +62,9 @@ class KVCache:
         self._clock = 0
         # Beginnings of prompts that the owner shares with everybody.
         self._public: list[list[int]] = []
-        # Slots that are held for them.
-        self._warming: list[tuple[Slot, list[int]]] = []
+        # Those of them that are still to be brought in, and the slot that is held for the first.
+        self._to_warm: list[list[int]] = []
+        self._warming: Slot | None = None
         self.num_hits = 0
         """Prompts whose beginning was in memory."""
         # What was tried out before has left nothing of use.
@@ -73,7 +74,7 @@ class KVCache:
     @property
     def has_idle_slot(self) -> bool:
         """Whether any slot is idle; whether the memory suffices, `acquire` finds out."""
-        return any(not slot.is_held for slot in self._slots)
+        return any(not slot.is_held or slot is self._warming for slot in self._slots)
 
     @property
     def num_blocks(self) -> int:
@@ -115,6 +116,9 @@ class KVCache:
             source, shared = None, 0
         num_reserved = max(num_tokens, len(prompt))
         choice = self._choose(source, shared, num_reserved, prompt)
+        if choice is None and self._warming is not None:
+            self._put_off_warming()
+            choice = self._choose(source, shared, num_reserved, prompt)
         if choice is None:
             return None
         self._clock += 1
@@ -156,25 +160,38 @@ class KVCache:
 
     def share(self, prompts: Sequence[Sequence[int]]) -> None:
         """Share beginnings of prompts with everybody, and read them while nobody asks; those of before no more."""
-        self._public = [list(prompt) for prompt in prompts]
+        public = [list(prompt) for prompt in prompts]
+        if public == self._public:
+            return
+        self._put_off_warming()
+        self._public = public
+        self._to_warm = [prompt for prompt in public if len(prompt) < self._runner.context_length]
         for slot in self._slots:
             slot.num_public = self._num_public(slot.tokens)
-        for prompt in self._public:
-            place = self.acquire(prompt, PUBLIC, len(prompt)) if len(prompt) < self._runner.context_length else None
-            if place is not None:
-                slot = self._slots[place.slot]
-                if self._stored is not None:
-                    # All of it: here no logits are wanted of its last tokens.
-                    self._stored.look_for(slot, prompt, len(prompt))
-                self._warming.append((slot, prompt))
 
     def warm_some(self, wait_seconds: float) -> None:
         """Take what the disk has of a shared prompt; what it has not is to be read, as an answer of before."""
-        slot, prompt = self._warming[0]
+        prompt, slot = self._to_warm[0], self._warming
+        if slot is None:
+            place = self.acquire(prompt, PUBLIC, len(prompt))
+            if place is None:
+                del self._to_warm[0]
+                return
+            slot = self._warming = self._slots[place.slot]
+            if self._stored is not None:
+                # All of it: here no logits are wanted of its last tokens.
+                self._stored.look_for(slot, prompt, len(prompt))
         number = self._slots.index(slot)
         if self.fetch(number, wait_seconds) is not None:
-            del self._warming[0]
+            self._warming = None
+            del self._to_warm[0]
             slot.tokens = prompt.copy()
+            self.release(number)
+
+    def _put_off_warming(self) -> None:
+        """Let the slot go that is held for a shared prompt: somebody needs it, or its memory."""
+        if self._warming is not None:
+            number, self._warming = self._slots.index(self._warming), None
             self.release(number)
 
     def _num_public(self, prompt: list[int]) -> int:
@@ -247,7 +264,7 @@ class KVCache:
     @property
     def has_warming(self) -> bool:
         """Whether `warm_some` has anything to do."""
-        return bool(self._warming)
+        return bool(self._to_warm)
 
     @property
     def has_saving(self) -> bool:

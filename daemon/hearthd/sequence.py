@@ -64,6 +64,8 @@ class Sequence:
     """Prompt tokens that need not be run any more; while it waits, as far as the cache held them when it came."""
     num_cached: int = field(init=False, default=0)
     """Prompt tokens whose KV came from an earlier sequence."""
+    num_from_disk: int = field(init=False, default=0)
+    """Those of them that were not in memory."""
     drafter: Drafter | None = field(init=False, default=None)
     """Guesses what comes next; made when the sequence first decodes alone."""
     num_drafted: int = field(init=False, default=0)

@@ -179,6 +179,10 @@ class Worker:
         sampling = replace(model.default_sampling, max_tokens=default_max_tokens)
         self._model = replace(model, default_sampling=sampling)
 
+    def share_prompts(self, prompts: list[list[int]]) -> None:
+        """Share these beginnings of prompts with all callers, and no others."""
+        self._commands.put(lambda: self._engine.share_prompts(prompts))
+
     def begin_drain(self) -> None:
         """Admit no more chats."""
         if self.state is not State.ENDED:
@@ -221,36 +225,27 @@ class Worker:
 
     def _leave(self, chat: ChatStream) -> None:
         if chat.finished is not None:
-            self._remember(chat.finished)
-        else:
-            if isinstance(chat.error, DeadlineTooShortError | QueueFullError):
-                self.counts.refused += 1
-            elif chat.error is not None:
-                self.counts.failed += 1
-            elif chat.sequence is not None:
-                self.counts.cancelled += 1
-            if chat.sequence is not None and chat.sequence.admitted is not None:
-                sequence = chat.sequence
-                self._count_tokens(len(sequence.prompt_ids), sequence.num_cached, len(sequence.output_ids))
-                self._count_drafts(sequence.num_drafted, sequence.num_accepted)
+            self.counts.finished += 1
+        elif isinstance(chat.error, DeadlineTooShortError | QueueFullError):
+            self.counts.refused += 1
+        elif chat.error is not None:
+            self.counts.failed += 1
+        elif chat.sequence is not None:
+            self.counts.cancelled += 1
+        if chat.sequence is not None and chat.sequence.admitted is not None:
+            self._count_tokens(chat.sequence)
         self._remove(chat)
         self._chats.pop(chat, None)
         if not self._chats:
             self._no_chats.set()
 
-    def _remember(self, finished: Finished) -> None:
-        self.counts.finished += 1
-        self._count_tokens(finished.prompt_tokens, finished.cached_prompt_tokens, finished.completion_tokens)
-        self._count_drafts(finished.drafted_tokens, finished.accepted_tokens)
-
-    def _count_tokens(self, prompt: int, cached_prompt: int, completion: int) -> None:
-        self.counts.prompt_tokens += prompt
-        self.counts.cached_prompt_tokens += cached_prompt
-        self.counts.completion_tokens += completion
-
-    def _count_drafts(self, drafted: int, accepted: int) -> None:
-        self.counts.drafted_tokens += drafted
-        self.counts.accepted_tokens += accepted
+    def _count_tokens(self, sequence: Sequence) -> None:
+        self.counts.prompt_tokens += len(sequence.prompt_ids)
+        self.counts.cached_prompt_tokens += sequence.num_cached
+        self.counts.prompt_tokens_from_disk += sequence.num_from_disk
+        self.counts.completion_tokens += len(sequence.output_ids)
+        self.counts.drafted_tokens += sequence.num_drafted
+        self.counts.accepted_tokens += sequence.num_accepted
 
     def _remove(self, chat: ChatStream) -> None:
         sequence = chat.sequence

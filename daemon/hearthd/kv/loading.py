@@ -10,6 +10,7 @@ import queue
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Final
 
 from hearthd.kv.prefix_file import DamagedPrefixError
@@ -55,6 +56,10 @@ class Loading:
     def cancel(self) -> None:
         """Let the thread end."""
         self._is_cancelled.set()
+        # It may be waiting for room.
+        with suppress(queue.Empty):
+            while True:
+                self._chunks.get_nowait()
         if self.result is None:
             self.result = False
 

@@ -20,6 +20,10 @@ __all__ = ["Saving"]
 _NUM_CHUNKS: Final = 4
 
 
+def _tell_nobody() -> None:
+    pass
+
+
 class _GivenUpError(Exception):
     """What was to be written is not there any more."""
 
@@ -56,8 +60,9 @@ class Saving:
         self.num_given += num_tokens
 
     def give_up(self) -> None:
-        """Leave nothing behind."""
+        """Leave nothing behind, and tell nobody any more: a thread that a disk holds up must not hold a model."""
         self._has_given_up.set()
+        self._on_room = _tell_nobody
         with suppress(queue.Full):
             self._chunks.put_nowait(None)
 

@@ -146,7 +146,12 @@ class StoredPrefixes:
             saving.give(self._runner.read_kv(number_of[out.slot], start, end), end - start)
 
     def finish(self, slots: Sequence[Slot], seconds: float) -> None:
-        """Store what is still to be stored, as far as the disk takes it within so long: the process ends."""
+        """Store what is still to be stored, as far as the disk takes it within so long: the model leaves.
+
+        What comes from the disk is not waited for. Afterwards no thread is left but one that a disk holds up.
+        """
+        for slot in list(self._incoming):
+            self.drop(slot)
         end = time.monotonic() + seconds
         moved = threading.Event()
         self.on_room = moved.set
@@ -156,6 +161,12 @@ class StoredPrefixes:
                 self.save_some(slots)
             else:
                 moved.wait(min(left, _LOOK_SECONDS))
+        self._wanted.clear()
+        if self._outgoing is not None:
+            self._outgoing.saving.give_up()
+            self._outgoing.saving.wait(_LOOK_SECONDS)
+            self._outgoing = None
+        self.on_room = lambda: None
 
     def _tell_room(self) -> None:
         self.on_room()

@@ -88,9 +88,8 @@ class StatusService(status_pb2_grpc.StatusServiceServicer):
             chats_failed_count=counts.failed,
             prompt_tokens_count=counts.prompt_tokens + sum(len(sequence.prompt_ids) for sequence in begun),
             cached_prompt_tokens_count=counts.cached_prompt_tokens + sum(sequence.num_cached for sequence in begun),
-            cached_prompt_tokens_from_disk_count=sum(
-                engine.stored.store.num_tokens_read for engine in engines if engine.stored
-            ),
+            cached_prompt_tokens_from_disk_count=counts.prompt_tokens_from_disk
+            + sum(sequence.num_from_disk for sequence in begun),
             completion_tokens_count=counts.completion_tokens + sum(len(sequence.output_ids) for sequence in begun),
             drafted_tokens_count=counts.drafted_tokens + sum(sequence.num_drafted for sequence in begun),
             accepted_tokens_count=counts.accepted_tokens + sum(sequence.num_accepted for sequence in begun),
