@@ -20,6 +20,7 @@ from fakes import FakeRunner
 from hearth.v1 import chat_pb2, model_pb2, model_pb2_grpc
 from hearth.v1.chat_pb2 import Role
 from hearthd.errors import ConfigError
+from hearthd.roles import Role as Rights
 from hearthd.server import Server
 from hearthd.tokens import create_token
 from serving import (
@@ -209,6 +210,37 @@ async def test_rules_follow_the_role_of_the_token(tmp_path: Path) -> None:
     assert "caller" not in nobody
     assert (unknown["method"], unknown["outcome"]) == ("unknown", "PERMISSION_DENIED")
     assert {"time", "method", "outcome", "seconds"} <= admin.keys()
+
+
+@asynchronous
+async def test_lines_tell_a_rate_from_a_quota(tmp_path: Path) -> None:
+    tokens = tmp_path / "tokens"
+    roles = {
+        "hasty": Rights(methods=("all",), requests_per_minute=1),
+        "greedy": Rights(methods=("all",), tokens_per_day=1),
+    }
+    metadata = {
+        role: (("authorization", f"Bearer {create_token(tokens, role, role=role)}"),) for role in (*roles, "user")
+    }
+    async with (
+        daemon(tmp_path, auth={"token_file": tokens}, roles=roles) as (_, server),
+        grpc.aio.insecure_channel(tcp_target(server)) as tcp,
+    ):
+        for role in ("hasty", "greedy"):
+            await answer(tcp, chat_request("hi"), metadata=metadata[role])
+            error = await refused(answer(tcp, chat_request("hi"), metadata=metadata[role]))
+            assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        await refused(answer(tcp, chat_request("hi", temperature=-1.0), metadata=metadata["user"]))
+        await refused(answer(tcp, chat_request("gun?"), metadata=metadata["user"]))
+    lines = audited(tmp_path)
+    assert [(line["caller"], line["outcome"], line.get("refusal")) for line in lines] == [
+        ("hasty", "OK", None),
+        ("hasty", "RESOURCE_EXHAUSTED", "rate"),
+        ("greedy", "OK", None),
+        ("greedy", "RESOURCE_EXHAUSTED", "quota"),
+        ("user", "INVALID_ARGUMENT", "invalid"),
+        ("user", "PERMISSION_DENIED", "policy"),
+    ]
 
 
 @asynchronous

@@ -5,7 +5,8 @@ from the daemon alone: names of tokens, roles and rules, the name of a method th
 no right to call, at most one line a second is written, with the number of those that it stands for: a scan must not
 push everything else out of a log of bounded size.
 
-`server` puts an `AuditInterceptor` before everything else that a call meets; `services` fills `current_record`.
+`server` puts an `AuditInterceptor` before everything else that a call meets; `services` fills `current_record`, and
+`statuses` tells a `RefusalRecorder` why a call was refused: a status alone does not tell a rate from a quota.
 """
 
 import asyncio
@@ -21,10 +22,11 @@ import grpc
 from hearthd.audit_log import AuditLog
 from hearthd.caller import current_caller
 from hearthd.logs import log_incident
+from hearthd.outcomes import ChatEnd, Refusal
 from hearthd.pairing.gate import PAIR_METHOD
 from hearthd.roles import HEALTH, METHODS
 
-__all__ = ["AuditInterceptor", "CallRecord", "current_record"]
+__all__ = ["AuditInterceptor", "CallRecord", "RefusalRecorder", "current_record"]
 
 _KNOWN_METHODS: Final = frozenset({method for methods in METHODS.values() for method in methods} | {PAIR_METHOD[1:]})
 _SECONDS_BETWEEN_REFUSED: Final = 1.0
@@ -39,6 +41,8 @@ class CallRecord:
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
     finish_reason: str | None = None
+    refusal: str | None = None
+    """One of the words of `outcomes.Refusal`."""
     rules: set[str] = field(default_factory=set)
     """Names of the rules that have applied."""
 
@@ -49,6 +53,17 @@ _record: Final[contextvars.ContextVar[CallRecord]] = contextvars.ContextVar("rec
 def current_record() -> CallRecord:
     """Return the record of the call that this task serves; where none is kept, one that nobody reads."""
     return _record.get(CallRecord())
+
+
+class RefusalRecorder:
+    """Puts down in the record of the call why it is refused. An `outcomes.Observer`."""
+
+    def call_refused(self, refusal: Refusal) -> None:
+        """Take note of a call that was refused, in the task that serves it."""
+        current_record().refusal = refusal.value
+
+    def chat_ended(self, end: ChatEnd) -> None:
+        """Nothing: the service fills the record."""
 
 
 class AuditInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
@@ -123,7 +138,7 @@ class AuditInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         else:
             line |= {"caller": caller.name, "role": caller.role}
         line["seconds"] = round(seconds, 3)
-        for name in ("finish_reason", "prompt_tokens", "completion_tokens"):
+        for name in ("refusal", "finish_reason", "prompt_tokens", "completion_tokens"):
             if (value := getattr(record, name)) is not None:
                 line[name] = value
         if record.rules:

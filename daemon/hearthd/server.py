@@ -18,7 +18,7 @@ from grpc_reflection.v1alpha import reflection
 
 from hearth.v1 import chat_pb2, chat_pb2_grpc, model_pb2, model_pb2_grpc, pairing_pb2, status_pb2, status_pb2_grpc
 from hearthd.announcing import announce
-from hearthd.audit import AuditInterceptor
+from hearthd.audit import AuditInterceptor, RefusalRecorder
 from hearthd.audit_log import AuditLog
 from hearthd.auth import AccessInterceptor, Authenticator
 from hearthd.binding import bind
@@ -182,8 +182,9 @@ class Server:
     def _make_server(self, *, is_unix: bool) -> grpc.aio.Server:
         access = AccessInterceptor(self._authenticator, self._meters, self._guard, is_unix=is_unix)
         audit = [AuditInterceptor(self._audit_log)] if self._audit_log else []
+        boundary = ErrorBoundary([*self._observation.observers, RefusalRecorder()])
         server = grpc.aio.server(
-            interceptors=[*audit, ErrorBoundary(self._observation.observers), self._pairing, access],
+            interceptors=[*audit, boundary, self._pairing, access],
             options=transport_options(self._config.server, self._config.limits),
         )
         for add, servicer in self._services:
