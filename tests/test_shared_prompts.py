@@ -1,18 +1,35 @@
 """System prompts that the owner shares: as the model gets them, whoever asks; and from configuration to cache."""
 
+import asyncio
+from collections.abc import Iterable
+from collections.abc import Sequence as SequenceOf
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
+import grpc
 import pytest
 
 import tiny_tokenizers as tiny
 from hearthd.chat_template import Message
-from hearthd.config import Config
+from hearthd.config import Config, ModelOptions, ModelsConfig
 from hearthd.errors import ConfigError
+from hearthd.model import Model
 from hearthd.policy.policy_file import PolicyFile
 from hearthd.shared_prompts import encode_shared_prompts, read_shared_prompts
 from hearthd.tokenizer import ChatTokenizer
-from serving import make_config, make_tokenizer
+from hearthd.tokens import create_token
+from serving import (
+    answer,
+    asynchronous,
+    chat_request,
+    make_config,
+    make_model,
+    make_runner,
+    make_tokenizer,
+    serving,
+    tcp_target,
+)
 
 TEXT = "You run a house with a kitchen, two bedrooms and a garden. Answer in one sentence. " * 3
 
@@ -95,3 +112,58 @@ class TestBeginnings:
         assert first > 100
         assert second > 100
         assert prompt[:second] == tokenizer.encode_beginning(messages[0])
+
+
+@asynchronous
+async def test_they_follow_the_policy_at_a_reload_whenever_a_model_was_loaded(tmp_path: Path) -> None:
+    """Two callers, who share nothing but what the owner shares."""
+
+    def policy_of(word: str) -> str:
+        return f'[[system]]\nprompt = "{word} is the word. Be kind."\n'
+
+    old = config(tmp_path, policy=policy_of("Yes"))
+    create = {name: create_token(tmp_path / "tokens", name) for name in ("anna", "ben")}
+    callers = {name: (("authorization", f"Bearer {token}"),) for name, token in create.items()}
+    old = replace(
+        old,
+        auth=replace(old.auth, token_file=tmp_path / "tokens"),
+        model_options={"other": ModelOptions()},
+        models=ModelsConfig(),
+    )
+    shared: asyncio.Queue[list[list[int]]] = asyncio.Queue()
+    loop = asyncio.get_running_loop()
+
+    def load(own: Config) -> Model:
+        model = make_model(make_runner(context_length=512, num_slots=4))
+        model.engine.share_prompts(encode_shared_prompts(own, model.tokenizer))
+        share = model.engine.share_prompts
+
+        def tell(prompts: Iterable[SequenceOf[int]]) -> None:
+            share(prompts)
+            loop.call_soon_threadsafe(shared.put_nowait, [list(prompt) for prompt in prompts])
+
+        model.engine.share_prompts = tell  # type: ignore[method-assign]
+        return replace(model, name=own.model.name)
+
+    async with serving(old, load) as server, grpc.aio.insecure_channel(tcp_target(server)) as channel:
+
+        async def num_cached(name: str, **options: str) -> int:
+            _, final = await answer(channel, chat_request("?", max_tokens=1, **options), metadata=callers[name])
+            return int(final.usage.cached_prompt_tokens)
+
+        await num_cached("anna")
+        assert await num_cached("ben") > 30
+        (tmp_path / "policy.toml").write_text(policy_of("No"))
+        server.reload()
+        prompts = await asyncio.wait_for(shared.get(), 30)
+        assert prompts == encode_shared_prompts(old, make_tokenizer())
+        await num_cached("anna")
+        assert await num_cached("ben") > 30
+        # One that is loaded later has them from the start.
+        await num_cached("anna", model="other")
+        assert await num_cached("ben", model="other") > 30
+        # A file that cannot be used changes nothing, and is told.
+        changed = replace(old, cache=replace(old.cache, shared_prompts=(str(tmp_path / "none.txt"),)))
+        server._reload._load = lambda: changed
+        outcome = await server._reload.run()
+        assert "none.txt cannot be read" in str(outcome.error)

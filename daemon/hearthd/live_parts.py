@@ -12,9 +12,10 @@ from hearthd.logs import set_log_level
 from hearthd.models.pool import ModelPool
 from hearthd.policy.policy_file import PolicyFile
 from hearthd.reload import Apply
+from hearthd.shared_prompts import read_shared_prompts
 from hearthd.tls import CertificateSource, find_files, read_certificate
 
-__all__ = ["Access", "Certificates", "HasLimits", "Limits", "LogLevel", "Models", "Rules"]
+__all__ = ["Access", "Certificates", "HasLimits", "Limits", "LogLevel", "Models", "Rules", "SharedPrompts"]
 
 
 class HasLimits(Protocol):
@@ -94,6 +95,23 @@ class Rules:
     def prepare(self, config: Config) -> Apply:
         """Read the policy file. Raises ConfigError if it cannot be used."""
         return self._policy.prepare(config.policy.file, config.roles)
+
+
+class SharedPrompts:
+    """Beginnings of prompts that the models have ready for all callers: they follow the policy and their files.
+
+    Nobody's answer depends on them. After `Rules` and `Access`.
+    """
+
+    keys = frozenset({"cache.shared_prompts"})
+
+    def __init__(self, models: ModelPool) -> None:
+        self._models = models
+
+    def prepare(self, config: Config) -> Apply:
+        """Read the files. Raises ConfigError if one cannot be used."""
+        read_shared_prompts(config)
+        return lambda: self._models.change_shared_prompts(config)
 
 
 class Models:

@@ -30,7 +30,7 @@ from hearthd.errors import NotServingError
 from hearthd.health import HealthService
 from hearthd.instance_lock import hold_socket
 from hearthd.listeners import find_listeners
-from hearthd.live_parts import Access, Certificates, Limits, LogLevel, Models, Rules
+from hearthd.live_parts import Access, Certificates, Limits, LogLevel, Models, Rules, SharedPrompts
 from hearthd.logs import describe_exception
 from hearthd.metering import Meters
 from hearthd.model import Model
@@ -229,7 +229,7 @@ class Server:
     def _make_parts(self) -> list[Reloadable]:
         services = [service for _, service in self._services if isinstance(service, ChatService | ModelService)]
         parts: list[Reloadable] = [Limits(self._models, services), Access(self._authenticator)]
-        parts += [Models(self._models), Rules(self._policy), LogLevel()]
+        parts += [Models(self._models), Rules(self._policy), SharedPrompts(self._models), LogLevel()]
         return [*parts, Certificates(self._certificates)] if self._certificates else parts
 
     def _warn(self) -> None:

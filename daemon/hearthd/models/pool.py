@@ -189,6 +189,14 @@ class ModelPool:
         for worker in self.workers:
             worker.change_limits(max_queued=max_queued, default_max_tokens=default_max_tokens)
 
+    def change_shared_prompts(self, config: Config) -> None:
+        """Share the beginnings of prompts that a configuration, its policy and its roles say, and no others."""
+        cache = replace(self._config.cache, shared_prompts=config.cache.shared_prompts)
+        self._config = replace(self._config, cache=cache, policy=config.policy, roles=config.roles)
+        self._residents.config = self._config
+        for worker in self.workers:
+            self._residents.share_prompts(worker)
+
     def change_models(self, config: Config) -> None:
         """Serve the models that a configuration names, each as it says; but the default one stays as it is.
 

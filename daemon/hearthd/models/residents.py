@@ -17,7 +17,7 @@ from typing import Any, Final
 
 from hearthd.config import Config
 from hearthd.counts import Counts
-from hearthd.errors import ConfigError, HearthdError
+from hearthd.errors import ConfigError, HearthdError, NotServingError
 from hearthd.governor import Throttle
 from hearthd.logs import log_incident
 from hearthd.model import Model, return_free_memory
@@ -26,6 +26,7 @@ from hearthd.models.bell import Bell
 from hearthd.models.entry import Entry, Failure
 from hearthd.models.facts import ModelFacts, facts_of
 from hearthd.models.room import choose_leaving
+from hearthd.shared_prompts import encode_shared_prompts
 from hearthd.worker import Worker
 
 __all__ = ["Residents"]
@@ -109,7 +110,8 @@ class Residents:
 
     async def load(self, entry: Entry) -> Model:
         """Load and prove a model. Raises whatever that raises."""
-        config, started = self.config.for_model(entry.name), time.monotonic()
+        before, started = self.config, time.monotonic()
+        config = before.for_model(entry.name)
         _logger.info("loading %s", entry.name)
         worker = Worker(
             partial(self._load, config),
@@ -130,6 +132,8 @@ class Residents:
         # They may have changed meanwhile.
         limits = self.config.limits
         worker.change_limits(max_queued=limits.max_queued, default_max_tokens=limits.default_max_tokens)
+        if self.config is not before:
+            self.share_prompts(worker)
         if self.is_closed:
             worker.begin_drain()
         self._spawn(self._watch(worker))
@@ -144,6 +148,23 @@ class Residents:
         )
         self.rest(entry)
         return model
+
+    def share_prompts(self, worker: Worker) -> None:
+        """Let a model share the beginnings of prompts that the configuration in force says, and no others."""
+        self._spawn(self._share_prompts(worker))
+
+    async def _share_prompts(self, worker: Worker) -> None:
+        try:
+            prompts, made_from = list[list[int]](), None
+            # It may change while this is at work.
+            while made_from is not self.config:
+                made_from = self.config
+                prompts = await asyncio.to_thread(encode_shared_prompts, made_from, worker.model.tokenizer)
+            worker.share_prompts(prompts)
+        except NotServingError:
+            pass  # it has left meanwhile
+        except HearthdError as error:
+            _logger.warning("the prompts of before are shared: %s", error)
 
     def note_failure(self, entry: Entry, error: Exception) -> None:
         """Remember, for those who ask next, that a model cannot be loaded; tell the journal why."""
