@@ -306,6 +306,16 @@ def test_without_the_extra_the_remedy_is_told(tmp_path: Path) -> None:
     )  # fmt: skip
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == (
-        "hearth: looking for daemons needs the package zeroconf: pip install 'hearth-chat[discover]'; or name the "
+        "hearth: looking for daemons needs the package zeroconf on this device: pip install 'hearth-chat[discover]'; "
+        "and a daemon announces itself only if the board's hearthd.toml has [discovery] announce = true; or name the "
         "daemon with --address\n"
     )
+
+
+def test_a_person_who_finds_nothing_is_told_what_the_board_must_have(tmp_path: Path) -> None:
+    words = ("discover", "--seconds", "0.1", "--interface", "127.0.0.1")
+    with program.Terminal(*words, HOME=str(tmp_path)) as terminal:
+        terminal.expect("no daemon announced itself within 0.1 s; a daemon announces itself only if the board's ")
+        terminal.expect("hearthd.toml has [discovery] announce = true")
+        terminal.expect("without announcing: hearth pair CODE, or --address\n")
+        assert terminal.wait() == 0

@@ -15,6 +15,7 @@ from typing import Any
 from hearth._errors import ConfigurationError
 
 SERVICE_TYPE = "_hearth._tcp.local."
+ANNOUNCING = "a daemon announces itself only if the board's hearthd.toml has [discovery] announce = true"
 _FINGERPRINT = re.compile(rb"[0-9a-f]{64}")
 _MAX_DAEMONS = 256
 
@@ -48,8 +49,8 @@ def discover(
     """
     if not can_discover():
         raise ConfigurationError(
-            "looking for daemons needs the package zeroconf: pip install 'hearth-chat[discover]'; or name the daemon "
-            "with --address"
+            "looking for daemons needs the package zeroconf on this device: pip install 'hearth-chat[discover]'; and "
+            f"{ANNOUNCING}; or name the daemon with --address"
         )
     import zeroconf
 

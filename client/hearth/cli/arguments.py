@@ -84,8 +84,9 @@ examples:
   hearth pair --forget raspberrypi
 """,
     "discover": """\
-Needs the package zeroconf: pip install 'hearth-chat[discover]'. Whoever announces itself says what it likes: `hearth
-pair` compares the certificate, this list does not.
+Needs the package zeroconf: pip install 'hearth-chat[discover]'; and on the board, in hearthd.toml, [discovery] announce
+= true, which is off unless set. Whoever announces itself says what it likes: `hearth pair` compares the certificate,
+this list does not.
 """,
 }
 

@@ -7,7 +7,7 @@ import argparse
 import json
 import os
 
-from hearth._discovery import FoundDaemon, discover
+from hearth._discovery import ANNOUNCING, FoundDaemon, discover
 from hearth._paired import PairedDaemons
 from hearth.cli.terminal import Screen, neutralise_line
 
@@ -29,8 +29,8 @@ def run(arguments: argparse.Namespace) -> int:
         )
     if not found:
         screen.note(
-            f"no daemon announced itself within {arguments.seconds:g} s; announcing is off unless [discovery] announce "
-            "= true stands in its hearthd.toml, and many guest networks keep their machines apart"
+            f"no daemon announced itself within {arguments.seconds:g} s; {ANNOUNCING}, and is restarted after that; "
+            "many guest networks keep their machines apart; without announcing: hearth pair CODE, or --address"
         )
     return 0
 
