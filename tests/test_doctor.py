@@ -24,6 +24,7 @@ from hearthd.doctor.needed_memory import NeededMemory, find_needed_memory
 from hearthd.doctor.processor import check_processor
 from hearthd.doctor.system import System
 from hearthd.errors import ConfigError
+from hearthd.pairing.certificate import make_certificate
 from hearthd.tokens import create_token
 from serving import asynchronous, make_config, serving
 from tls_files import make_tls_files, renew_certificate
@@ -327,6 +328,46 @@ def test_a_certificate_that_is_none(with_tls: Config, tmp_path: Path) -> None:
     with_tls.tls.certificate.write_text("none")
     assert levels(check_certificate(with_tls)) == [PROBLEM]
     assert levels(check_certificate(make_config(tmp_path))) == [NOTE]
+
+
+@pytest.mark.parametrize("broken", ["server.crt", "server.key"])
+def test_the_remedy_for_a_broken_pair_works(tmp_path: Path, broken: str) -> None:
+    config = make_config(tmp_path, tls={"directory": tmp_path / "tls"})
+    make_certificate(tmp_path / "tls")
+    assert levels(check_certificate(config)) == [GOOD, GOOD]
+    good_pair = {path: path.read_bytes() for path in (tmp_path / "tls").iterdir()}
+    (tmp_path / "tls" / broken).write_text("torn")
+    (found,) = check_certificate(config)
+    # OpenSSL's own words say nothing to a person.
+    assert "_ssl" not in found.text
+    assert "[" not in found.text
+    for path, content in good_pair.items():
+        path.write_bytes(content)
+    assert levels(check_certificate(config)) == [GOOD, GOOD], "put the pair back"
+    (tmp_path / "tls" / broken).write_text("torn")
+    command = found.remedy.partition("or: sudo ")[2].partition("; ")[0]
+    assert not make_certificate(tmp_path / "tls"), "`hearthd pair` keeps what is there"
+    subprocess.run(command.split(), check=True)
+    assert "sudo hearthd pair NAME --open-lan, which makes new ones" in found.remedy
+    assert make_certificate(tmp_path / "tls")
+    assert levels(check_certificate(config)) == [GOOD, GOOD]
+
+
+def test_remedies_of_other_certificates(with_tls: Config, tmp_path: Path) -> None:
+    assert with_tls.tls.certificate
+    content = with_tls.tls.certificate.read_bytes()
+    with_tls.tls.certificate.write_text("torn")
+    (found,) = check_certificate(with_tls)
+    # `hearthd pair` makes none where the configuration names files.
+    assert found.remedy.startswith(f"put the pair back: {with_tls.tls.certificate} and its key")
+    with_tls.tls.certificate.write_bytes(content)
+    (tmp_path / "clients").write_text("torn")
+    tls = {"certificate": with_tls.tls.certificate, "key": with_tls.tls.key, "clients": tmp_path / "clients"}
+    (found,) = check_certificate(make_config(tmp_path, tls=tls))
+    assert found.remedy.startswith("put the authority's certificate back")
+    (found,) = check_certificate(make_config(tmp_path, tls={"directory": tmp_path / "none"}))
+    assert (found.level, "No such file or directory" in found.text) == (PROBLEM, True)
+    assert found.remedy.startswith("put the pair back, or: sudo hearthd pair NAME --open-lan")
 
 
 def test_tokens(tmp_path: Path) -> None:

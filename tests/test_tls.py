@@ -195,7 +195,7 @@ async def test_key_and_certificate_of_two_pairs_are_never_used_together(
         target = tcp_target(server)
         put(directory / "server.key", other_files.key.read_bytes())
         assert await trusts(target, files.ca)
-        assert "KEY_VALUES_MISMATCH" in caplog.text
+        assert "the key is that of another certificate" in caplog.text
         assert await warnings_of(server) == [
             "the renewed TLS certificate is not used, the last good one is; the journal says why"
         ]
@@ -311,7 +311,7 @@ async def test_a_daemon_warns_of_a_key_that_others_may_read(
 
 
 def test_a_key_of_another_certificate_is_refused(files: TlsFiles, other_files: TlsFiles) -> None:
-    with pytest.raises(ConfigError, match="KEY_VALUES_MISMATCH"):
+    with pytest.raises(ConfigError, match="the key is that of another certificate"):
         read_certificate(ServerFiles(files.certificate, other_files.key))
 
 
@@ -321,8 +321,13 @@ def test_files_that_are_not_there_or_not_pem_are_refused_by_name(tmp_path: Path,
     with pytest.raises(ConfigError, match=r"tls\.key: .*/none cannot be read: No such file"):
         read_certificate(ServerFiles(files.certificate, tmp_path / "none"))
     (tmp_path / "text").write_text("not PEM")
-    with pytest.raises(ConfigError, match="are not a PEM certificate and its PEM key"):
+    refused = "are not a PEM certificate and its PEM key: the {} holds no {}$"
+    with pytest.raises(ConfigError, match=refused.format("first", "certificate")):
         read_certificate(ServerFiles(tmp_path / "text", files.key))
+    with pytest.raises(ConfigError, match=refused.format("second", "key")):
+        read_certificate(ServerFiles(files.certificate, tmp_path / "text"))
+    with pytest.raises(ConfigError, match="holds no certificate of an authority in PEM form"):
+        read_certificate(ServerFiles(files.certificate, files.key, tmp_path / "text"))
 
 
 def test_a_key_with_a_passphrase_is_refused_and_nobody_is_asked(tmp_path: Path, files: TlsFiles) -> None:

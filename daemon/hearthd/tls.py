@@ -106,17 +106,15 @@ def read_certificate(files: TlsFiles) -> Certificate:
         with _in_memory(chain) as chain_path, _in_memory(key) as key_path:
             ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(chain_path, key_path, password=_refuse_password)
     except (OSError, ValueError) as error:  # SSLError is an OSError
-        reason = getattr(error, "reason", None) or str(error)
         raise ConfigError(
             f"tls.certificate {files.certificate} and tls.key {files.key} are not a PEM certificate and its PEM key: "
-            f"{reason}"
+            f"{_fault(error, chain)}"
         ) from None
     if clients is not None:
         try:
             ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_verify_locations(cadata=clients.decode("ascii"))
-        except (ssl.SSLError, ValueError) as error:
-            reason = getattr(error, "reason", None) or "it is not PEM"
-            raise ConfigError(f"tls.clients {files.clients} holds no certificate of an authority: {reason}") from None
+        except (ssl.SSLError, ValueError):
+            raise ConfigError(f"tls.clients {files.clients} holds no certificate of an authority in PEM form") from None
     return Certificate(chain, key, clients)
 
 
@@ -215,6 +213,19 @@ class CertificateSource:
 
 def _configuration(certificate: Certificate) -> object:
     return grpc.ssl_server_certificate_configuration([(certificate.key, certificate.chain)], certificate.clients)
+
+
+def _fault(error: OSError | ValueError, chain: bytes) -> str:
+    """Say in words what OpenSSL says by a number, or not at all: which of the two files it is."""
+    if not isinstance(error, ssl.SSLError):
+        return str(error)
+    if error.reason == "KEY_VALUES_MISMATCH":
+        return "the key is that of another certificate"
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_verify_locations(cadata=chain.decode("ascii"))
+    except (ssl.SSLError, ValueError):
+        return "the first holds no certificate"
+    return "the second holds no key"
 
 
 def _read(name: str, path: Path) -> bytes:

@@ -1,13 +1,15 @@
 """The files that decide who may call: certificate, key, tokens. Called by `cli`."""
 
 import datetime
+import os
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Final
 
 from hearthd.config import Config
 from hearthd.doctor.finding import Finding, good, note, problem, warning
 from hearthd.errors import ConfigError
-from hearthd.tls import find_exposure, find_files, read_certificate
+from hearthd.tls import TlsFiles, find_exposure, find_files, read_certificate
 from hearthd.tokens import list_tokens
 
 __all__ = ["check_certificate", "check_tokens"]
@@ -27,7 +29,7 @@ def check_certificate(config: Config, now: datetime.datetime | None = None) -> I
         chain = read_certificate(files).chain
         certificates = x509.load_pem_x509_certificates(chain)
     except (ConfigError, ValueError) as error:
-        yield problem("certificate", str(error), "`hearthd pair NAME` makes one where there is none")
+        yield problem("certificate", str(error), _remedy(files, is_own=bool(config.tls.directory)))
         return
     now = now or datetime.datetime.now(datetime.UTC)
     # The chain is as good as its worst part.
@@ -56,6 +58,29 @@ def check_certificate(config: Config, now: datetime.datetime | None = None) -> I
         yield warning("key", said, command)
     else:
         yield good("key", f"{files.key} is readable by its owner alone")
+
+
+def _remedy(files: TlsFiles, *, is_own: bool) -> str:
+    """Say what helps with files that cannot be used. is_own: where `hearthd pair` makes them."""
+    certificate, key = files.certificate, files.key
+    if any(os.path.lexists(each) and not os.access(each, os.R_OK) for each in (certificate, key)):
+        return "run this as root; if it is, the files, or the disk, must be put right"
+    if files.clients and _is_usable(replace(files, clients=None)):
+        return f"put the authority's certificate back, or remove {files.clients} and restart the daemon"
+    if not is_own:
+        return f"put the pair back: {certificate} and its key {key}, both PEM"
+    anew = "sudo hearthd pair NAME --open-lan, which makes new ones; then every device pairs again"
+    if not os.path.lexists(certificate):
+        return f"put the pair back, or: {anew}"
+    return f"put the pair back, or: sudo rm {certificate} {key}; {anew}"
+
+
+def _is_usable(files: TlsFiles) -> bool:
+    try:
+        read_certificate(files)
+    except ConfigError:
+        return False
+    return True
 
 
 def check_tokens(config: Config) -> Iterable[Finding]:
