@@ -13,6 +13,7 @@ import builtins
 import contextlib
 import json
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -93,6 +94,16 @@ class FakeDaemon:
         while word not in (message := self._notify.recv(4096).decode()):
             assert time.monotonic() < deadline, f"it did not say {word}: {self.log.read_text()}"
         return message
+
+    def says(self, word: str, *, within_seconds: float) -> bool:
+        """Whether systemd hears a message with this word."""
+        deadline = time.monotonic() + within_seconds
+        while (left := deadline - time.monotonic()) > 0:
+            if not select.select([self._notify], [], [], left)[0]:
+                return False
+            if word in self._notify.recv(4096).decode():
+                return True
+        return False
 
     def allow(self, count: int) -> None:
         """Let so many forwards of a gated runner pass."""
