@@ -14,7 +14,7 @@ from bundles import write_bundle
 from hearthd import durable_file, store, tokens
 from hearthd.bundle import Bundle
 from hearthd.errors import ModelNotFoundError
-from hearthd.kv import prefix_file, prefix_store
+from hearthd.kv import disk_writes, prefix_file, prefix_store
 from hearthd.kv.prefix_store import StoredPrefix
 from hearthd.store import Store
 from hearthd.tokens import create_token, list_tokens, revoke_token
@@ -121,7 +121,7 @@ class RevokeToken(_TokenWork):
 
 
 class StorePrefix(Work):
-    steps_in = (prefix_store, prefix_file, durable_file)
+    steps_in = (prefix_store, disk_writes, prefix_file, durable_file)
     before = "none"
 
     def prepare(self, root: Path) -> None:
