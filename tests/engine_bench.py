@@ -8,6 +8,7 @@ import tiny_tokenizers as tiny
 from fakes import FakeRunner, Logits, expected_tokens, hashed_logits, scripted
 from hearthd.drafts.drafting import Drafting
 from hearthd.engine import Delta, Engine, Event, Failed, Finished, Queued, Sequence, TokenLogprob
+from hearthd.kv.stored_prefixes import StoredPrefixes
 from hearthd.sampling import SamplingParams
 from hearthd.scheduling.priority import Priority
 
@@ -41,6 +42,7 @@ class Bench:
     max_stall_seconds: float = 0.1
     max_answer_seconds: float = 600.0
     drafting: Drafting | None = None
+    stored: StoredPrefixes | None = None
     clock: Clock = field(default_factory=Clock)
     events: list[tuple[Sequence, Event]] = field(default_factory=list)
 
@@ -54,6 +56,7 @@ class Bench:
             max_stall_seconds=self.max_stall_seconds,
             max_answer_seconds=self.max_answer_seconds,
             drafting=self.drafting,
+            stored=self.stored,
             clock=self.clock,
         )
 

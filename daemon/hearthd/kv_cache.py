@@ -287,7 +287,7 @@ class KVCache:
 
     def swap(self, a: int, b: int) -> None:
         """Exchange two slots, with all that is known of them."""
-        self._runner.swap_slots(a, b, self.num_tokens(a), self.num_tokens(b))
+        self._runner.swap_slots(a, b, self._slots[a].num_written, self._slots[b].num_written)
         self._slots[a], self._slots[b] = self._slots[b], self._slots[a]
 
     def _longest_shared(self, prompt: list[int], identity: str, num_public: int) -> tuple[int | None, int]:

@@ -44,6 +44,8 @@ class Slot:
     """The first of its tokens, which the owner shares with everybody."""
     num_first: int = 0
     """Of its tokens, those up to the end of the first message, where that is worth remembering."""
+    num_loaded: int = 0
+    """While the disk fills it: positions that are written, from the first on. Until all came they count as no tokens."""
     num_cuts: int = 0
     """How often tokens were taken off its end."""
     is_held: bool = False
@@ -58,6 +60,11 @@ class Slot:
     def num_kept(self) -> int:
         """Positions that an idle slot fills, or will when its answer has been read."""
         return len(self.tokens) + len(self.unread)
+
+    @property
+    def num_written(self) -> int:
+        """Positions that go along when it moves."""
+        return max(len(self.tokens), self.num_loaded)
 
     @property
     def num_positions(self) -> int:

@@ -94,9 +94,11 @@ class StoredPrefixes:
             if skipped < size:
                 self._runner.write_kv(number, start, chunk, skipped)
             incoming.num_written += size
+            slot.num_loaded = incoming.num_written
         if incoming.loading.result is None:
             return None
         del self._incoming[slot]
+        slot.num_loaded = 0
         if not incoming.loading.result:
             return 0
         slot.tokens = incoming.tokens
@@ -110,6 +112,7 @@ class StoredPrefixes:
         incoming = self._incoming.pop(slot, None)
         if incoming is not None:
             incoming.loading.cancel()
+            slot.num_loaded = 0
 
     # To the disk.
 
