@@ -444,6 +444,14 @@ class TestSharedPrompts:
         daemon.run(other)
         assert other.num_cached == 150
 
+    def test_who_knows_only_a_part_of_one_learns_nothing_of_the_rest(self, tmp_path: Path) -> None:
+        daemon = Daemon(tmp_path)
+        daemon.engine.share_prompts([SYSTEM])
+        daemon.run()
+        guesses = [asked([*SYSTEM[:149], 999, 1, 2]), asked([*SYSTEM[:149], 998, 1, 2], identity="b")]
+        daemon.run(*guesses, asked([*SYSTEM, 1, 2], identity="c"))
+        assert [guess.num_cached for guess in guesses] == [0, 0]
+
     def test_those_that_are_not_read_yet_keep_nobody_waiting(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:

@@ -167,7 +167,7 @@ class KVCache:
         self._public = public
         self._to_warm = [prompt for prompt in public if len(prompt) < self._runner.context_length]
         for slot in self._slots:
-            slot.num_public = self._num_public(slot.tokens)
+            slot.num_public = self._num_public([*slot.tokens, *slot.unread])
 
     def warm_some(self, wait_seconds: float) -> None:
         """Take what the disk has of a shared prompt; what it has not is to be read, as an answer of before."""
@@ -195,7 +195,8 @@ class KVCache:
             self.release(number)
 
     def _num_public(self, prompt: list[int]) -> int:
-        return max((num_shared(prompt, public) for public in self._public), default=0)
+        # All of one or nothing: the length of a match would tell a guesser its text token by token.
+        return max((len(public) for public in self._public if prompt[: len(public)] == public), default=0)
 
     def _num_preset(self, prompt: list[int]) -> int:
         """How many of a prompt's tokens come with the bundle."""
