@@ -147,6 +147,23 @@ async def test_a_flood_that_fills_the_queue_gives_way_to_others_chat_by_chat() -
 
 
 @asynchronous
+async def test_nobody_gives_way_to_a_less_urgent_chat() -> None:
+    async with working(make_runner(is_gated=True), max_queued=3) as worker:
+        flood = [worker.admit(Priority.BACKGROUND, "house") for _ in range(3)]
+        urgent = [worker.admit(Priority.INTERACTIVE, "house") for _ in range(2)]
+        # The last that came is urgent, the last that may give way is not.
+        worker.admit(Priority.BACKGROUND, "guest")
+        assert [chat.has_ended for chat in [*flood, *urgent]] == [False, False, True, False, False]
+        for chat in flood[:2]:
+            with chat:
+                pass
+        urgent += [worker.admit(Priority.INTERACTIVE, "house") for _ in range(2)]
+        with pytest.raises(QueueFullError):
+            worker.admit(Priority.BACKGROUND, "other")
+        assert not any(chat.has_ended for chat in urgent)
+
+
+@asynchronous
 @pytest.mark.parametrize(("estimate", "told"), [(None, 1.0), (0.2, 1.0), (4.5, 4.5), (300.0, 60.0)])
 async def test_the_time_to_wait_is_when_the_next_chat_will_have_ended(
     monkeypatch: pytest.MonkeyPatch, estimate: float | None, told: float

@@ -26,13 +26,17 @@ def rivals_of(priority: Priority, chats: Iterable[ChatStream]) -> list[ChatStrea
     return [chat for chat in chats if chat.priority <= priority and not chat.has_ended]
 
 
-def last_of_longest(rivals: list[ChatStream], account: str) -> ChatStream | None:
+def last_of_longest(rivals: list[ChatStream], priority: Priority, account: str) -> ChatStream | None:
     """Return the chat that gives its place to a new one: the last that waits of the account that has most here.
 
-    None if that has not two more than the new one's.
+    Only one that is no more urgent than the new one. None if its account has not two more than the new one's.
     """
     num_chats = Counter(chat.account for chat in rivals)
-    waiting = [chat for chat in rivals if not chat.has_begun and num_chats[chat.account] >= num_chats[account] + 2]
+    waiting = [
+        chat
+        for chat in rivals
+        if not chat.has_begun and chat.priority >= priority and num_chats[chat.account] >= num_chats[account] + 2
+    ]
     return max(reversed(waiting), key=lambda chat: num_chats[chat.account], default=None)
 
 

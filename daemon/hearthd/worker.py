@@ -149,7 +149,7 @@ class Worker:
                 f"the queue is full: {model.engine.num_slots} chats run and {self._max_queued} wait; try again later",
                 retry_seconds(model.engine.seconds_until_end),
             )
-            giving_way = last_of_longest(rivals, account)
+            giving_way = last_of_longest(rivals, priority, account)
             if giving_way is None:
                 self.counts.refused += 1
                 raise error
