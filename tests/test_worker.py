@@ -371,6 +371,31 @@ async def test_an_engine_that_only_fails_counts_as_crashed() -> None:
 
 
 @asynchronous
+async def test_one_failed_run_of_many_answers_is_one_failure() -> None:
+    runner = make_runner(num_slots=8)
+    logits_after = runner.logits_after
+    async with working(runner) as worker:
+        chats = [worker.admit() for _ in range(8)]
+
+        def breaks_once(history: Any) -> Any:
+            if all(chat.sequence is not None and len(chat.sequence.output_ids) > 1 for chat in chats):
+                runner.logits_after = logits_after
+                raise OSError("canary")
+            return logits_after(history)
+
+        runner.logits_after = breaks_once
+        for chat in chats:
+            chat.submit(sequence(max_tokens=100))
+        for chat in chats:
+            with chat, pytest.raises(OSError, match="canary"):
+                [event async for event in chat]
+        with worker.admit() as chat:
+            chat.submit(sequence())
+            assert isinstance([event async for event in chat][-1], Finished)
+        assert worker.state is State.SERVING
+
+
+@asynchronous
 async def test_a_crash_of_the_engine_fails_every_chat_with_one_id(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

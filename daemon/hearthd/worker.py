@@ -20,7 +20,7 @@ from hearthd.admission import last_of_longest, retry_seconds, rivals_of
 from hearthd.counts import Counts
 from hearthd.engine import Engine
 from hearthd.errors import DeadlineTooShortError, EngineCrashedError, HearthdError, NotServingError, QueueFullError
-from hearthd.events import Event, Failed, Finished
+from hearthd.events import Delta, Event, Failed, Finished
 from hearthd.governor import FULL, Throttle
 from hearthd.logs import log_incident
 from hearthd.model import Model, prove
@@ -343,13 +343,16 @@ class Worker:
 
     def _judge(self, events: list[tuple[Sequence, Event]]) -> None:
         """Raise the error of an engine that does nothing but fail."""
-        for _, event in events:
-            if not isinstance(event, Failed):
-                self._num_failures = 0
-            elif not isinstance(event.error, HearthdError):
-                self._num_failures += 1
-                if self._num_failures >= _MAX_FAILURES_IN_A_ROW:
-                    raise event.error
+        if any(isinstance(event, Delta | Finished) for _, event in events):
+            self._num_failures = 0
+            return
+        errors = [event.error for _, event in events if isinstance(event, Failed)]
+        errors = [error for error in errors if not isinstance(error, HearthdError)]
+        # A run that fails fails all the answers of its batch, and counts once.
+        if errors:
+            self._num_failures += 1
+            if self._num_failures >= _MAX_FAILURES_IN_A_ROW:
+                raise errors[0]
 
     @property
     def _is_asked(self) -> bool:
