@@ -278,7 +278,11 @@ class PromptBuffers:
             # Not `self`: a model that was unloaded must be able to go.
             self._timer = threading.Timer(self._rest_seconds, _end_rest, (weakref.ref(self), self._num_holds))
             self._timer.daemon = True
-            self._timer.start()
+            try:
+                self._timer.start()
+            except RuntimeError:  # no thread, since there is no memory for one: this is the time to give some back
+                self._timer = None
+                self.give_back(0)
 
     def end_rest(self, num_holds: int) -> None:
         """Give all memory back if no prompt was read since `hold` had been called so often. In any thread."""
