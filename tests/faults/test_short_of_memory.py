@@ -45,7 +45,7 @@ def test_at_its_memory_limit_an_answer_fails_and_the_daemon_goes_on(
         resource.prlimit(daemon.process.pid, resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
         # Where exactly memory ends is not the same each time: in the run, or in what the call itself needs.
         for _ in range(3):
-            with pytest.raises(hearth.HearthError, match="incident|not a message"):
+            with pytest.raises(hearth.HearthError, match=r"incident|not a message"):
                 client.chat(LONG, max_tokens=2)
         assert daemon.process.poll() is None
         resource.prlimit(daemon.process.pid, resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
