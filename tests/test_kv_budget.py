@@ -1,5 +1,6 @@
 """KV stays within its budget: in the books of a fake, and in the kernel's own accounts of a real runner's memory."""
 
+from collections.abc import Sequence as Tokens
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ import tiny_tokenizers as tiny
 from decoders import scales_of, tiny_checkpoint, tiny_runner
 from fakes import FakeRunner, expected_tokens
 from hearthd.build.decoder.recipe import Recipe
-from hearthd.engine import Engine, Failed, Sequence
+from hearthd.drafts.drafting import Drafting
+from hearthd.engine import Engine, Failed, RunTerminated, Sequence
 from hearthd.errors import ConfigError
 from hearthd.kv.budget import KVBudget, block_tokens
 from hearthd.kv.eviction import loss_of
@@ -133,31 +135,62 @@ loads = st.lists(
         st.integers(1, 12),
         st.sampled_from("ab"),
         st.integers(0, 6),
+        st.sampled_from(["", "", "stop", "leave", "stop and leave"]),
     ),
     min_size=1,
     max_size=12,
 )
 
 
-@given(loads, st.integers(1, 5), st.integers(10, 40), st.integers(0, 4), st.integers(1, 2))
-@settings(max_examples=200)
+def repetitive(history: Tokens[int]) -> NDArray[np.float32]:
+    """Logits of an answer whose drafts are right for a while, and then wrong."""
+    logits = np.zeros(262, np.float32)
+    logits[1 + (history[-1] + (len(history) % 7 == 0)) % 3] = 1
+    return logits
+
+
+@given(loads, st.integers(1, 5), st.integers(10, 40), st.integers(0, 4), st.integers(1, 2), st.booleans())
+@settings(max_examples=300)
 def test_any_load_stays_within_any_budget_and_every_answer_is_right(
-    load: list[tuple[list[int], int, str, int]], num_slots: int, num_blocks: int, factor: int, min_run: int
+    load: list[tuple[list[int], int, str, int, str]],
+    num_slots: int,
+    num_blocks: int,
+    factor: int,
+    min_run: int,
+    has_drafts: bool,
 ) -> None:
-    """The runner counts what is touched at each run, and refuses more; nobody waits for ever."""
-    runner = FakeRunner(num_slots=num_slots, min_run=min_run, kv_budget=KVBudget(4, num_blocks, factor))
-    engine = Engine(runner, TOKENIZER, prefill_chunk=5)
-    sequences = []
-    for prompt, max_tokens, identity, num_steps in load:
+    """The runner counts what is touched at each run, and refuses more than the books have; nobody waits for ever."""
+    runner = FakeRunner(
+        num_slots=num_slots,
+        min_run=min_run,
+        kv_budget=KVBudget(4, num_blocks, factor, block_bytes=1),
+        logits_after=repetitive if has_drafts else None,
+    )
+    drafting = Drafting(context_length=runner.context_length) if has_drafts else None
+    engine = Engine(runner, TOKENIZER, prefill_chunk=5, drafting=drafting)
+    sequences: list[Sequence] = []
+
+    def step() -> None:
+        assert not any(isinstance(event, Failed) for _, event in engine.step())
+        assert runner.num_blocks <= engine.kv_bytes[0], "more memory than the books have"
+
+    for prompt, max_tokens, identity, num_steps, fault in load:
         if len(prompt) < engine.context_length:
             sequences.append(asked(prompt, max_tokens, identity))
             engine.add(sequences[-1])
         for _ in range(num_steps):
-            assert not any(isinstance(event, Failed) for _, event in engine.step())
+            step()
+        if "stop" in fault:
+            runner.fail_next = RunTerminated()
+            step()
+            runner.fail_next = None
+        if "leave" in fault and sequences:
+            engine.remove(sequences.pop())
+            assert runner.num_blocks <= engine.kv_bytes[0], "more memory than the books have"
     for _ in range(2000):
         if not engine.has_work:
             break
-        assert not any(isinstance(event, Failed) for _, event in engine.step())
+        step()
     assert not engine.has_work
     for sequence in sequences:
         assert sequence.output_ids == expected_tokens(

@@ -11,7 +11,7 @@ answer may come to; idle tokens give way to that (`kv/eviction.py`). docs/prefix
 Knows no scheduling; moves KV only through `Runner`, the engine's view of a model. Called by `engine`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from hearthd.kv.eviction import Eviction, loss_of, num_usable, plan_eviction
@@ -151,6 +151,24 @@ class KVCache:
             self._stored.look_for(target, prompt, self._reusable(prompt))
         return Place(choice.target, num_past, shared)
 
+    def has_room_for(
+        self, num_tokens: int, prompt_length: int, *, num_spare: int = 0, without: Collection[int] = ()
+    ) -> bool:
+        """Whether `acquire` would find a slot and memory; cheap, and right at once.
+
+        num_spare: tokens for which there has to be room besides. without: slots that would be released before.
+        """
+        held = [
+            slot
+            for number, slot in enumerate(self._slots)
+            if slot.is_held and slot is not self._warming and number not in without
+        ]
+        blocks = self._budget.blocks
+        longest = max((slot.prompt_length for slot in held if slot.is_reading), default=0)
+        num_blocks = sum(blocks(slot.num_positions) for slot in held) + blocks(max(num_tokens, prompt_length))
+        num_blocks += blocks(num_spare) + self._budget.prompt_blocks(max(longest, prompt_length))
+        return len(held) < len(self._slots) and num_blocks <= self._budget.num_blocks
+
     def fetch(self, slot: int, wait_seconds: float) -> int | None:
         """Take what has come from the disk for a slot's prompt, before that is run; wait so long if there is nothing.
 
@@ -223,6 +241,8 @@ class KVCache:
         released.unread = released.tokens[released.num_reusable :]
         del released.tokens[released.num_reusable :]
         released.is_held = False
+        # Drafts that were wrong, a step that was stopped, and what the disk began to bring have filled more.
+        self._runner.give_back(slot, released.num_kept)
         released.settle(self._clock)
         self._consider(released)
 

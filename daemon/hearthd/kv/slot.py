@@ -45,7 +45,7 @@ class Slot:
     num_first: int = 0
     """Of its tokens, those up to the end of the first message, where that is worth remembering."""
     num_loaded: int = 0
-    """While the disk fills it: positions that are written, from the first on. They are no tokens until all have come."""
+    """While the disk fills it: the first positions, which are written and are no tokens until all have come."""
     num_cuts: int = 0
     """How often tokens were taken off its end."""
     is_held: bool = False
