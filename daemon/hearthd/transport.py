@@ -32,8 +32,8 @@ def transport_options(server: ServerConfig, limits: LimitsConfig) -> list[tuple[
         # Callers that connect and say nothing would use up the file descriptors [M].
         ("grpc.server_handshake_timeout_ms", _HANDSHAKE_SECONDS * 1000),
         ("grpc.max_allowed_incoming_connections", server.max_connections),
-        # A caller who has had nothing to say for so long gives its place to another, and connects again. Not sooner: gRPC
-        # tells of it on a Python caller's standard error, and where places run short `connection_guard` makes some.
+        # A caller who has had nothing to say for so long gives its place to another, and connects again. Not sooner:
+        # gRPC tells a Python caller's standard error, and where places run short `connection_guard` makes some.
         ("grpc.max_connection_idle_ms", _IDLE_SECONDS * 1000),
         # A frozen or unplugged caller is found within 15 seconds, and its chat ends. keepalive_timeout alone leaves it
         # for another minute: HTTP/2's own ping timeout comes on top unless it is set too [M].
