@@ -6,6 +6,7 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -14,6 +15,7 @@ import tiny_tokenizers as tiny
 from hearthd.chat_template import Message
 from hearthd.config import Config, ModelOptions, ModelsConfig
 from hearthd.errors import ConfigError
+from hearthd.kv.budget import KVBudget
 from hearthd.model import Model
 from hearthd.policy.policy_file import PolicyFile
 from hearthd.shared_prompts import encode_shared_prompts, read_shared_prompts
@@ -112,6 +114,37 @@ class TestBeginnings:
         assert first > 100
         assert second > 100
         assert prompt[:second] == tokenizer.encode_beginning(messages[0])
+
+
+@pytest.mark.parametrize(
+    ("options", "num_told"),
+    [
+        ({"num_slots": 1}, 0),
+        ({"num_slots": 3, "kv_budget": KVBudget(64, 4, 1)}, 6),  # 128 tokens: less than one of them
+        ({"num_slots": 1, "kv_budget": KVBudget(64, 10, 1)}, 0),  # 320 tokens: one of them
+    ],
+)
+@asynchronous
+async def test_a_daemon_is_ready_whatever_room_they_have(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, options: dict[str, Any], num_told: int
+) -> None:
+    shared = config(tmp_path, *(f"{number} {TEXT[:150]}" for number in range(6)))
+
+    def load(own: Config) -> Model:
+        model = make_model(make_runner(context_length=512, **options))
+        model.engine.share_prompts(encode_shared_prompts(own, model.tokenizer))
+        return model
+
+    async with (
+        asyncio.timeout(30),
+        serving(shared, load) as server,
+        grpc.aio.insecure_channel(tcp_target(server)) as channel,
+    ):
+        text, _ = await answer(channel, chat_request("?"))
+    assert text
+    told = [record.message for record in caplog.records if "shared prompt" in record.message]
+    assert len(told) == num_told
+    assert all("raise engine.kv_bytes" in message for message in told)
 
 
 @asynchronous

@@ -11,6 +11,7 @@ answer may come to; idle tokens give way to that (`kv/eviction.py`). docs/prefix
 Knows no scheduling; moves KV only through `Runner`, the engine's view of a model. Called by `engine`.
 """
 
+import logging
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
@@ -20,6 +21,8 @@ from hearthd.kv.slot import Slot, num_shared
 from hearthd.kv.stored_prefixes import PUBLIC, StoredPrefixes
 
 __all__ = ["KVCache", "Place", "RunTerminated", "Runner"]
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,7 +186,7 @@ class KVCache:
             return
         self._put_off_warming()
         self._public = public
-        self._to_warm = [prompt for prompt in public if len(prompt) < self._runner.context_length]
+        self._to_warm = [prompt for prompt in public if self._can_keep(prompt)]
         for slot in self._slots:
             slot.num_public = self._num_public([*slot.tokens, *slot.unread])
 
@@ -194,6 +197,7 @@ class KVCache:
             place = self.acquire(prompt, PUBLIC, len(prompt))
             if place is None:
                 del self._to_warm[0]
+                self._tell_no_room(prompt)
                 return
             slot = self._warming = self._slots[place.slot]
             if self._stored is not None:
@@ -205,6 +209,20 @@ class KVCache:
             del self._to_warm[0]
             slot.tokens = prompt.copy()
             self.release(number)
+
+    def _can_keep(self, prompt: list[int]) -> bool:
+        fits = len(prompt) < self._runner.context_length
+        if not fits:
+            self._tell_no_room(prompt)
+        return fits
+
+    def _tell_no_room(self, prompt: list[int]) -> None:
+        _logger.warning(
+            "a shared prompt of %d tokens is not kept: with a question it must fit %d tokens; raise engine.kv_bytes or "
+            "engine.context_length, or shorten it",
+            len(prompt),
+            self._runner.context_length,
+        )
 
     def _put_off_warming(self) -> None:
         """Let the slot go that is held for a shared prompt: somebody needs it, or its memory."""
