@@ -80,6 +80,34 @@ class TestWaiting:
         # Nothing is left of the other one: it is all needed.
         assert cache.acquire([2] * 15, "a", 16) is not None
 
+    @settings(max_examples=200, deadline=None)
+    @given(
+        calls=st.lists(
+            st.tuples(st.integers(0, 4), st.integers(1, 40), st.integers(0, 40), st.booleans()), min_size=5, max_size=30
+        )
+    )
+    def test_whether_there_is_room_is_known_before(self, calls: list[tuple[int, int, int, bool]]) -> None:
+        """Whatever is cached, shared, half read and reserved."""
+        runner = FakeRunner(num_slots=4, context_length=64, kv_budget=KVBudget(4, 80, 4))
+        cache = KVCache(runner)
+        held: list[int] = []
+        for number, length, num_answer, is_read in calls:
+            if number < len(held):
+                slot = held.pop(number)
+                without = cache.has_room_for(64, 60, without={slot})
+                cache.release(slot)
+                assert cache.has_room_for(64, 60) == without
+                continue
+            prompt = [*[1] * (length // 2), *[number + length] * (length - length // 2)]
+            has_room = cache.has_room_for(length + num_answer, length)
+            place = cache.acquire(prompt, "a", length + num_answer)
+            assert has_room == (place is not None)
+            if place is not None:
+                held.append(place.slot)
+                new = prompt[place.num_past :] if is_read else []
+                runner.slots[place.slot] = [*runner.slots[place.slot][: place.num_past], *new]
+                cache.extend(place.slot, new)
+
 
 class TestEviction:
     """Conversations that share a system prompt; blocks of 4 tokens."""

@@ -13,6 +13,7 @@ from engine_bench import GREEDY, VOCAB, Bench, Clock, solo
 from fakes import FakeRunner, scripted
 from hearthd.engine import Finished, FinishReason, Queued, Sequence
 from hearthd.errors import DeadlineTooShortError
+from hearthd.kv.budget import KVBudget
 from hearthd.scheduling.priority import Priority
 from hearthd.sequence import SequenceState
 
@@ -246,6 +247,120 @@ class TestPriorities:
         assert second.state is SequenceState.DECODING
         bench.finish()
         assert (first.output_ids, second.output_ids) == (solo([1]), solo([2]))
+
+
+def short_of_memory(num_blocks: int = 36, prompt_factor: int = 4, **options: Any) -> Bench:
+    """Return a bench with places and slots enough, and memory for so many blocks of 64 tokens."""
+    budget = KVBudget(64, num_blocks, prompt_factor)
+    runner = FakeRunner(num_slots=8, context_length=1024, kv_budget=budget, **options)
+    return Bench(runner=runner, num_slots=4, prefill_chunk=64)
+
+
+class TestMemory:
+    PROMPT = tuple(number % 50 for number in range(400))
+
+    @pytest.mark.parametrize("pausing", [False, True])
+    def test_a_prompt_that_is_read_gives_its_memory_to_a_more_urgent_one(self, *, pausing: bool) -> None:
+        bench = short_of_memory()
+        slow = bench.add(self.PROMPT, SHORT, priority=NORMAL)
+        bench.step(3)
+        if pausing:
+            bench.engine.limit_running(1)
+            bench.add([7], SHORT, priority=INTERACTIVE)
+            bench.step()
+            assert slow.state is SequenceState.PAUSED
+            bench.engine.limit_running(4)
+        urgent = bench.add([8] * 200, SHORT, priority=INTERACTIVE)
+        bench.step()
+        # The one needs 7 blocks, and 28 for its reading; the other 4.
+        assert (slow.state, urgent.state) == (SequenceState.WAITING, SequenceState.PREFILLING)
+        bench.clock.now += 5
+        num_run = sum(length for _, _, length in bench.runner.calls)
+        bench.finish()
+        assert ends(bench)[-2:] == [urgent, slow]
+        assert (urgent.output_ids, slow.output_ids) == (solo([8] * 200, SHORT), solo(self.PROMPT, SHORT))
+        # What it had read was in the cache, and is nobody else's; that it was put back is a pause.
+        assert sum(length for _, _, length in bench.runner.calls) - num_run < 136 + 208 + 8
+        finished = bench.finished(slow)
+        assert (finished.cached_prompt_tokens, finished.paused_seconds, finished.prefill_seconds) == (0, 5, 0)
+
+    def test_a_prompt_that_is_read_gives_no_memory_to_an_equal_nor_in_vain(self) -> None:
+        bench = short_of_memory()
+        writing = bench.add([1], replace(GREEDY, max_tokens=600), priority=NORMAL)  # 7 blocks
+        bench.step(2)
+        slow = bench.add([2] * 100, SHORT, priority=NORMAL)  # 2, and 8 to read it
+        bench.step()
+        equal = bench.add(self.PROMPT, SHORT, priority=NORMAL)
+        urgent = bench.add([3] * 400, SHORT, priority=INTERACTIVE)  # 7, and 28
+        bench.step()
+        assert writing.state is SequenceState.DECODING
+        assert slow.state is not SequenceState.WAITING
+        assert (equal.state, urgent.state) == (SequenceState.WAITING, SequenceState.WAITING)
+
+    def test_who_is_put_back_is_charged_once_and_is_before_those_of_its_account(self) -> None:
+        bench = short_of_memory()
+        slow = bench.add(self.PROMPT, SHORT)
+        later = bench.add(self.PROMPT[::-1], SHORT)
+        bench.step()
+        queue = bench.engine._scheduler._queues[NORMAL]
+        bench.add([8] * 400, SHORT, priority=INTERACTIVE)
+        bench.step()
+        assert bench.engine._scheduler.waiting == (slow, later)
+        assert queue._served == {"somebody": 64}
+        bench.finish()
+        assert ends(bench)[1:] == [slow, later]
+
+    def test_who_was_put_back_can_leave(self) -> None:
+        bench = short_of_memory()
+        slow = bench.add(self.PROMPT, SHORT)
+        bench.step()
+        urgent = bench.add([8] * 400, SHORT, priority=INTERACTIVE)
+        bench.step()
+        bench.engine.remove(slow)
+        assert bench.engine.num_waiting == 0
+        bench.finish()
+        assert ends(bench) == [urgent]
+        assert not bench.engine.has_work
+
+    def test_who_waits_for_memory_costs_no_step_anything_and_is_told_no_time(self) -> None:
+        bench = short_of_memory(logits_after=scripted(VOCAB, 1, [65]))
+        bench.add([9] * 20, SHORT)
+        bench.finish()
+        bench.add([1], replace(GREEDY, max_tokens=900))
+        bench.step(2)
+        waiting = bench.add([2] * 400, SHORT, priority=INTERACTIVE)
+        acquire, asked = bench.engine._cache.acquire, []
+
+        def counted(*arguments: Any) -> Any:
+            asked.append(arguments)
+            return acquire(*arguments)
+
+        bench.engine._cache.acquire = counted  # type: ignore[method-assign]
+        bench.step(50)
+        assert bench.of(waiting) == [Queued(0, None)]
+        assert not asked
+        assert not hasattr(waiting, "sampler")
+        bench.finish()
+        assert len(asked) == 1
+        assert bench.finished(waiting).completion_tokens == 2
+
+    def test_background_work_leaves_room_for_somebody_more_urgent(self) -> None:
+        bench = short_of_memory(20, 0, logits_after=scripted(VOCAB, 1, [65]))
+        writing = [bench.add([n], replace(GREEDY, max_tokens=380), priority=BACKGROUND) for n in range(3)]
+        bench.step(10)
+        # 6 blocks each, and half a context is 8.
+        assert [each.state for each in writing] == [SequenceState.DECODING] * 2 + [SequenceState.WAITING]
+        usual = bench.add([7], replace(GREEDY, max_tokens=380))
+        bench.step()
+        assert len(usual.output_ids) == 1
+        bench.finish()
+        assert len(ends(bench)) == 4
+
+    def test_a_single_background_request_may_have_all_the_memory(self) -> None:
+        bench = short_of_memory(logits_after=scripted(VOCAB, 1, [65]))
+        bench.add([1] * (bench.engine.context_length - 1), GREEDY, priority=BACKGROUND)
+        bench.finish()
+        assert len(ends(bench)) == 1
 
 
 class TestTurns:

@@ -35,6 +35,7 @@ from hearthd.kv.stored_prefixes import StoredPrefixes
 from hearthd.kv_cache import KVCache, Runner, RunTerminated
 from hearthd.scheduling.chunks import ChunkSizes
 from hearthd.scheduling.pace import Pace
+from hearthd.scheduling.priority import Priority
 from hearthd.scheduling.scheduler import Scheduler
 from hearthd.scheduling.waits import Waits
 from hearthd.sequence import Sequence, SequenceState
@@ -57,6 +58,8 @@ __all__ = [
 
 # Where only the disk is waited for, somebody who comes or goes is heard that soon.
 _DISK_SECONDS = 0.02
+# Room that background work leaves for an urgent request: an ordinary prompt and its answer.
+_SPARE_TOKENS = 1024
 
 
 class Engine:
@@ -252,38 +255,80 @@ class Engine:
             # Nobody else gets the room for which one waits; who is paused needs none.
             elif has_room:
                 has_room = self._admit(sequence)
-        self._announce()
+        self._announce(has_room=has_room)
 
-    def _announce(self) -> None:
-        """Tell those who wait their places, where these have changed."""
+    def _announce(self, *, has_room: bool) -> None:
+        """Tell those who wait their places, where these have changed. When memory will be free nobody knows."""
         self._seconds_until_end = self._waits.until_end()
         waiting = self._scheduler.waiting
         if any(sequence.queue_position != position for position, sequence in enumerate(waiting)):
-            waits = self._waits.until_start()
+            waits = self._waits.until_start() if has_room else {}
             for position, sequence in enumerate(waiting):
                 self._collector.announce(sequence, position, waits.get(sequence))
 
     def _admit(self, sequence: Sequence) -> bool:
         """Let a waiting sequence begin. Returns False if there is no room for its KV."""
-        if not self._cache.has_idle_slot:
+        num_prompt = len(sequence.prompt_ids)
+        num_tokens = min(num_prompt + sequence.params.max_tokens, self.context_length)
+        if not self._has_room_for(sequence, num_tokens) and not self._clear_room_for(sequence, num_tokens):
             return False
         try:
-            self._collector.begin(sequence)
-            num_tokens = min(len(sequence.prompt_ids) + sequence.params.max_tokens, self.context_length)
             place = self._cache.acquire(sequence.prompt_ids, sequence.cache_identity, num_tokens, sequence.num_first)
         except Exception as error:  # noqa: BLE001 - of this sequence alone; the others go on
             self._collector.fail(sequence, error)
             return True
         if place is None:
             return False
+        try:
+            self._collector.begin(sequence)
+        except Exception as error:  # noqa: BLE001 - of this sequence alone; the others go on
+            self._cache.release(place.slot)
+            self._collector.fail(sequence, error)
+            return True
         self._make_place()
         sequence.slot = place.slot
         sequence.num_read = place.num_past
-        sequence.num_cached = place.num_cached
-        sequence.admitted = self._clock()
+        now = self._clock()
+        if sequence.admitted is None:
+            sequence.admitted = now
+            sequence.num_cached = place.num_cached
+        else:
+            # What it has read itself before it was put back came from nobody else.
+            sequence.resume(now)
+            sequence.num_cached = min(sequence.num_cached, place.num_cached)
         self._batch.hold(sequence)
-        self._scheduler.start(sequence, len(sequence.prompt_ids) - place.num_past)
+        self._scheduler.start(sequence, num_prompt - place.num_past)
         return True
+
+    def _has_room_for(self, sequence: Sequence, num_tokens: int) -> bool:
+        """Whether there is room for a sequence's KV, and for an urgent one's besides if it is in the background."""
+        others = self._scheduler.running or self._scheduler.paused
+        is_last = sequence.priority is Priority.BACKGROUND and others
+        num_spare = min(_SPARE_TOKENS, self.context_length // 2) if is_last else 0
+        return self._cache.has_room_for(num_tokens, len(sequence.prompt_ids), num_spare=num_spare)
+
+    def _clear_room_for(self, sequence: Sequence, num_tokens: int) -> bool:
+        """Put less urgent ones back that still read their prompts, if that makes room enough.
+
+        What they have read stays in the cache, as far as it is not needed: a prompt's KV can be had again, bit for bit.
+        """
+        readers = self._scheduler.who_could_begin_again(sequence)
+        slots = {reader.slot for reader in readers}
+        if not readers or not self._cache.has_room_for(num_tokens, len(sequence.prompt_ids), without=slots):
+            return False
+        for reader in readers:
+            self._put_back(reader)
+            if self._has_room_for(sequence, num_tokens):
+                break
+        return True
+
+    def _put_back(self, sequence: Sequence) -> None:
+        self._batch.release(sequence)
+        self._scheduler.put_back(sequence)
+        sequence.num_read = self._cache.num_found(sequence.prompt_ids, sequence.cache_identity)
+        sequence.queue_position = None
+        if sequence.paused is None:
+            sequence.pause(self._clock())
 
     def _make_place(self) -> None:
         """Pause whoever has to make room for another one."""
@@ -302,16 +347,26 @@ class Engine:
 
     # Run.
 
-    def _prefill(self) -> None:
-        sequence = self._scheduler.next_prompt()
-        if sequence is None or self._chunks.must_wait(sequence, self._batch):
-            return
-        num_fetched = self._cache.fetch(sequence.slot, 0.0 if self._batch else _DISK_SECONDS)
-        if num_fetched is None:
-            return
+    def _next_prompt(self) -> Sequence | None:
+        """Choose whose prompt is read next. Whom the disk keeps waiting keeps nobody else waiting."""
+        prompts = self._scheduler.prompts()
+        ready = next((sequence for sequence in prompts if self._fetch(sequence, 0.0)), None)
+        if ready is None and prompts and not self._batch and self._fetch(prompts[0], _DISK_SECONDS):
+            return prompts[0]
+        return ready
+
+    def _fetch(self, sequence: Sequence, wait_seconds: float) -> bool:
+        """Take what has come of a prompt from the disk. Returns whether no more is to come."""
+        num_fetched = self._cache.fetch(sequence.slot, wait_seconds)
         if num_fetched:
             sequence.num_from_disk = num_fetched - sequence.num_cached
             sequence.num_cached = num_fetched
+        return num_fetched is not None
+
+    def _prefill(self) -> None:
+        sequence = self._next_prompt()
+        if sequence is None or self._chunks.must_wait(sequence, self._batch):
+            return
         done = self._cache.num_tokens(sequence.slot)
         left = len(sequence.prompt_ids) - done
         most = self._chunks.choose(sequence, self._batch, has_others=self.has_others())

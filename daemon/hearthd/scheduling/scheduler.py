@@ -70,10 +70,10 @@ class Scheduler:
         """Return who makes room when somebody starts: nobody while a place is free."""
         return None if len(self._running) < self.num_places else self._least_urgent()
 
-    def next_prompt(self) -> Sequence | None:
-        """Return whose prompt is read next: the most urgent one's, of those the first's."""
+    def prompts(self) -> list[Sequence]:
+        """Return whose prompts are read, in that order: the most urgent one's, of those the first's."""
         prompts = (sequence for sequence in self._running if sequence.state is SequenceState.PREFILLING)
-        return min(prompts, key=lambda sequence: sequence.priority, default=None)
+        return sorted(prompts, key=lambda sequence: sequence.priority)
 
     def add(self, sequence: Sequence) -> None:
         """Let a new sequence wait."""
@@ -86,6 +86,25 @@ class Scheduler:
         self._queues[sequence.priority].start(sequence)
         self._queues[sequence.priority].charge(sequence, num_prompt_tokens)
         self._running.append(sequence)
+
+    def who_could_begin_again(self, urgent: Sequence) -> list[Sequence]:
+        """Return the less urgent ones that have begun and written nothing yet: first who gives way first."""
+        readers = [
+            sequence
+            for sequence in [*self._running, *self._paused]
+            if sequence.priority > urgent.priority and sequence.prefilled is None
+        ]
+        return sorted(readers, key=lambda sequence: sequence.priority)[::-1]
+
+    def put_back(self, sequence: Sequence) -> None:
+        """Note that a sequence that was reading its prompt waits again. What it has not read it is not charged."""
+        queue = self._queues[sequence.priority]
+        queue.charge(sequence, sequence.num_read - len(sequence.prompt_ids))
+        queue.put_back(sequence)
+        for group in (self._running, self._paused):
+            if sequence in group:
+                group.remove(sequence)
+        sequence.state = SequenceState.WAITING
 
     def note_written(self, sequence: Sequence, num_tokens: int) -> None:
         """Note that so many tokens of an answer were computed."""
