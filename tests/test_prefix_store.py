@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hearthd.kv import prefix_store
+from hearthd.kv import loading, prefix_store
 from hearthd.kv.disk_writes import DiskWrites
 from hearthd.kv.loading import Loading
 from hearthd.kv.prefix_file import DamagedPrefixError, file_size, written
@@ -259,26 +259,67 @@ class TestFullDisk:
         assert "nearly full" in str(store.problem)
 
 
-def test_a_disk_that_hangs_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from hearthd.kv import loading
+class TestHangingDisk:
+    @pytest.fixture
+    def gate(self) -> Iterator[threading.Event]:
+        gate = threading.Event()
+        yield gate
+        gate.set()
 
-    monkeypatch.setattr(loading, "_PATIENCE_SECONDS", 0.0)
-    released = threading.Event()
-    store = open_store(tmp_path)
-    prefix = stored(store, SYSTEM)
+    def hang(self, store: PrefixStore, gate: threading.Event, monkeypatch: pytest.MonkeyPatch) -> None:
+        read = store.read
 
-    def hang(_: object) -> Iterator[bytes]:
-        released.wait(30)
-        yield b""
+        def hang(prefix: StoredPrefix) -> Iterator[bytes]:
+            assert gate.wait(30)
+            yield from read(prefix)
 
-    monkeypatch.setattr(store, "read", hang)
-    incoming = Loading(store, prefix)
-    try:
+        monkeypatch.setattr(store, "read", hang)
+
+    def test_is_not_waited_for_and_asked_for_nothing_for_a_while(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gate: threading.Event
+    ) -> None:
+        monkeypatch.setattr(loading, "_PATIENCE_SECONDS", 0.0)
+        now = [0.0]
+        store = PrefixStore(tmp_path, b"model", 8, max_bytes=MB, margin_bytes=0, clock=lambda: now[0])
+        prefix = stored(store, SYSTEM)
+        self.hang(store, gate, monkeypatch)
+        incoming = Loading(store, prefix)
         while incoming.result is None:
             assert list(incoming.take(0.01)) == []
         assert incoming.result is False
-    finally:
-        released.set()
+        assert "cannot be read (the disk hangs)" in str(store.problem)
+        asked_for = (SYSTEM, [("a", 150)], 64)
+        assert store.find(*asked_for) is None
+        assert not store.takes(150)
+        now[0] += 601
+        assert store.find(*asked_for) is None, "a second thread would hang"
+        gate.set()
+        incoming._thread.join(30)
+        assert store.find(*asked_for) == prefix
+        monkeypatch.undo()
+        again = Loading(store, prefix)
+        while again.result is None:
+            list(again.take(1.0))
+        assert again.result is True
+        assert store.problem is None
+
+    def test_keeps_no_other_prompt_waiting(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gate: threading.Event
+    ) -> None:
+        monkeypatch.setattr(loading, "_PATIENCE_SECONDS", 60.0)
+        Daemon(tmp_path).store_system()
+        daemon = Daemon(tmp_path)
+        self.hang(daemon.store, gate, monkeypatch)
+        first, other = asked([*SYSTEM, 9, 8, 7]), asked([3] * 30, num_first=0, identity="b")
+        daemon.engine.add(first)
+        daemon.engine.add(other)
+        for _ in range(10):
+            daemon.engine.step()
+        assert other.state is SequenceState.ENDED
+        assert first.state is SequenceState.PREFILLING
+        gate.set()
+        daemon.run()
+        assert first.num_cached == 150
 
 
 class TestEngine:

@@ -35,7 +35,8 @@ class Loading:
         self._last = time.monotonic()
         self.result: bool | None = None
         """Whether what was taken is right, once that is known."""
-        threading.Thread(target=self._read, name="prefix-read", daemon=True).start()
+        self._thread = threading.Thread(target=self._read, name="prefix-read", daemon=True)
+        self._thread.start()
 
     def take(self, wait_seconds: float) -> Iterator[bytes]:
         """Yield the chunks that are there, in their order; wait so long for the first of them."""
@@ -44,6 +45,7 @@ class Loading:
                 item = self._chunks.get(timeout=wait_seconds) if wait_seconds > 0 else self._chunks.get_nowait()
             except queue.Empty:
                 if time.monotonic() - self._last > _PATIENCE_SECONDS:
+                    self._store.note_hanging(self._thread)
                     self.cancel()
                 return
             self._last = time.monotonic()

@@ -76,6 +76,8 @@ class PrefixStore:
         self._margin_bytes = margin_bytes
         self._clock = clock
         self._retry_at = 0.0
+        # A thread that has waited for the disk in vain.
+        self._hanging: threading.Thread | None = None
         # Keys by number of tokens. Threads replace entries; `find` reads.
         self._index: dict[int, frozenset[bytes]] = {}
         self._changing = threading.Lock()
@@ -97,6 +99,8 @@ class PrefixStore:
 
         identities: each with the tokens of the prompt that may be looked for under it.
         """
+        if not self._can_read:
+            return None
         most = max((num for _, num in identities), default=0)
         lengths = [num for num in sorted(self._index, reverse=True) if least <= num <= most]
         for num_tokens in lengths:
@@ -124,6 +128,15 @@ class PrefixStore:
         size = file_size(num_tokens, self._token_bytes)
         return is_rested and size <= self._max_bytes and self._writes.allows(size)
 
+    def note_hanging(self, thread: threading.Thread) -> None:
+        """Note that nothing comes from the disk to a thread: it is asked for nothing more until that has ended."""
+        self._hanging = thread
+        self._note_problem("read", "the disk hangs")
+
+    @property
+    def _can_read(self) -> bool:
+        return self._hanging is None or (self._clock() >= self._retry_at and not self._hanging.is_alive())
+
     # In the threads of `loading` and `saving`.
 
     def read(self, prefix: StoredPrefix) -> Iterator[bytes]:
@@ -140,6 +153,8 @@ class PrefixStore:
         except OSError:
             self._forget(prefix)
             raise
+        if self._hanging is not None and self._can_read:
+            self._hanging = self.problem = None
         with suppress(OSError):
             os.utime(path)
 
@@ -156,7 +171,7 @@ class PrefixStore:
             pieces = written(prefix.key, prefix.num_tokens, self._token_bytes, chunks)
             replace_file(path, self._writes.count(path, pieces))
         except OSError as error:
-            self._note_problem(error)
+            self._note_problem("stored", error.strerror)
             return
         finally:
             self._writes.end(path)
@@ -180,17 +195,17 @@ class PrefixStore:
                     self._index[num_tokens] = self._index.get(num_tokens, frozenset()) | {key}
             self._make_room()
         except OSError as error:
-            self._note_problem(error)
+            self._note_problem("stored", error.strerror)
         if self.num_removed:
             _logger.warning("%d files of stored prefixes were damaged or not ours, and were removed", self.num_removed)
 
-    def _note_problem(self, error: OSError) -> None:
+    def _note_problem(self, what: str, reason: str | None) -> None:
         self._retry_at = self._clock() + _RETRY_SECONDS
         if self.problem is None:
-            _logger.warning("prefixes cannot be stored in %s: %s", self._directory, error.strerror)
+            _logger.warning("prefixes cannot be %s in %s: %s", what, self._directory, reason)
         self.problem = (
-            f"cache.directory: prompts' beginnings cannot be stored ({error.strerror}); answers are right all the "
-            "same, and slower after a restart"
+            f"cache.directory: prompts' beginnings cannot be {what} ({reason}); answers are right all the same, and "
+            "slower after a restart"
         )
 
     def _make_room(self) -> None:
