@@ -85,7 +85,7 @@ def test_any_mix_with_a_disk_gives_each_its_solo_answer(
     stored = StoredPrefixes(store_with_files(tmp_path, "a", "b"), runner, min_tokens=2**20)
     bench = Bench(runner=runner, num_slots=num_slots, prefill_chunk=data.draw(st.integers(4, 64)), stored=stored)
     alive: list[Sequence] = []
-    for action in data.draw(st.lists(st.sampled_from("aaaddddsssssstr"), max_size=80)):
+    for action in data.draw(st.lists(st.sampled_from("aaaddddsssssstr"), min_size=40, max_size=80)):
         if action == "a":
             is_stored = data.draw(st.booleans())
             prompt = [*SYSTEM, *data.draw(short)] if is_stored else [99, *data.draw(short)]
