@@ -40,7 +40,9 @@ class FairQueue:
         """Let a request wait."""
         account = sequence.account
         if all(other.account != account for other in self._waiting):
-            self._served[account] = max(self._served.get(account, 0), self._level)
+            # Where several begin at once, the last of them may have been served more than some that wait.
+            level = min((self._served[other.account] for other in self._waiting), default=self._level)
+            self._served[account] = max(self._served.get(account, 0), min(level, self._level))
         self._num_present[account] += 1
         self._waiting.append(sequence)
 
