@@ -1,9 +1,10 @@
 """Whose turn it is among requests of one priority: the account's that was served least, then the one that came first.
 
 This is start-time fair queueing (Goyal, Vin and Cheng, 1996) by tokens served: an account that begins to wait starts
-level with whoever began last, however long it was away. With one change: an account that has nothing here any more is
-forgotten, so it brings no debt either. So the request of a caller who had none here waits for one request of each other
-account at most, however many those have sent, and whatever its own last one has cost.
+level with whoever began last, or with the least served of those that wait if that is less, however long it was away.
+With one change: an account that has nothing here any more is forgotten, so it brings no debt either. So the request of
+a caller who had none here waits for one request of each other account at most, however many those have sent, and
+whatever its own last one has cost.
 
 Knows no KV and no slots. Called by `scheduler`.
 """
@@ -28,7 +29,7 @@ class FairQueue:
         # Of accounts that have a request here, waiting or running; of no others, so that this does not grow.
         self._served: dict[str, int] = {}
         self._num_present: Counter[str] = Counter()
-        # What the account had been served whose request began last. All that wait have been served as much or more.
+        # What the account had been served whose request began last.
         self._level = 0
 
     @property
