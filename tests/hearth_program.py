@@ -12,10 +12,11 @@ from pathlib import Path
 
 CLIENT = Path(__file__).resolve().parent.parent / "client"
 # Takes the pty for its controlling terminal, so that a typed Ctrl-C is a SIGINT; then becomes the program. A shell's
-# background job ignores SIGINT and SIGQUIT, and so would all that it starts.
+# background job ignores SIGINT and SIGQUIT, nohup's SIGHUP, and so would all that they start.
 _TAKE_TERMINAL = (
     "import fcntl, os, signal, sys, termios; signal.signal(signal.SIGINT, signal.SIG_DFL); "
     "signal.signal(signal.SIGQUIT, signal.SIG_DFL); "
+    "signal.signal(signal.SIGHUP, signal.SIG_DFL); "
     "fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"
 )
 
