@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from hearthd.errors import ShortOfMemoryError
 from hearthd.kv.budget import KVBudget, block_tokens
+from hearthd.thread_name import name_this_thread
 
 __all__ = ["DecoderShape", "KVSlots", "PromptBuffers"]
 
@@ -276,7 +277,7 @@ class PromptBuffers:
             self._timer.cancel()
         if self._num_touched:
             # Not `self`: a model that was unloaded must be able to go.
-            self._timer = threading.Timer(self._rest_seconds, _end_rest, (weakref.ref(self), self._num_holds))
+            self._timer = _RestTimer(self._rest_seconds, _end_rest, (weakref.ref(self), self._num_holds))
             self._timer.daemon = True
             try:
                 self._timer.start()
@@ -289,6 +290,14 @@ class PromptBuffers:
         with self._lock:
             if self._num_holds == num_holds:
                 self.give_back(0)
+
+
+class _RestTimer(threading.Timer):
+    """A thread that the inference thread begins, whose name it must not keep."""
+
+    def run(self) -> None:
+        name_this_thread("kv-rest")
+        super().run()
 
 
 def _end_rest(buffers: weakref.ref[PromptBuffers], num_holds: int) -> None:

@@ -1,4 +1,7 @@
-"""A thread's name as the kernel knows it: `top -H` and `ps -T` show which one works. Called by `worker`."""
+"""A thread's name as the kernel knows it: `top -H` and `ps -T` show which one works.
+
+Called by `worker`, and by the threads that the inference thread begins, which would have its name.
+"""
 
 from contextlib import suppress
 from pathlib import Path

@@ -15,6 +15,7 @@ from typing import Final
 
 from hearthd.kv.prefix_file import DamagedPrefixError
 from hearthd.kv.prefix_store import PrefixStore, StoredPrefix
+from hearthd.thread_name import name_this_thread
 
 __all__ = ["Loading"]
 
@@ -66,6 +67,7 @@ class Loading:
             self.result = False
 
     def _read(self) -> None:
+        name_this_thread(self._thread.name)
         is_right = True
         try:
             for chunk in self._store.read(self.prefix):

@@ -14,6 +14,7 @@ from typing import Final
 
 from hearthd.kv.prefix_file import CHUNK
 from hearthd.kv.prefix_store import PrefixStore, StoredPrefix
+from hearthd.thread_name import name_this_thread
 
 __all__ = ["Saving"]
 
@@ -71,6 +72,7 @@ class Saving:
         self._thread.join(seconds)
 
     def _write(self) -> None:
+        name_this_thread(self._thread.name)
         try:
             self._store.write(self.prefix, self._take())
         except _GivenUpError:
