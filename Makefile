@@ -9,7 +9,7 @@ MODEL := smollm2-135m
 STATE := $(CURDIR)/.cache/state
 BUNDLE := .cache/state/models/$(MODEL)/manifest.json
 # The model is built again when what builds it has changed.
-BUILDER := $(shell find daemon/hearthd/build -type f -not -path '*/__pycache__/*') daemon/hearthd/manifest.py
+BUILDER := $(shell find daemon/hearthd/build -type f -not -path '*/__pycache__/*') daemon/hearthd/bundles/manifest.py
 # Of the Debian release whose package `make deb-test` installs: 3.11 or 3.13.
 SUITE_PYTHON := 3.11
 

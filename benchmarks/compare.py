@@ -31,7 +31,7 @@ from install import PEERS, Installer, InstallError  # noqa: E402
 
 from hearthd.build.sources.catalogue import Catalogue  # noqa: E402
 from hearthd.build.sources.fetch import fetch  # noqa: E402
-from hearthd.bundle import Bundle  # noqa: E402
+from hearthd.bundles.bundle import Bundle  # noqa: E402
 from hearthd.errors import HearthdError  # noqa: E402
 
 OURS = "hearth"

@@ -21,13 +21,13 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from hearthd.bundle import Bundle
-from hearthd.drafts.drafting import Drafting
+from hearthd.bundles.bundle import Bundle
 from hearthd.drafts.run_costs import LENGTHS
-from hearthd.engine import Engine, Failed, Runner, Sequence
-from hearthd.runner import OnnxRunner
-from hearthd.sampling import SamplingParams
-from hearthd.tokenizer import ChatTokenizer, Message
+from hearthd.generation.drafting import Drafting
+from hearthd.generation.engine import Engine, Failed, Runner, Sequence
+from hearthd.runtime.runner import OnnxRunner
+from hearthd.sequences.sampling import SamplingParams
+from hearthd.text.tokenizer import ChatTokenizer, Message
 
 DEFAULT_BUNDLE = Path(__file__).resolve().parent.parent / ".cache/state/models/smollm2-135m"
 MAX_COST = 1.03

@@ -37,7 +37,7 @@ from load.targets import Result, Verdict  # noqa: E402
 
 from hearthd.build.sources.catalogue import Catalogue  # noqa: E402
 from hearthd.build.sources.fetch import fetch  # noqa: E402
-from hearthd.bundle import Bundle  # noqa: E402
+from hearthd.bundles.bundle import Bundle  # noqa: E402
 from hearthd.errors import HearthdError  # noqa: E402
 
 _CACHE = ROOT / ".cache/bench"

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import onnx
 
-from hearthd.bundle import MANIFEST_NAME, Manifest, file_entry
+from hearthd.bundles.bundle import MANIFEST_NAME, Manifest, file_entry
 
 TINY_MANIFEST = Manifest(
     name="tiny",

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from hearthd.__main__ import run_server
-from hearthd.config import load_config
+from hearthd.configuration.config import load_config
 from hearthd.logs import configure_logging
 from serving import make_model, make_runner
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from hearthd.bundle import Bundle
+from hearthd.bundles.bundle import Bundle
 from places import DEFAULT_BUNDLE, ROOT
 
 # How long one example takes says more of the machine, and of what else runs on it, than of the code.

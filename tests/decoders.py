@@ -14,8 +14,8 @@ from hearthd.build.decoder.attention import KVScales
 from hearthd.build.decoder.graph import GraphOptions, write_graph
 from hearthd.build.decoder.recipe import Recipe
 from hearthd.build.decoder.weights import DecoderWeights
-from hearthd.bundle import Bundle
-from hearthd.runner import DecoderShape, OnnxRunner
+from hearthd.bundles.bundle import Bundle
+from hearthd.runtime.runner import DecoderShape, OnnxRunner
 
 CONTEXT = 96
 

@@ -6,11 +6,11 @@ from typing import Any
 
 import tiny_tokenizers as tiny
 from fakes import FakeRunner, Logits, expected_tokens, hashed_logits, scripted
-from hearthd.drafts.drafting import Drafting
-from hearthd.engine import Delta, Engine, Event, Failed, Finished, Queued, Sequence, TokenLogprob
+from hearthd.generation.drafting import Drafting
+from hearthd.generation.engine import Delta, Engine, Event, Failed, Finished, Queued, Sequence, TokenLogprob
 from hearthd.kv.stored_prefixes import StoredPrefixes
-from hearthd.sampling import SamplingParams
-from hearthd.scheduling.priority import Priority
+from hearthd.priority import Priority
+from hearthd.sequences.sampling import SamplingParams
 
 __all__ = ["END", "GREEDY", "NO_EOS", "TOKENIZER", "VOCAB", "Bench", "Clock", "decoded", "solo", "spelling"]
 

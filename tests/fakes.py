@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hearthd.kv.budget import KVBudget
-from hearthd.kv_cache import RunTerminated
-from hearthd.sampling import Sampler, SamplingParams
+from hearthd.kv.kv_cache import RunTerminated
+from hearthd.sequences.sampling import Sampler, SamplingParams
 
 __all__ = ["FakeRunner", "expected_tokens", "hashed_logits", "scripted"]
 

@@ -35,8 +35,8 @@ from grpc_reflection.v1alpha import reflection_pb2
 
 from hearth.v1 import chat_pb2, model_pb2, pairing_pb2, status_pb2
 from hearthd.__main__ import run_server
+from hearthd.access.tokens import create_token
 from hearthd.logs import configure_logging
-from hearthd.tokens import create_token
 from serving import answer, chat_request, make_config, make_model, make_runner, unix_target
 
 FILES = (chat_pb2, model_pb2, pairing_pb2, status_pb2, health_pb2, reflection_pb2)

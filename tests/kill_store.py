@@ -18,10 +18,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from hearthd import store as store_module
-from hearthd.bundle import Bundle
+from hearthd.bundles import store as store_module
+from hearthd.bundles.bundle import Bundle
+from hearthd.bundles.store import Store
 from hearthd.errors import ModelNotFoundError
-from hearthd.store import Store
 
 
 def copy_into(directory: Path, source: Path) -> None:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from fakes import hashed_logits
 from hearthd.__main__ import run_server
-from hearthd.config import load_config
+from hearthd.configuration.config import load_config
 from hearthd.logs import configure_logging
 from serving import make_model, make_runner, make_tokenizer
 

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import hearth_program as program
 from hearth._paired import PairedDaemons
+from hearthd.access.tokens import make_token_file
 from hearthd.pairing.certificate import make_certificate
-from hearthd.tokens import make_token_file
 
 DAEMON = Path(__file__).with_name("configured_daemon.py")
 

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import tiny_tokenizers as tiny
 from fakes import FakeRunner, expected_tokens
-from hearthd.engine import Engine, Failed, Sequence
+from hearthd.generation.engine import Engine, Failed, Sequence
 from hearthd.kv.disk_writes import DiskWrites
 from hearthd.kv.prefix_file import CHUNK
 from hearthd.kv.prefix_store import PrefixStore
 from hearthd.kv.stored_prefixes import StoredPrefixes
-from hearthd.sampling import SamplingParams
+from hearthd.sequences.sampling import SamplingParams
 
 __all__ = ["SYSTEM", "Daemon", "asked", "chunks_of", "open_store"]
 

@@ -23,7 +23,7 @@ from tokenizers import Tokenizer
 from fakes import FakeRunner
 from hearth.v1 import chat_pb2, chat_pb2_grpc, status_pb2, status_pb2_grpc
 from hearthd.__main__ import run_server
-from hearthd.config import (
+from hearthd.configuration.config import (
     AuthConfig,
     Config,
     EngineConfig,
@@ -33,14 +33,14 @@ from hearthd.config import (
     TlsConfig,
     load_config,
 )
-from hearthd.engine import Engine
+from hearthd.generation.engine import Engine
+from hearthd.inference.model import Model
+from hearthd.life.notify import Notifier
 from hearthd.logs import configure_logging
-from hearthd.model import Model
 from hearthd.models.facts import ModelFacts
-from hearthd.notify import Notifier
-from hearthd.sampling import SamplingParams
+from hearthd.sequences.sampling import SamplingParams
 from hearthd.server import Server
-from hearthd.tokenizer import ChatTokenizer
+from hearthd.text.tokenizer import ChatTokenizer
 from tiny_tokenizers import CHATML, byte_level
 
 TIMEOUT_SECONDS = 30

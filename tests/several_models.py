@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from fakes import FakeRunner, hashed_logits
-from hearthd.config import Config, ModelOptions, ModelsConfig
-from hearthd.events import Delta
-from hearthd.model import Model
+from hearthd.configuration.config import Config, ModelOptions, ModelsConfig
+from hearthd.inference.model import Model
+from hearthd.inference.worker import Worker
 from hearthd.models.entry import Entry
 from hearthd.models.facts import ModelFacts, facts_of
 from hearthd.models.pool import ModelPool
-from hearthd.sampling import SamplingParams
-from hearthd.sequence import Sequence
-from hearthd.worker import Worker
+from hearthd.sequences.events import Delta
+from hearthd.sequences.sampling import SamplingParams
+from hearthd.sequences.sequence import Sequence
 from serving import NAME, make_config, make_model, make_runner, make_tokenizer
 
 MODEL_BYTES = 100

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hearth import Client
-from hearthd.tokens import create_token
+from hearthd.access.tokens import create_token
 from soak_chats import VISITS, Place, fill_the_context
 from tls_files import make_tls_files
 

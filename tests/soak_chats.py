@@ -23,7 +23,7 @@ from hearth import (
     InvalidRequestError,
     Message,
 )
-from hearthd.tokens import create_token, revoke_token
+from hearthd.access.tokens import create_token, revoke_token
 from tls_files import TlsFiles, renew_certificate
 
 QUESTIONS = (

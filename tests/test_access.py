@@ -19,12 +19,12 @@ from fakes import FakeRunner
 from hearth.v1 import chat_pb2, model_pb2, model_pb2_grpc
 from hearth.v1 import status_pb2 as hearth_status_pb2
 from hearth.v1 import status_pb2_grpc as hearth_status_pb2_grpc
-from hearthd import auth
+from hearthd.access import auth
+from hearthd.access.tokens import create_token, revoke_token
+from hearthd.configuration.roles import BUILT_IN, METHODS, OPEN_METHODS, Role
 from hearthd.errors import ConfigError
-from hearthd.roles import BUILT_IN, METHODS, OPEN_METHODS, Role
-from hearthd.scheduling.priority import Priority
+from hearthd.priority import Priority
 from hearthd.server import Server
-from hearthd.tokens import create_token, revoke_token
 from serving import (
     NAME,
     PROOF_FORWARDS,

@@ -1,8 +1,8 @@
 """An answer's deltas: each log probability travels with the text that its token completes."""
 
-from hearthd.answer import Answer
-from hearthd.decoding import IncrementalDecoder, decoder_steps
-from hearthd.events import Delta, FinishReason, TokenLogprob
+from hearthd.sequences.answer import Answer
+from hearthd.sequences.events import Delta, FinishReason, TokenLogprob
+from hearthd.text.decoding import IncrementalDecoder, decoder_steps
 
 # Tokens of several bytes, which end within characters: "é" is C3 A9, "ü" is C3 BC.
 TOKENS = ("a\u00c3", "\u00a9\u00c3", "\u00bcb", "END", "xE", "NDy")

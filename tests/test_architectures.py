@@ -16,7 +16,7 @@ from hearthd.build.checkpoints.checkpoint import open_checkpoint
 from hearthd.build.decoder.architecture import ARCHITECTURES, DecoderSpec
 from hearthd.build.decoder.recipe import Recipe
 from hearthd.errors import BuildError
-from hearthd.runner import OnnxRunner
+from hearthd.runtime.runner import OnnxRunner
 
 IDS = [3, 7, 40, 41, 99, 100, 12, 13, 14, 15, 200, 5, 6, 50, 51, 52, 53, 54, 55, 9, 8, 2, 30]
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from hearthd import audit_log
-from hearthd.audit_log import AuditLog
+from hearthd.audit import audit_log
+from hearthd.audit.audit_log import AuditLog
 from hearthd.errors import ConfigError
 
 

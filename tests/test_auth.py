@@ -11,8 +11,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from hearth.v1 import model_pb2, model_pb2_grpc, status_pb2, status_pb2_grpc
-from hearthd.config import Config
-from hearthd.tokens import create_token, revoke_token
+from hearthd.access.tokens import create_token, revoke_token
+from hearthd.configuration.config import Config
 from serving import (
     answer,
     asynchronous,

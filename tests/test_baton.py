@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from hearthd.models.baton import Baton
+from hearthd.inference.baton import Baton
 
 TIMEOUT_SECONDS = 30.0
 

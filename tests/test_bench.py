@@ -24,9 +24,9 @@ from hearthd.bench.runs import MAX_STEPS, MIN_STEPS, FittedRuns
 from hearthd.bench.suite import check_room
 from hearthd.bench.traffic import StepTraffic
 from hearthd.bench.turns import Figure, Measurement, NotMeasurableError, take_turns
-from hearthd.bundle import Bundle
+from hearthd.board.machine import Machine
+from hearthd.bundles.bundle import Bundle
 from hearthd.errors import BenchError, BundleError
-from hearthd.machine import Machine
 
 CONTEXT = 192
 
@@ -330,7 +330,7 @@ import json, mmap
 from dataclasses import asdict
 from pathlib import Path
 from hearthd.bench.fresh import FreshProcess
-from hearthd.machine import ResidentSet
+from hearthd.board.machine import ResidentSet
 before = ResidentSet.of_this_process(Path({str(tmp_path)!r}))
 with open({str(tmp_path / "model.data")!r}, "rb") as file:
     weights = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)

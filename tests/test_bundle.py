@@ -16,10 +16,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bundles import TINY_MANIFEST, seal, tiny_model, write_bundle
-from hearthd.bundle import Bundle, Manifest, file_entry
+from hearthd.bundles.bundle import Bundle, Manifest, file_entry
+from hearthd.bundles.external_locations import external_locations
+from hearthd.bundles.manifest import _canonical, _seal
 from hearthd.errors import BundleError
-from hearthd.external_locations import external_locations
-from hearthd.manifest import _canonical, _seal
 
 FILES = [
     "manifest.json",

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tiny_tokenizers as tiny
-from hearthd.chat_template import ChatTemplate, Message, validate_messages
 from hearthd.errors import MAX_PROBLEMS, BundleError, InvalidRequestError
+from hearthd.text.chat_template import ChatTemplate, Message, validate_messages
 
 HELLO = [{"role": "user", "content": "Hello"}]
 

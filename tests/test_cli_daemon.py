@@ -16,6 +16,7 @@ import pytest
 from bundles import write_bundle
 from hearth.v1 import chat_pb2_grpc, status_pb2, status_pb2_grpc
 from hearthd import __main__ as cli
+from hearthd.access.tokens import TokenFile, create_token, list_tokens
 from hearthd.errors import (
     AddressInUseError,
     BuildError,
@@ -26,7 +27,6 @@ from hearthd.errors import (
     MissingPackageError,
     ModelNotFoundError,
 )
-from hearthd.tokens import TokenFile, create_token, list_tokens
 from serving import NAME, PROMPT_FORWARDS, PROOF_FORWARDS, chat_request
 from tls_files import make_tls_files
 

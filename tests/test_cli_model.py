@@ -14,8 +14,8 @@ from bundles import write_bundle
 from checkpoints import tiny_models, write_gguf, write_huggingface
 from hearthd.build import build_commands, verify_command
 from hearthd.build.sources.catalogue import Catalogue
+from hearthd.bundles.store import Store
 from hearthd.errors import BuildError, BundleError, ModelNotFoundError
-from hearthd.store import Store
 from model_command import run
 
 

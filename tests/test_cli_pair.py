@@ -22,10 +22,10 @@ from hearth._certificate import fingerprint
 from hearth._paired import PairedDaemon
 from hearthd import durable_file
 from hearthd.__main__ import main as hearthd_program
-from hearthd.bundle import Bundle
-from hearthd.config import load_config
-from hearthd.tls import Certificate, find_files, read_certificate
-from hearthd.tokens import create_token, list_tokens
+from hearthd.access.tokens import create_token, list_tokens
+from hearthd.bundles.bundle import Bundle
+from hearthd.configuration.config import load_config
+from hearthd.listening.tls import Certificate, find_files, read_certificate
 from paired_board import Board, Device, Running, free_port
 from serving import asynchronous
 

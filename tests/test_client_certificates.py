@@ -18,9 +18,9 @@ from cryptography.hazmat.primitives.asymmetric import ec
 import hearth
 from hearth.v1 import status_pb2, status_pb2_grpc
 from hearth_program import run
-from hearthd.roles import Role
+from hearthd.access.tokens import create_token, revoke_token
+from hearthd.configuration.roles import Role
 from hearthd.server import Server
-from hearthd.tokens import create_token, revoke_token
 from serving import answer, asynchronous, chat_request, make_config, serving, tcp_target
 from tls_files import TlsFiles, make_tls_files
 

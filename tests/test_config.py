@@ -13,11 +13,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hearthd import config as config_module
-from hearthd import paths
-from hearthd.config import Config, EngineConfig, ModelConfig, ServerConfig, load_config
+from hearthd.configuration import config as config_module
+from hearthd.configuration import paths
+from hearthd.configuration.config import Config, EngineConfig, ModelConfig, ServerConfig, load_config
+from hearthd.configuration.roles import BUILT_IN, Role
 from hearthd.errors import ConfigError
-from hearthd.roles import BUILT_IN, Role
 
 ENVIRONMENT = {"HOME": "/home/pi", "XDG_RUNTIME_DIR": "/run/user/1000"}
 SHIPPED = Path(__file__).parent.parent / "deploy/hearthd.toml"

@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 
 from bundles import write_bundle
 from hearthd.__main__ import main
-from hearthd.config import Config, EngineConfig, ModelOptions, load_config, model_settings
+from hearthd.bundles.manifest import is_model_name
+from hearthd.configuration.config import Config, EngineConfig, ModelOptions, load_config, model_settings
 from hearthd.doctor.cli import diagnose
 from hearthd.doctor.needed_memory import NeededMemory
 from hearthd.doctor.system import System
 from hearthd.errors import ConfigError
-from hearthd.manifest import is_model_name
 
 SHIPPED = Path(__file__).parent.parent / "deploy/hearthd.toml"
 

@@ -13,8 +13,8 @@ import pytest
 
 import confined
 from daemon_process import DaemonProcess, real
-from hearthd.bundle import Bundle
-from hearthd.tokens import list_tokens
+from hearthd.access.tokens import list_tokens
+from hearthd.bundles.bundle import Bundle
 from paired_board import Board, Device, free_port
 from places import DEFAULT_BUNDLE
 

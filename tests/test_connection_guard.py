@@ -15,10 +15,10 @@ import pytest
 
 from hearth import AsyncClient, Client
 from hearth.v1 import status_pb2, status_pb2_grpc
-from hearthd import connection_guard, transport
-from hearthd.connection_guard import ConnectionGuard
-from hearthd.own_connections import Connection, find_connections, hang_up
-from hearthd.peer_address import End, find_end, find_source, parse_ip
+from hearthd.listening import connection_guard, transport
+from hearthd.listening.connection_guard import ConnectionGuard
+from hearthd.listening.own_connections import Connection, find_connections, hang_up
+from hearthd.listening.peer_address import End, find_end, find_source, parse_ip
 from serving import asynchronous, make_config, serving, tcp_target, warnings_of
 
 PORTS = {50051}

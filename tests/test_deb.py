@@ -24,7 +24,7 @@ from grpc_health.v1.health import HealthServicer
 
 from hearth.__main__ import main as client_main
 from hearthd.__main__ import main as daemon_main
-from hearthd.config import load_config, settings
+from hearthd.configuration.config import load_config, settings
 
 ROOT = Path(__file__).resolve().parent.parent
 DEBIAN = ROOT / "deploy/debian"

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 
 import tiny_tokenizers as tiny
-from hearthd.decoding import IncrementalDecoder, decoder_steps
 from hearthd.errors import BundleError
+from hearthd.text.decoding import IncrementalDecoder, decoder_steps
 from tiny_tokenizers import id_of, library
 
 kinds = pytest.mark.parametrize("kind", tiny.EVERY)

@@ -15,7 +15,7 @@ import pytest
 
 import hearth_program as program
 import multicast
-from hearthd.tls import TlsFiles, read_certificate
+from hearthd.listening.tls import TlsFiles, read_certificate
 from paired_board import Board, Device, Running
 
 HOST = socket.gethostname().partition(".")[0]
@@ -183,7 +183,7 @@ ANNOUNCE = """
 import asyncio, ifaddr, sys
 # The service's sandbox has no netlink, by which this asks for interfaces.
 ifaddr.get_adapters = None
-from hearthd.announcing import Announcer
+from hearthd.listening.announcing import Announcer
 
 async def main(address, port, fingerprint):
     announcing = asyncio.create_task(Announcer(int(port), lambda: bytes.fromhex(fingerprint), lambda: [address]).run())
@@ -240,7 +240,7 @@ def test_two_boards_of_one_name_are_both_listed(
 FOLLOW = """
 import asyncio
 from hearth._discovery import discover
-from hearthd.announcing import Announcer
+from hearthd.listening.announcing import Announcer
 
 async def main():
     addresses = ["10.77.0.1"]

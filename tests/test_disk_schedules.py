@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 
 from engine_bench import GREEDY, Bench, solo
 from fakes import FakeRunner
-from hearthd.engine import RunTerminated, Sequence
+from hearthd.generation.engine import RunTerminated, Sequence
 from hearthd.kv import stored_prefixes
+from hearthd.kv.kv_cache import KVCache
 from hearthd.kv.loading import Loading
 from hearthd.kv.prefix_file import CHUNK
 from hearthd.kv.prefix_store import PrefixStore, StoredPrefix
 from hearthd.kv.stored_prefixes import StoredPrefixes
-from hearthd.kv_cache import KVCache
-from hearthd.scheduling.priority import Priority
+from hearthd.priority import Priority
 
 SYSTEM = [place % 50 + 1 for place in range(2 * CHUNK + 22)]
 

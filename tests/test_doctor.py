@@ -13,8 +13,9 @@ import pytest
 
 from bundles import write_bundle
 from decoders import tiny_bundle, tiny_checkpoint
-from hearthd.bundle import Bundle
-from hearthd.config import Config, EngineConfig
+from hearthd.access.tokens import create_token
+from hearthd.bundles.bundle import Bundle
+from hearthd.configuration.config import Config, EngineConfig
 from hearthd.doctor import board, disk, running
 from hearthd.doctor.cli import diagnose
 from hearthd.doctor.credentials import check_certificate, check_tokens
@@ -25,7 +26,6 @@ from hearthd.doctor.processor import check_processor
 from hearthd.doctor.system import System
 from hearthd.errors import ConfigError
 from hearthd.pairing.certificate import make_certificate
-from hearthd.tokens import create_token
 from serving import asynchronous, make_config, serving
 from tls_files import make_tls_files, renew_certificate
 

@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from engine_bench import END, GREEDY, VOCAB, Bench, solo, spelling
 from fakes import FakeRunner, expected_tokens, hashed_logits
 from hearth._responses import parse_answer
-from hearthd.convert import to_chat_response
-from hearthd.drafts.drafting import Drafting
-from hearthd.engine import Event, Finished, FinishReason, RunTerminated, Sequence
-from hearthd.sampling import NonFiniteLogitsError, SamplingParams
+from hearthd.generation.drafting import Drafting
+from hearthd.generation.engine import Event, Finished, FinishReason, RunTerminated, Sequence
+from hearthd.sequences.sampling import NonFiniteLogitsError, SamplingParams
+from hearthd.services.convert import to_chat_response
 
 CONTEXT = 40
 LOOP = "round and round it goes, and "

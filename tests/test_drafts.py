@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 
 from fakes import FakeRunner
 from hearthd.drafts.drafter import Drafter
-from hearthd.drafts.exactness import drafting_for, is_exact
+from hearthd.drafts.exactness import is_exact
 from hearthd.drafts.repeats import SHORTEST, Repeats
 from hearthd.drafts.run_costs import LENGTHS, RunCosts
+from hearthd.generation.drafting import drafting_for
 
 # So few that texts repeat themselves all the time.
 TEXTS = st.lists(st.integers(0, 3), max_size=40)

@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 
 from engine_bench import END, GREEDY, TOKENIZER, VOCAB, Bench, Clock, decoded, solo, spelling
 from fakes import FakeRunner, hashed_logits, scripted
-from hearthd.engine import Delta, Finished, FinishReason, Queued, RunTerminated, Sequence
 from hearthd.errors import InvalidRequestError
-from hearthd.sampling import NonFiniteLogitsError, SamplingParams
-from hearthd.scheduling.priority import Priority
-from hearthd.sequence import SequenceState
+from hearthd.generation.engine import Delta, Finished, FinishReason, Queued, RunTerminated, Sequence
+from hearthd.priority import Priority
+from hearthd.sequences.sampling import NonFiniteLogitsError, SamplingParams
+from hearthd.sequences.sequence import SequenceState
 
 
 class TestBatching:

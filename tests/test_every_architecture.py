@@ -14,12 +14,12 @@ from decoders import tiny_checkpoint
 from hearthd.build.builder import build_bundle, measure_quality
 from hearthd.build.checkpoints.checkpoint import Checkpoint
 from hearthd.build.quantization import corpus
-from hearthd.bundle import Bundle
-from hearthd.engine import Delta, Engine, Failed, Finished, Sequence
-from hearthd.model import load_model
-from hearthd.runner import OnnxRunner
-from hearthd.sampling import SamplingParams
-from hearthd.tokenizer import ChatTokenizer, Message
+from hearthd.bundles.bundle import Bundle
+from hearthd.generation.engine import Delta, Engine, Failed, Finished, Sequence
+from hearthd.inference.model import load_model
+from hearthd.runtime.runner import OnnxRunner
+from hearthd.sequences.sampling import SamplingParams
+from hearthd.text.tokenizer import ChatTokenizer, Message
 from serving import answer, asynchronous, chat_request, make_config, serving, unix_target
 
 # Longer and shorter than the windows of those that have one.

@@ -24,24 +24,24 @@ from checkpoints import tiny_models, write_gguf, write_huggingface
 from hearth._address import parse_address
 from hearth._errors import ConfigurationError
 from hearth._pairing_code import parse_code
+from hearthd.access.daily_usage import DailyUsage
+from hearthd.access.token_command import _lifetime
+from hearthd.access.tokens import create_token, list_tokens
 from hearthd.build.checkpoints.gguf_file import GgufFile
 from hearthd.build.checkpoints.onnx_file import OnnxFile
 from hearthd.build.checkpoints.safetensors_file import SafetensorsFile
-from hearthd.chat_template import ChatTemplate
-from hearthd.chat_template import Message as DaemonMessage
-from hearthd.config import AuthConfig, ServerConfig, TlsConfig, load_config
-from hearthd.daily_usage import DailyUsage
+from hearthd.bundles.external_locations import external_locations
+from hearthd.bundles.manifest import Manifest
+from hearthd.configuration.config import AuthConfig, ServerConfig, TlsConfig, load_config
 from hearthd.errors import BuildError, BundleError, ConfigError, InvalidRequestError
-from hearthd.external_locations import external_locations
-from hearthd.listeners import find_listeners
-from hearthd.manifest import Manifest
+from hearthd.listening.listeners import find_listeners
 from hearthd.pairing.code import make_code
 from hearthd.pairing.records import PairingRecords
 from hearthd.policy.phrases import read_phrase
 from hearthd.policy.policy_file import parse_policy
-from hearthd.token_command import _lifetime
-from hearthd.tokenizer import ChatTokenizer
-from hearthd.tokens import create_token, list_tokens
+from hearthd.text.chat_template import ChatTemplate
+from hearthd.text.chat_template import Message as DaemonMessage
+from hearthd.text.tokenizer import ChatTokenizer
 from tiny_tokenizers import CHATML, TEMPLATES, byte_level
 
 EOS_ID = Tokenizer.from_str(byte_level()).token_to_id("<|im_end|>")

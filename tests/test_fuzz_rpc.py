@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from fuzz_rpc import FILES, campaign, methods
-from hearthd.roles import METHODS
+from hearthd.configuration.roles import METHODS
 from serving import asynchronous
 
 

@@ -24,7 +24,7 @@ from hearthd.build.quantization.documents import TokenDocument
 from hearthd.build.quantization.search import find_recipe
 from hearthd.build.quantization.sensitivity import measure_sensitivity
 from hearthd.build.quantization.session import GraphSession
-from hearthd.runner import OnnxRunner
+from hearthd.runtime.runner import OnnxRunner
 
 IDS = [5, 9, 200, 31, 77, 12, 40, 41, 42, 250, 3, 17, 90, 91, 92, 93]
 

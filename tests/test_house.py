@@ -26,37 +26,73 @@ LAYERS = (
     {"hearthd.models.pool"},
     {"hearthd.models.residents"},
     {"hearthd.models.entry"},
-    {"hearthd.worker"},
-    {"hearthd.engine"},
-    {"hearthd.decode_step"},
+    {"hearthd.inference.worker"},
+    {"hearthd.generation.engine"},
+    {"hearthd.generation.decode_step"},
     {
-        "hearthd.batch",
-        "hearthd.collector",
-        "hearthd.idle_time",
+        "hearthd.generation.batch",
+        "hearthd.generation.collector",
+        "hearthd.generation.idle_time",
         "hearthd.scheduling.chunks",
         "hearthd.scheduling.waits",
-        "hearthd.drafts.drafting",
+        "hearthd.generation.drafting",
     },
     {"hearthd.scheduling.scheduler"},
     {"hearthd.scheduling.fair_queue", "hearthd.scheduling.pace"},
-    {"hearthd.runner", "hearthd.kv_cache", "hearthd.sampling", "hearthd.tokenizer"},
-    {"hearthd.bundle"},
+    {"hearthd.runtime.runner", "hearthd.kv.kv_cache", "hearthd.sequences.sampling", "hearthd.text.tokenizer"},
+    {"hearthd.bundles.bundle"},
 )
 # Within one layer nobody imports a neighbour, but for these.
-NEIGHBOURS = {("hearthd.runner", "hearthd.kv_cache"): "it fulfils the protocol that stands there, and raises its error"}
+NEIGHBOURS = {
+    ("hearthd.runtime.runner", "hearthd.kv.kv_cache"): "it fulfils the protocol that stands there, and raises its error"
+}
+# The rooms of the daemon, from the top down, and the modules at its door: none imports from one above it.
+ROOMS = (
+    "__main__",
+    "doctor",
+    "bench",
+    "server",
+    "life",
+    "services",
+    "audit",
+    "watching",
+    "pairing",
+    "models",
+    "inference",
+    "generation",
+    "scheduling",
+    "sequences",
+    "drafts",
+    "build",
+    "policy",
+    "access",
+    "listening",
+    "text",
+    "runtime",
+    "kv",
+    "bundles",
+    "board",
+    "configuration",
+    "logs",
+    "durable_file",
+    "thread_name",
+    "errors",
+    "priority",
+    "version",
+)
 # What `build` may take from the serving side beside `bundle` and what that stands on, with the reason.
 BUILD_MAY_IMPORT = {
-    ("hearthd.build.builder", "hearthd.tokenizer"): "it calibrates on the token ids that the model will get",
+    ("hearthd.build.builder", "hearthd.text.tokenizer"): "it calibrates on the token ids that the model will get",
     (
         "hearthd.build.quantization.documents",
-        "hearthd.tokenizer",
+        "hearthd.text.tokenizer",
     ): "it makes them of texts",
-    ("hearthd.build.report.greedy_comparison", "hearthd.tokenizer"): "it asks as a chat does",
+    ("hearthd.build.report.greedy_comparison", "hearthd.text.tokenizer"): "it asks as a chat does",
     (
         "hearthd.build.quantization.session",
-        "hearthd.plain_attention",
+        "hearthd.runtime.plain_attention",
     ): "what is judged is what is served",
-    ("hearthd.build.report.answers", "hearthd.tokenizer"): "it shows token ids as text",
+    ("hearthd.build.report.answers", "hearthd.text.tokenizer"): "it shows token ids as text",
 }
 # The folders of `build`, each of which may take from itself and from those that it names.
 BUILD_FOLDERS = {
@@ -70,22 +106,26 @@ BUILD_FOLDERS = {
 ONLY_IN = {
     # The oracle runs what others exported, whose inputs are not those of Hearth's own graphs.
     "onnxruntime": {
-        "hearthd.run_buffers",
-        "hearthd.runner",
-        "hearthd.session",
+        "hearthd.runtime.run_buffers",
+        "hearthd.runtime.runner",
+        "hearthd.runtime.session",
         "hearthd.build.quantization.session",
         "hearthd.build.quantization.oracle",
     },
-    "systemd": {"hearthd.notify", "hearthd.logs"},
+    "systemd": {"hearthd.life.notify", "hearthd.logs"},
     "torch": {"hearthd.build.sources.optimum_export"},
     "transformers": {"hearthd.build.sources.optimum_export"},
     "optimum": {"hearthd.build.sources.optimum_export"},
-    "cryptography": {"hearthd.pairing.certificate", "hearthd.peer_certificate", "hearthd.doctor.credentials"},
+    "cryptography": {"hearthd.pairing.certificate", "hearthd.access.peer_certificate", "hearthd.doctor.credentials"},
     "segno": {"hearthd.pairing.cli"},
     # Most daemons need none of it: `observation` imports these only where metrics are configured.
-    "prometheus_client": {"hearthd.metrics.figures", "hearthd.metrics.live", "hearthd.observation"},
+    "prometheus_client": {
+        "hearthd.watching.metrics.figures",
+        "hearthd.watching.metrics.live",
+        "hearthd.watching.observation",
+    },
     # An extra on the client's side, asked for by name before it is imported.
-    "zeroconf": {"hearth._discovery", "hearthd.announcing"},
+    "zeroconf": {"hearth._discovery", "hearthd.listening.announcing"},
 }
 MAX_LINES = 400
 
@@ -178,6 +218,26 @@ def test_imports_run_one_way(depth: int) -> None:
     assert wrong - NEIGHBOURS.keys() == set()
 
 
+def room(name: str) -> str:
+    return name.split(".")[1]
+
+
+def test_every_module_has_its_room() -> None:
+    assert {room(name) for name in WRITTEN if name.startswith("hearthd.")} == set(ROOMS)
+
+
+@pytest.mark.parametrize("above", ROOMS)
+def test_rooms_import_downwards(above: str) -> None:
+    wrong = {
+        (name, target)
+        for name, module in WRITTEN.items()
+        if name.startswith("hearthd.") and room(name) == above
+        for target in module.imported & MODULES.keys()
+        if target.startswith("hearthd.") and ROOMS.index(room(target)) < ROOMS.index(above)
+    }
+    assert wrong == set()
+
+
 def test_no_two_modules_need_each_other_to_be_imported() -> None:
     order: list[str] = []
     open_path: list[str] = []
@@ -220,7 +280,11 @@ def test_the_daemon_takes_only_the_protocol_from_the_client() -> None:
 
 
 def test_build_takes_nothing_of_the_serving_side_but_bundle() -> None:
-    serving = reachable("hearthd.server") - reachable("hearthd.bundle") - {"hearthd.bundle", "hearthd.paths", "hearthd"}
+    serving = (
+        reachable("hearthd.server")
+        - reachable("hearthd.bundles.bundle")
+        - {"hearthd.bundles.bundle", "hearthd.configuration.paths", "hearthd"}
+    )
     taken = {
         (name, target)
         for name, module in MODULES.items()
@@ -276,7 +340,13 @@ def test_bench_runs_the_engine_without_a_server() -> None:
 def test_the_doctor_looks_from_outside() -> None:
     """A daemon that does not start, or whose packages are broken, must still be examined."""
     doctor = {name for name in MODULES if name.startswith("hearthd.doctor")}
-    forbidden = {"hearthd.server", "hearthd.services.chat", "hearthd.worker", "hearthd.engine", "hearthd.runner"}
+    forbidden = {
+        "hearthd.server",
+        "hearthd.services.chat",
+        "hearthd.inference.worker",
+        "hearthd.generation.engine",
+        "hearthd.runtime.runner",
+    }
     assert {name for name in doctor if reachable(name) & forbidden} == set()
     assert {name for name in MODULES.keys() - doctor if MODULES[name].imported & doctor} == {"hearthd.__main__"}
 
@@ -288,12 +358,15 @@ def test_a_heavy_package_is_known_to_few(package: str) -> None:
 
 
 def test_the_engine_and_all_below_know_no_event_loop_and_no_grpc() -> None:
-    below = {"hearthd.engine", *reachable("hearthd.engine")}
+    below = {"hearthd.generation.engine", *reachable("hearthd.generation.engine")}
     wrong = {name: packages(MODULES[name]) & {"asyncio", "grpc", "google", "hearth"} for name in below}
     assert {name: extra for name, extra in wrong.items() if extra} == {}
 
 
-@pytest.mark.parametrize("name", ["roles", "caller", "tokens", "metering", "peer_certificate"])
+@pytest.mark.parametrize(
+    "name",
+    ["configuration.roles", "access.caller", "access.tokens", "access.metering", "access.peer_certificate"],
+)
 def test_rights_and_limits_are_judged_without_grpc(name: str) -> None:
     below = {f"hearthd.{name}", *reachable(f"hearthd.{name}")}
     wrong = {each: packages(MODULES[each]) & {"grpc", "google", "hearth"} for each in below}
@@ -309,7 +382,7 @@ def test_only_statuses_answers_a_call_with_a_status() -> None:
         if name.startswith("hearthd.") and "grpc" in packages(module)
         if isinstance(node, ast.Attribute) and node.attr in ("abort", "set_code")
     }
-    assert aborting == {"hearthd.statuses"}
+    assert aborting == {"hearthd.services.statuses"}
 
 
 @pytest.mark.parametrize("package", ["numpy", "onnxruntime", "tokenizers", "jinja2", "zeroconf", "hearthd"])

@@ -14,15 +14,15 @@ import tiny_tokenizers as tiny
 from decoders import scales_of, tiny_checkpoint, tiny_runner
 from fakes import FakeRunner, expected_tokens
 from hearthd.build.decoder.recipe import Recipe
-from hearthd.drafts.drafting import Drafting
-from hearthd.engine import Engine, Failed, RunTerminated, Sequence
 from hearthd.errors import ConfigError
+from hearthd.generation.drafting import Drafting
+from hearthd.generation.engine import Engine, Failed, RunTerminated, Sequence
 from hearthd.kv.budget import KVBudget, block_tokens
 from hearthd.kv.eviction import loss_of
+from hearthd.kv.kv_cache import KVCache
 from hearthd.kv.slot import Slot, num_shared
-from hearthd.kv_buffers import DecoderShape, KVSlots, PromptBuffers
-from hearthd.kv_cache import KVCache
-from hearthd.sampling import SamplingParams
+from hearthd.runtime.kv_buffers import DecoderShape, KVSlots, PromptBuffers
+from hearthd.sequences.sampling import SamplingParams
 
 TOKENIZER = tiny.chat_tokenizer("byte_per_token")
 PAGE = 4096

@@ -9,7 +9,7 @@ from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from fakes import FakeRunner
-from hearthd.kv_cache import KVCache, Place
+from hearthd.kv.kv_cache import KVCache, Place
 
 
 def fill(cache: KVCache, runner: FakeRunner, slot: int, token_ids: list[int]) -> None:

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from hearthd.config import Config
-from hearthd.engine import Engine
+from hearthd.configuration.config import Config
+from hearthd.generation.engine import Engine
+from hearthd.inference.model import Model
 from hearthd.kv.prefix_store import PrefixStore, StoredPrefix
 from hearthd.kv.stored_prefixes import StoredPrefixes
-from hearthd.model import Model
 from hearthd.models.entry import ModelState
 from hearthd.models.pool import ModelPool
-from hearthd.sequence import Sequence
+from hearthd.sequences.sequence import Sequence
 from prefix_daemon import SYSTEM, Daemon, asked, chunks_of, open_store
 from serving import asynchronous
 from several_models import Shelf, entry, pooling, several_config, until

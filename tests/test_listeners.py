@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hearthd.config import AuthConfig, MetricsConfig, ServerConfig, TlsConfig
+from hearthd.configuration.config import AuthConfig, MetricsConfig, ServerConfig, TlsConfig
 from hearthd.errors import ConfigError
-from hearthd.listeners import Listener, find_listeners, find_metrics_listeners
+from hearthd.listening.listeners import Listener, find_listeners, find_metrics_listeners
 
 NO_TLS, TLS = TlsConfig(), TlsConfig(certificate=Path("/c.pem"), key=Path("/k.pem"))
 NO_TOKENS, TOKENS = AuthConfig(), AuthConfig(token_file=Path("/tokens"))

@@ -82,12 +82,12 @@ def test_the_journal_gets_fields_and_no_words_of_an_exception(monkeypatch: pytes
         place = os.fstat(stream.fileno())
         environment = {"JOURNAL_STREAM": f"{place.st_dev}:{place.st_ino}"}
         configure_logging("info", environment=environment, stream=stream)
-        logging.getLogger("hearthd.worker").error("it failed", exc_info=failure())
+        logging.getLogger("hearthd.inference.worker").error("it failed", exc_info=failure())
     ((message, fields),) = sent
     assert message.startswith("it failed (builtins.ValueError at")
     assert fields["PRIORITY"] == 3
     assert fields["SYSLOG_IDENTIFIER"] == "hearthd"
-    assert fields["LOGGER"] == "hearthd.worker"
+    assert fields["LOGGER"] == "hearthd.inference.worker"
     assert "canary" not in repr(sent)
 
 

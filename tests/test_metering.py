@@ -12,15 +12,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hearthd import daily_usage
-from hearthd.caller import Caller
-from hearthd.daily_usage import DailyUsage
+from hearthd.access import daily_usage
+from hearthd.access.caller import Caller
+from hearthd.access.daily_usage import DailyUsage
+from hearthd.access.forward_clock import ForwardClock
+from hearthd.access.metering import Meters
+from hearthd.access.token_bucket import TokenBucket
+from hearthd.configuration.roles import Role
 from hearthd.durable_file import replace_file
 from hearthd.errors import QuotaExceededError
-from hearthd.forward_clock import ForwardClock
-from hearthd.metering import Meters
-from hearthd.roles import Role
-from hearthd.token_bucket import TokenBucket
 
 NOON = datetime.datetime(2026, 11, 22, 12).timestamp()
 

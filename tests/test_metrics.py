@@ -16,13 +16,13 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from hearth.v1 import status_pb2
 from hearthd.errors import AddressInUseError
-from hearthd.events import Finished, FinishReason
-from hearthd.listeners import Listener
+from hearthd.listening.listeners import Listener
 from hearthd.logs import log_incident
-from hearthd.metrics.endpoint import MetricsEndpoint
-from hearthd.metrics.figures import Figures
-from hearthd.metrics.live import LiveFigures
-from hearthd.outcomes import CHAT_OUTCOMES, ChatEnd, Refusal, Unfinished
+from hearthd.sequences.events import Finished, FinishReason
+from hearthd.watching.metrics.endpoint import MetricsEndpoint
+from hearthd.watching.metrics.figures import Figures
+from hearthd.watching.metrics.live import LiveFigures
+from hearthd.watching.outcomes import CHAT_OUTCOMES, ChatEnd, Refusal, Unfinished
 from serving import asynchronous
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -63,7 +63,7 @@ def figures(page: str) -> dict[str, float]:
 
 @pytest.fixture(autouse=True)
 def always_collected(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hearthd.metrics.endpoint._KEEP_SECONDS", 0.0)
+    monkeypatch.setattr("hearthd.watching.metrics.endpoint._KEEP_SECONDS", 0.0)
 
 
 async def status(channel: grpc.aio.Channel) -> status_pb2.GetStatusResponse:

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 from hearthd.errors import BundleError, ConfigError, EngineCrashedError, NotServingError, QueueFullError
+from hearthd.inference.worker import State
 from hearthd.models.entry import Failure, ModelState
 from hearthd.models.pool import ModelPool
 from hearthd.models.room import choose_leaving
 from hearthd.scheduling.chunks import ChunkSizes
 from hearthd.scheduling.pace import Pace
-from hearthd.worker import State
 from serving import NAME, asynchronous
 from several_models import MODEL_BYTES, Shelf, ask, chat, entry, pooling, sequence, several_config, until
 

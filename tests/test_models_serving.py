@@ -13,11 +13,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hearth.v1 import model_pb2, model_pb2_grpc, status_pb2, status_pb2_grpc
-from hearthd.config import Config, ModelOptions
+from hearthd.bundles.manifest import is_model_name
+from hearthd.configuration.config import Config, ModelOptions
+from hearthd.configuration.roles import Role
 from hearthd.errors import BundleError
-from hearthd.manifest import is_model_name
 from hearthd.models.entry import Failure, ModelState
-from hearthd.roles import Role
 from hearthd.server import Server
 from serving import NAME, answer, asynchronous, chat_request, make_config, serving, start_chat, unix_target
 from several_models import MODEL_BYTES, Shelf, entry, several_config, until

@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 
 from hearth import Client, Message
-from hearthd.bundle import Bundle
-from hearthd.tokens import create_token
+from hearthd.access.tokens import create_token
+from hearthd.bundles.bundle import Bundle
 from tls_files import make_tls_files
 
 pytestmark = pytest.mark.model

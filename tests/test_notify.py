@@ -12,7 +12,7 @@ import grpc
 import pytest
 
 from hearthd.errors import ConfigError
-from hearthd.notify import Notifier, feed_watchdog
+from hearthd.life.notify import Notifier, feed_watchdog
 from serving import (
     PROOF_FORWARDS,
     asynchronous,

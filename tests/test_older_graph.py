@@ -13,7 +13,7 @@ from hearthd.build.decoder.architecture import DecoderSpec
 from hearthd.build.decoder.matmuls import matmul_names
 from hearthd.build.decoder.recipe import MatMulForm, MatMulRecipe, Recipe
 from hearthd.build.quantization.older_graph import read_graph
-from hearthd.runner import DecoderShape, OnnxRunner
+from hearthd.runtime.runner import DecoderShape, OnnxRunner
 
 IDS = [5, 9, 200, 31, 77, 12, 40, 41, 42, 250, 3, 17, 90, 91, 92, 93]
 

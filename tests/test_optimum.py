@@ -35,8 +35,8 @@ from hearthd.build.decoder.architecture import ARCHITECTURES, DecoderSpec
 from hearthd.build.progress import no_progress
 from hearthd.build.quantization.oracle import Oracle
 from hearthd.build.quantization.quality import Reference
+from hearthd.bundles.store import Store
 from hearthd.errors import BuildError
-from hearthd.store import Store
 from model_command import run
 from places import ROOT
 from test_catalogue import hub_file
@@ -804,10 +804,10 @@ def test_hub_that_cannot_be_reached_is_one_line(hub: FakeHub, monkeypatch: pytes
 @pytest.mark.model
 def test_default_checkpoint_goes_the_whole_way_over_optimum(tmp_path: Path, state: Path) -> None:
     """Exported from its GGUF file by transformers and optimum, read back, built, judged by the exported graph."""
-    from hearthd import paths
     from hearthd.build.checkpoints.checkpoint import open_checkpoint
     from hearthd.build.sources.catalogue import Catalogue
     from hearthd.build.sources.fetch import fetch
+    from hearthd.configuration import paths
 
     started = time.monotonic()
     source = Catalogue.shipped().entry("smollm2-135m").package

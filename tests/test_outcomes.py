@@ -3,9 +3,17 @@
 import pytest
 
 from hearthd import errors
-from hearthd.events import Finished, FinishReason
-from hearthd.outcomes import CHAT_OUTCOMES, ChatEnd, Refusal, Unfinished, refusal_of, tell_refusal, unfinished_by
-from hearthd.tally import Speeds, Tally
+from hearthd.sequences.events import Finished, FinishReason
+from hearthd.watching.outcomes import (
+    CHAT_OUTCOMES,
+    ChatEnd,
+    Refusal,
+    Unfinished,
+    refusal_of,
+    tell_refusal,
+    unfinished_by,
+)
+from hearthd.watching.tally import Speeds, Tally
 
 
 @pytest.mark.parametrize(

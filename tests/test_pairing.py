@@ -22,17 +22,17 @@ from hypothesis import strategies as st
 from hearth import ConfigurationError
 from hearth._pairing_code import parse_code
 from hearth.v1 import pairing_pb2, pairing_pb2_grpc, status_pb2, status_pb2_grpc
-from hearthd.config import Config, load_config
+from hearthd.access.tokens import create_token, list_tokens, make_token_file
+from hearthd.configuration.config import Config, load_config
 from hearthd.errors import ConfigError, HearthdError, QuotaExceededError, UnauthenticatedError
-from hearthd.lan_addresses import lan_addresses
+from hearthd.listening.lan_addresses import lan_addresses
+from hearthd.listening.tls import find_exposure, find_files, read_certificate
 from hearthd.pairing import records as records_module
 from hearthd.pairing.certificate import FIXED_NAME, make_certificate
 from hearthd.pairing.code import make_code
 from hearthd.pairing.gate import PAIR_METHOD, PairingGate
 from hearthd.pairing.open_lan import missing_lines, plan_open_lan
 from hearthd.pairing.records import SECRET_BYTES, PairingRecords
-from hearthd.tls import find_exposure, find_files, read_certificate
-from hearthd.tokens import create_token, list_tokens, make_token_file
 from serving import asynchronous, make_config, serving, tcp_target, unix_target
 
 # Codes.
@@ -199,7 +199,7 @@ def test_of_many_that_claim_at_once_exactly_one_wins(records: PairingRecords) ->
 KILLED = """
 import json, os, signal, sys
 from pathlib import Path
-from hearthd import tokens
+from hearthd.access import tokens
 from hearthd.pairing.records import PairingRecords
 
 def claim(token_file, secret, last_step):

@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hearthd.chat_template import Message
 from hearthd.errors import ConfigError, PolicyRefusedError
 from hearthd.policy.phrases import read_phrase
 from hearthd.policy.policy_file import PolicyFile, parse_policy
 from hearthd.policy.screening import Action, PhraseRule, RuleSet, Screen
+from hearthd.text.chat_template import Message
 
 SECRET = "xyzzy"
 

@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 from fakes import FakeRunner
 from hearth.v1 import chat_pb2, model_pb2, model_pb2_grpc
 from hearth.v1.chat_pb2 import Role
+from hearthd.access.tokens import create_token
+from hearthd.configuration.roles import Role as Rights
 from hearthd.errors import ConfigError
-from hearthd.roles import Role as Rights
 from hearthd.server import Server
-from hearthd.tokens import create_token
 from serving import (
     answer,
     asynchronous,

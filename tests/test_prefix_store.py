@@ -16,7 +16,7 @@ from hearthd.kv.loading import Loading
 from hearthd.kv.prefix_file import DamagedPrefixError, file_size, written
 from hearthd.kv.prefix_store import PrefixStore, StoredPrefix
 from hearthd.kv.slot import Slot
-from hearthd.sequence import SequenceState
+from hearthd.sequences.sequence import SequenceState
 from prefix_daemon import MB, SYSTEM, Daemon, asked, chunks_of, open_store
 
 

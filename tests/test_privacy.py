@@ -45,25 +45,25 @@ LAYERS = (
     "hearthd.services.chat.fit_to_context",
     "hearthd.services.chat.to_chat_response",
     "hearthd.services.chat._charge",
-    "hearthd.convert.read_conversation",
-    "hearthd.convert.validate",
+    "hearthd.services.convert.read_conversation",
+    "hearthd.services.convert.validate",
     "hearthd.policy.rules.RoleRules.apply",
     "hearthd.policy.rules.RoleRules.screen_answer",
     "hearthd.policy.screening.Screen.push",
     "hearthd.policy.screening.Screen.flush",
     "hearthd.policy.search.Search.push",
-    "hearthd.tokenizer.ChatTokenizer.encode_chat",
-    "hearthd.tokenizer.ChatTokenizer.decoder",
-    "hearthd.chat_template.ChatTemplate.render",
-    "hearthd.decoding.IncrementalDecoder.push",
-    "hearthd.stop.StopMatcher.push",
-    "hearthd.answer.Answer.end",
-    "hearthd.sampling.Sampler.sample",
-    "hearthd.kv_cache.KVCache.acquire",
-    "hearthd.metering.Meters.admit_chat",
-    "hearthd.worker.Worker.admit",
-    "hearthd.stream.ChatStream.submit",
-    "hearthd.auth.Authenticator.authorise",
+    "hearthd.text.tokenizer.ChatTokenizer.encode_chat",
+    "hearthd.text.tokenizer.ChatTokenizer.decoder",
+    "hearthd.text.chat_template.ChatTemplate.render",
+    "hearthd.text.decoding.IncrementalDecoder.push",
+    "hearthd.sequences.stop.StopMatcher.push",
+    "hearthd.sequences.answer.Answer.end",
+    "hearthd.sequences.sampling.Sampler.sample",
+    "hearthd.kv.kv_cache.KVCache.acquire",
+    "hearthd.access.metering.Meters.admit_chat",
+    "hearthd.inference.worker.Worker.admit",
+    "hearthd.inference.stream.ChatStream.submit",
+    "hearthd.access.auth.Authenticator.authorise",
 )
 
 
@@ -181,7 +181,7 @@ async def test_an_audit_log_that_fails_harms_no_call_and_tells_nothing(tmp_path:
         serving(config, lambda _: make_model(make_runner())),
         grpc.aio.insecure_channel(unix_target(config)) as channel,
     ):
-        for place in ("hearthd.audit.current_caller", "hearthd.audit_log.AuditLog.write"):
+        for place in ("hearthd.audit.audit.current_caller", "hearthd.audit.audit_log.AuditLog.write"):
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(place, leak)
                 await answer(channel, said())

@@ -20,9 +20,9 @@ from hearthd.build.quantization import corpus
 from hearthd.build.quantization.corpus import Document
 from hearthd.build.quantization.documents import TokenDocument, first_tokens, tokenize
 from hearthd.build.quantization.quality import Figures, Reference, compare
-from hearthd.bundle import Bundle
+from hearthd.bundles.bundle import Bundle
 from hearthd.errors import BuildError
-from hearthd.tokenizer import ChatTokenizer, Message
+from hearthd.text.tokenizer import ChatTokenizer, Message
 
 DOCUMENTS = (TokenDocument("prose", tuple(range(20, 90))), TokenDocument("code", (5, 4, 3, 2, 9)))
 

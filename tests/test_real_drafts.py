@@ -5,14 +5,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from hearthd.bundle import Bundle
-from hearthd.drafts.drafting import Drafting
+from hearthd.bundles.bundle import Bundle
 from hearthd.drafts.exactness import is_exact
 from hearthd.drafts.run_costs import LENGTHS
-from hearthd.engine import Engine, Failed, Sequence
-from hearthd.runner import OnnxRunner
-from hearthd.sampling import SamplingParams
-from hearthd.tokenizer import ChatTokenizer, Message
+from hearthd.generation.drafting import Drafting
+from hearthd.generation.engine import Engine, Failed, Sequence
+from hearthd.runtime.runner import OnnxRunner
+from hearthd.sequences.sampling import SamplingParams
+from hearthd.text.tokenizer import ChatTokenizer, Message
 
 pytestmark = pytest.mark.model
 

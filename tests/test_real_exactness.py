@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from hearthd.bundle import Bundle
-from hearthd.engine import Engine, Failed, Sequence
-from hearthd.runner import OnnxRunner
-from hearthd.sampling import SamplingParams
-from hearthd.tokenizer import ChatTokenizer, Message
+from hearthd.bundles.bundle import Bundle
+from hearthd.generation.engine import Engine, Failed, Sequence
+from hearthd.runtime.runner import OnnxRunner
+from hearthd.sequences.sampling import SamplingParams
+from hearthd.text.tokenizer import ChatTokenizer, Message
 
 pytestmark = pytest.mark.model
 

@@ -28,12 +28,12 @@ from hearth import (
     QueueFullError,
     UnavailableError,
 )
-from hearthd.bundle import Bundle
-from hearthd.engine import Delta, Engine, Failed, Finished, Sequence
-from hearthd.runner import OnnxRunner
-from hearthd.sampling import SamplingParams
-from hearthd.tokenizer import ChatTokenizer
-from hearthd.tokenizer import Message as ChatMessage
+from hearthd.bundles.bundle import Bundle
+from hearthd.generation.engine import Delta, Engine, Failed, Finished, Sequence
+from hearthd.runtime.runner import OnnxRunner
+from hearthd.sequences.sampling import SamplingParams
+from hearthd.text.tokenizer import ChatTokenizer
+from hearthd.text.tokenizer import Message as ChatMessage
 from test_interop import check_real_daemon
 
 pytestmark = pytest.mark.model

@@ -13,7 +13,7 @@ import pytest
 
 from daemon_process import DaemonProcess
 from hearth import Client, ModelNotFoundError, ModelState, UnavailableError
-from hearthd.bundle import Bundle
+from hearthd.bundles.bundle import Bundle
 
 pytestmark = pytest.mark.model
 

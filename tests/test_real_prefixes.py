@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hearthd.bundle import Bundle
-from hearthd.chat_template import Message
-from hearthd.config import CacheConfig, Config, EngineConfig, ModelConfig
-from hearthd.engine import Failed, Sequence
-from hearthd.model import Model, load_model
-from hearthd.runner import OnnxRunner
-from hearthd.sampling import SamplingParams
+from hearthd.bundles.bundle import Bundle
+from hearthd.configuration.config import CacheConfig, Config, EngineConfig, ModelConfig
+from hearthd.generation.engine import Failed, Sequence
+from hearthd.inference.model import Model, load_model
+from hearthd.runtime.runner import OnnxRunner
+from hearthd.sequences.sampling import SamplingParams
+from hearthd.text.chat_template import Message
 
 pytestmark = pytest.mark.model
 

@@ -9,7 +9,7 @@ import pytest
 from hearthd.__main__ import main
 from hearthd.build.decoder.recipe import MatMulForm
 from hearthd.build.quantization.corpus import KINDS
-from hearthd.bundle import Bundle
+from hearthd.bundles.bundle import Bundle
 
 pytestmark = pytest.mark.model
 

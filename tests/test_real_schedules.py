@@ -11,14 +11,14 @@ from dataclasses import dataclass, replace
 
 import pytest
 
-from hearthd.bundle import Bundle
-from hearthd.drafts.drafting import Drafting
-from hearthd.engine import Engine, Failed, RunTerminated, Sequence
-from hearthd.runner import OnnxRunner
-from hearthd.sampling import SamplingParams
-from hearthd.scheduling.priority import Priority
-from hearthd.sequence import SequenceState
-from hearthd.tokenizer import ChatTokenizer, Message
+from hearthd.bundles.bundle import Bundle
+from hearthd.generation.drafting import Drafting
+from hearthd.generation.engine import Engine, Failed, RunTerminated, Sequence
+from hearthd.priority import Priority
+from hearthd.runtime.runner import OnnxRunner
+from hearthd.sequences.sampling import SamplingParams
+from hearthd.sequences.sequence import SequenceState
+from hearthd.text.tokenizer import ChatTokenizer, Message
 
 pytestmark = pytest.mark.model
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from hearthd.bundle import Bundle
-from hearthd.tokens import create_token
+from hearthd.access.tokens import create_token
+from hearthd.bundles.bundle import Bundle
 from systemd_machine import SystemdMachine, why_not
 from tls_files import make_tls_files
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from hearthd.bundle import Bundle
-from hearthd.runner import OnnxRunner
+from hearthd.bundles.bundle import Bundle
+from hearthd.runtime.runner import OnnxRunner
 
 pytestmark = pytest.mark.model
 

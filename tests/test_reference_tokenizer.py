@@ -19,7 +19,7 @@ from hearthd.build.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from hearthd.build.progress import no_progress
 from hearthd.build.sources.catalogue import Catalogue, PackageSource
 from hearthd.build.sources.fetch import fetch
-from hearthd.tokenizer import ChatTokenizer, Message
+from hearthd.text.tokenizer import ChatTokenizer, Message
 from places import ROOT
 
 pytestmark = pytest.mark.reference

@@ -11,10 +11,10 @@ import pytest
 
 from daemon_process import DaemonProcess, scripted
 from hearth.v1 import chat_pb2, chat_pb2_grpc, model_pb2, model_pb2_grpc, status_pb2, status_pb2_grpc
-from hearthd.config import Config
+from hearthd.access.tokens import create_token
+from hearthd.configuration.config import Config
 from hearthd.errors import ConfigError
-from hearthd.reload import Outcome, Reload
-from hearthd.tokens import create_token
+from hearthd.life.reload import Outcome, Reload
 from serving import (
     PROMPT_FORWARDS,
     PROOF_FORWARDS,

@@ -33,10 +33,10 @@ from hearthd.build.report.greedy_comparison import NEAR_TIE, PROMPTS, Comparison
 from hearthd.build.report.page import escape
 from hearthd.build.report.plots import Series, log_plot
 from hearthd.build.report.weight_ranges import weight_ranges
-from hearthd.bundle import Manifest
+from hearthd.bundles.bundle import Manifest
+from hearthd.bundles.store import Store
 from hearthd.errors import BuildError
-from hearthd.store import Store
-from hearthd.tokenizer import ChatTokenizer, Message
+from hearthd.text.tokenizer import ChatTokenizer, Message
 from model_command import run
 
 VOID = {"meta", "br", "hr", "img", "input", "link"}

@@ -15,10 +15,10 @@ import pytest
 from fake_sysfs import FakeSysfs
 from fakes import FakeRunner
 from hearth.v1 import status_pb2, status_pb2_grpc
-from hearthd.governor import FULL, Throttle
-from hearthd.restraint import Restraint
+from hearthd.board.governor import FULL, Throttle
+from hearthd.board.thermal import BoardReading, Sensors
+from hearthd.inference.restraint import Restraint
 from hearthd.server import Server
-from hearthd.thermal import BoardReading, Sensors
 from serving import (
     PROOF_FORWARDS,
     answer,
@@ -128,8 +128,8 @@ class Board:
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the governor look, and decide, without waiting."""
-    monkeypatch.setattr("hearthd.governor._POLL_SECONDS", 0.01)
-    monkeypatch.setattr("hearthd.governor._UP_SECONDS", 0.0)
+    monkeypatch.setattr("hearthd.board.governor._POLL_SECONDS", 0.01)
+    monkeypatch.setattr("hearthd.board.governor._UP_SECONDS", 0.0)
 
 
 @asynccontextmanager
@@ -227,7 +227,7 @@ async def test_a_limit_of_0_only_watches(tmp_path: Path) -> None:
 async def test_a_sensor_that_hangs_holds_up_nobody_and_holds_nothing_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hearthd.governor._PATIENCE_SECONDS", 0.05)
+    monkeypatch.setattr("hearthd.board.governor._PATIENCE_SECONDS", 0.05)
     hang, go_on = threading.Event(), threading.Event()
     read = Sensors.read
 
@@ -236,7 +236,7 @@ async def test_a_sensor_that_hangs_holds_up_nobody_and_holds_nothing_back(
             go_on.wait(60)
         return read(sensors)
 
-    monkeypatch.setattr("hearthd.thermal.Sensors.read", read_or_hang)
+    monkeypatch.setattr("hearthd.board.thermal.Sensors.read", read_or_hang)
     async with board(tmp_path, make_runner()) as hot:
         hot.sysfs.zone(0, "cpu-thermal", 81.0)
         await hot.comes_to(81.0, 3)
@@ -261,7 +261,7 @@ async def test_a_sensor_that_fails_is_told_once_and_holds_nothing_back(
         def fail(_: Sensors) -> BoardReading:
             raise ValueError("canary")
 
-        monkeypatch.setattr("hearthd.thermal.Sensors.read", fail)
+        monkeypatch.setattr("hearthd.board.thermal.Sensors.read", fail)
         await hot.comes_to(None, 0)
     assert len([record for record in caplog.records if "sensors cannot be read" in record.message]) == 1
     assert "canary" not in caplog.text

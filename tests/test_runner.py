@@ -13,9 +13,9 @@ from hearthd.build.decoder.architecture import DecoderSpec
 from hearthd.build.decoder.matmuls import matmul_names
 from hearthd.build.decoder.recipe import MatMulForm, MatMulRecipe, Recipe
 from hearthd.errors import BundleError
-from hearthd.kv_buffers import KVSlots, PromptBuffers
-from hearthd.kv_cache import RunTerminated
-from hearthd.runner import DecoderShape, OnnxRunner
+from hearthd.kv.kv_cache import RunTerminated
+from hearthd.runtime.kv_buffers import KVSlots, PromptBuffers
+from hearthd.runtime.runner import DecoderShape, OnnxRunner
 
 PROMPTS = ([5, 9, 200, 31, 77, 12, 40], [8, 3], [60, 61, 62, 63, 64, 65, 66, 67, 68, 69, 70, 71, 72])
 

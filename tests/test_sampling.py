@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from hearthd.errors import InvalidRequestError
-from hearthd.logits import (
+from hearthd.sequences.logits import (
     apply_answer_penalties,
     apply_repetition_penalty,
     apply_temperature,
@@ -22,7 +22,7 @@ from hearthd.logits import (
     top_k_places,
     top_p_places,
 )
-from hearthd.sampling import NonFiniteLogitsError, Sampler, SamplingParams, validate
+from hearthd.sequences.sampling import NonFiniteLogitsError, Sampler, SamplingParams, validate
 
 PLAIN = SamplingParams(max_tokens=100)
 GREEDY = SamplingParams(max_tokens=100, temperature=0.0)

@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 
 from engine_bench import GREEDY, VOCAB, Bench, Clock, solo
 from fakes import FakeRunner, scripted
-from hearthd.engine import Finished, FinishReason, Queued, Sequence
 from hearthd.errors import DeadlineTooShortError
+from hearthd.generation.engine import Finished, FinishReason, Queued, Sequence
 from hearthd.kv.budget import KVBudget
-from hearthd.scheduling.priority import Priority
-from hearthd.sequence import SequenceState
+from hearthd.priority import Priority
+from hearthd.sequences.sequence import SequenceState
 
 INTERACTIVE, NORMAL, BACKGROUND = Priority
 LONG = replace(GREEDY, max_tokens=40)

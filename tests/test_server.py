@@ -15,11 +15,11 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from fakes import FakeRunner
 from hearth.v1 import model_pb2, model_pb2_grpc, status_pb2, status_pb2_grpc
-from hearthd.config import Config
+from hearthd.access.tokens import create_token, revoke_token
+from hearthd.configuration.config import Config
 from hearthd.errors import AddressInUseError, BundleError, ConfigError, EngineCrashedError
-from hearthd.model import Model
+from hearthd.inference.model import Model
 from hearthd.server import Server
-from hearthd.tokens import create_token, revoke_token
 from serving import (
     NAME,
     PROOF_FORWARDS,

@@ -19,16 +19,16 @@ from hypothesis import strategies as st
 from fakes import FakeRunner
 from hearth.v1 import chat_pb2, chat_pb2_grpc, model_pb2, model_pb2_grpc, status_pb2_grpc
 from hearth.v1 import status_pb2 as hearth_status_pb2
-from hearthd.config import Config
-from hearthd.convert import read_chat
+from hearthd.access.tokens import create_token
+from hearthd.configuration.config import Config
 from hearthd.errors import InvalidRequestError
-from hearthd.model import Model
-from hearthd.sampling import validate
+from hearthd.inference.model import Model
+from hearthd.sequences.sampling import validate
 from hearthd.server import Server
 from hearthd.services.chat import ChatService
+from hearthd.services.convert import read_chat
 from hearthd.services.model import ModelService
 from hearthd.services.status import StatusService
-from hearthd.tokens import create_token
 from serving import (
     NAME,
     PROOF_FORWARDS,

@@ -12,15 +12,15 @@ import grpc
 import pytest
 
 import tiny_tokenizers as tiny
-from hearthd.chat_template import Message
-from hearthd.config import Config, ModelOptions, ModelsConfig
+from hearthd.access.tokens import create_token
+from hearthd.configuration.config import Config, ModelOptions, ModelsConfig
 from hearthd.errors import ConfigError
+from hearthd.inference.model import Model
+from hearthd.inference.shared_prompts import encode_shared_prompts, read_shared_prompts
 from hearthd.kv.budget import KVBudget
-from hearthd.model import Model
 from hearthd.policy.policy_file import PolicyFile
-from hearthd.shared_prompts import encode_shared_prompts, read_shared_prompts
-from hearthd.tokenizer import ChatTokenizer
-from hearthd.tokens import create_token
+from hearthd.text.chat_template import Message
+from hearthd.text.tokenizer import ChatTokenizer
 from serving import (
     answer,
     asynchronous,

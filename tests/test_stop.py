@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hearthd.stop import StopMatcher
+from hearthd.sequences.stop import StopMatcher
 
 
 def run(stop: tuple[str, ...], pieces: list[str]) -> tuple[str, bool]:

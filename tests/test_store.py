@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from bundles import write_bundle
-from hearthd import store as store_module
+from hearthd.bundles import store as store_module
+from hearthd.bundles.store import Store
 from hearthd.errors import BuildError, BundleError, ModelNotFoundError
-from hearthd.store import Store
 
 # Per kind of work; `HEARTH_STORE_KILLS=500` for the figure that docs/faults.md publishes.
 NUM_KILLS = int(os.environ.get("HEARTH_STORE_KILLS", "60"))

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 
-@pytest.mark.parametrize("module", ["hearthd.runner", "hearthd.build.quantization.session"])
+@pytest.mark.parametrize("module", ["hearthd.runtime.runner", "hearthd.build.quantization.session"])
 def test_whoever_imports_onnx_runtime_silences_its_telemetry(module: str, tmp_path: Path) -> None:
     program = f"import os, {module}; print(sorted(os.listdir('/proc/self/task')) == [str(os.getpid())])"
     home = {name: value for name, value in os.environ.items() if not name.startswith(("ORT_", "XDG_"))}

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from fake_sysfs import FakeSysfs
-from hearthd.governor import MAX_LEVEL, Governor, Throttle
-from hearthd.thermal import BoardFlag, BoardReading, Sensors
+from hearthd.board.governor import MAX_LEVEL, Governor, Throttle
+from hearthd.board.thermal import BoardFlag, BoardReading, Sensors
 
 
 @pytest.fixture

@@ -10,10 +10,10 @@ import grpc
 import pytest
 
 from hearth.v1 import status_pb2, status_pb2_grpc
+from hearthd.access.tokens import create_token
 from hearthd.errors import ConfigError
-from hearthd.tls import CertificateSource, find_exposure, read_certificate
-from hearthd.tls import TlsFiles as ServerFiles
-from hearthd.tokens import create_token
+from hearthd.listening.tls import CertificateSource, find_exposure, read_certificate
+from hearthd.listening.tls import TlsFiles as ServerFiles
 from serving import answer, asynchronous, chat_request, make_config, serving, tcp_target, warnings_of
 from tls_files import TlsFiles, make_tls_files
 

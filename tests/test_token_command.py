@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from hearthd import paths
 from hearthd.__main__ import main
-from hearthd.tokens import create_token, list_tokens
+from hearthd.access.tokens import create_token, list_tokens
+from hearthd.configuration import paths
 
 
 @pytest.fixture(autouse=True)

@@ -11,9 +11,9 @@ from tokenizers import Tokenizer
 
 import tiny_tokenizers as tiny
 from checkpoints import make_tokenizer, tiny_models
-from hearthd.chat_template import ChatTemplate
 from hearthd.errors import BundleError, InvalidRequestError
-from hearthd.tokenizer import ChatTokenizer, Message
+from hearthd.text.chat_template import ChatTemplate
+from hearthd.text.tokenizer import ChatTokenizer, Message
 from tiny_tokenizers import id_of, library
 
 # Whose text comes back from ids unchanged, wherever it is cut.

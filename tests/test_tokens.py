@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hearthd.access.forward_clock import ForwardClock
+from hearthd.access.tokens import TokenFile, create_token, list_tokens, revoke_token
 from hearthd.errors import ConfigError
-from hearthd.forward_clock import ForwardClock
-from hearthd.tokens import TokenFile, create_token, list_tokens, revoke_token
 
 
 @pytest.fixture
@@ -174,7 +174,7 @@ def test_a_link_in_place_of_the_new_file_is_not_followed(path: Path, tmp_path: P
 
 def test_processes_that_create_at_once_lose_no_token(path: Path) -> None:
     program = (
-        "import sys; from pathlib import Path; from hearthd.tokens import create_token\n"
+        "import sys; from pathlib import Path; from hearthd.access.tokens import create_token\n"
         "for number in range(10): create_token(Path(sys.argv[1]), f'{sys.argv[2]}-{number}')"
     )
     workers = [subprocess.Popen([sys.executable, "-c", program, str(path), name]) for name in ("a", "b", "c")]

@@ -8,16 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from hearthd import audit_log
-from hearthd.audit_log import AuditLog
-from hearthd.config import Config
-from hearthd.daily_usage import DailyUsage
+from hearthd.access.daily_usage import DailyUsage
+from hearthd.access.tokens import TokenFile, create_token
+from hearthd.audit import audit_log
+from hearthd.audit.audit_log import AuditLog
+from hearthd.configuration.config import Config
 from hearthd.errors import ConfigError
-from hearthd.reload import Reload
-from hearthd.tls import CertificateSource
-from hearthd.tls import TlsFiles as ServerFiles
-from hearthd.tokens import TokenFile, create_token
-from hearthd.troubles import Troubles, find_disk_trouble
+from hearthd.life.reload import Reload
+from hearthd.listening.tls import CertificateSource
+from hearthd.listening.tls import TlsFiles as ServerFiles
+from hearthd.watching.troubles import Troubles, find_disk_trouble
 from serving import asynchronous, make_config, serving, warnings_of
 from tls_files import make_tls_files
 
@@ -128,7 +128,7 @@ def test_an_audit_log_is_tried_again_without_new_lines(tmp_path: Path, monkeypat
     monkeypatch.setattr(audit_log, "_SYNC_SECONDS", 0.01)
     monkeypatch.setattr(audit_log, "_RETRY_SECONDS", 0.01)
     told = Told()
-    monkeypatch.setattr(logging.getLogger("hearthd.audit_log"), "handlers", [told])
+    monkeypatch.setattr(logging.getLogger("hearthd.audit.audit_log"), "handlers", [told])
     log = AuditLog(tmp_path / "audit.jsonl", max_bytes=10_000, num_old_files=0)
     try:
         with monkeypatch.context() as patch:

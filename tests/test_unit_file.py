@@ -11,11 +11,11 @@ import grpc
 import pytest
 
 from hearthd import __main__ as cli
-from hearthd import paths
-from hearthd.config import ServerConfig
+from hearthd.access.tokens import create_token
+from hearthd.configuration import paths
+from hearthd.configuration.config import ServerConfig
 from hearthd.errors import ConfigError
 from hearthd.server import CLOSE_SECONDS, Server
-from hearthd.tokens import create_token
 from serving import answer, asynchronous, chat_request, make_config, make_model, make_runner, serving
 from tls_files import TlsFiles, make_tls_files
 

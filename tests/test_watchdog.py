@@ -20,7 +20,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from daemon_process import DaemonProcess, real, scripted
 from hearth.v1 import chat_pb2_grpc, status_pb2, status_pb2_grpc
-from hearthd.bundle import Bundle
+from hearthd.bundles.bundle import Bundle
 from places import DEFAULT_BUNDLE
 from serving import chat_request
 

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 from fakes import FakeRunner
-from hearthd.engine import Engine
 from hearthd.errors import (
     BundleError,
     DeadlineTooShortError,
@@ -19,13 +18,14 @@ from hearthd.errors import (
     QueueFullError,
     SlowReaderError,
 )
-from hearthd.events import Delta, Event, Finished, FinishReason, Queued
-from hearthd.model import Model
-from hearthd.models.baton import Baton
-from hearthd.sampling import SamplingParams
-from hearthd.scheduling.priority import Priority
-from hearthd.sequence import Sequence
-from hearthd.worker import State, Worker
+from hearthd.generation.engine import Engine
+from hearthd.inference.baton import Baton
+from hearthd.inference.model import Model
+from hearthd.inference.worker import State, Worker
+from hearthd.priority import Priority
+from hearthd.sequences.events import Delta, Event, Finished, FinishReason, Queued
+from hearthd.sequences.sampling import SamplingParams
+from hearthd.sequences.sequence import Sequence
 from serving import PROOF_FORWARDS, asynchronous, make_model, make_runner
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from hearthd.tokenizer import ChatTokenizer
+from hearthd.text.tokenizer import ChatTokenizer
 
 TEXT = (
     "The quick brown fox jumps over the lazy dog. Stop! Who goes there? 12345 + 67890 = 80235.",

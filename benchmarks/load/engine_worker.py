@@ -19,13 +19,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-from hearthd.bundle import Bundle
-from hearthd.chat_template import Message
-from hearthd.config import load_config
-from hearthd.events import Failed, Finished
-from hearthd.model import Model, load_model, prove
-from hearthd.sampling import SamplingParams
-from hearthd.sequence import Sequence
+from hearthd.bundles.bundle import Bundle
+from hearthd.configuration.config import load_config
+from hearthd.inference.model import Model, load_model, prove
+from hearthd.sequences.events import Failed, Finished
+from hearthd.sequences.sampling import SamplingParams
+from hearthd.sequences.sequence import Sequence
+from hearthd.text.chat_template import Message
 
 
 def run(model: Model, requests: list[dict[str, Any]]) -> dict[str, float]:

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
 
-from hearthd.tokens import create_token
+from hearthd.access.tokens import create_token
 from load.chat import Caller
 from load.server_process import ServerError, ServerProcess, free_port
 

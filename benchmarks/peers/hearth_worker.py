@@ -14,8 +14,8 @@ import onnxruntime
 from worker import TokenIds, serve
 
 from hearthd.bench import measure
-from hearthd.bundle import Bundle
-from hearthd.runner import OnnxRunner
+from hearthd.bundles.bundle import Bundle
+from hearthd.runtime.runner import OnnxRunner
 from hearthd.version import daemon_version
 
 

@@ -23,9 +23,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from hearthd import paths
+from hearthd.access.token_command import add_parser as add_token
 from hearthd.bench.cli import add_parser as add_bench
-from hearthd.config import Config, choose_file, load_config, model_settings, role_settings, settings
+from hearthd.configuration import paths
+from hearthd.configuration.config import Config, choose_file, load_config, model_settings, role_settings, settings
 from hearthd.doctor.cli import add_parser as add_doctor
 from hearthd.errors import (
     AddressInUseError,
@@ -38,12 +39,11 @@ from hearthd.errors import (
     ModelNotFoundError,
 )
 from hearthd.pairing.cli import add_parser as add_pair
-from hearthd.token_command import add_parser as add_token
 from hearthd.version import daemon_version
 
 if TYPE_CHECKING:
+    from hearthd.inference.model import Model
     from hearthd.kv.disk_writes import DiskWrites
-    from hearthd.model import Model
     from hearthd.models.facts import ModelFacts
 
 __all__ = ["main"]
@@ -166,8 +166,8 @@ def _load_model(writes: "DiskWrites", config: Config) -> "Model":
 
     writes: of all models. config: as the model has it (`Config.for_model`).
     """
-    from hearthd.model import load_model
-    from hearthd.store import Store
+    from hearthd.bundles.store import Store
+    from hearthd.inference.model import load_model
 
     store = Store(config.model.directory)
     # An installation that was killed between two renames left the model under another name.
@@ -177,8 +177,8 @@ def _load_model(writes: "DiskWrites", config: Config) -> "Model":
 
 def _survey_model(config: Config) -> "ModelFacts":
     """Read what an installed model says of itself; its weights are not read."""
+    from hearthd.bundles.store import Store
     from hearthd.models.facts import facts_of_bundle
-    from hearthd.store import Store
 
     store = Store(config.model.directory)
     store.sweep()
@@ -212,10 +212,10 @@ def run_server(
     load_again: reads what stands in the configuration file when SIGHUP comes.
     survey: says what is known of a model before it is loaded, from the same configuration as `load`.
     """
+    from hearthd.life.notify import Notifier
+    from hearthd.life.signals import listen_for_signals
     from hearthd.logs import log_incident
-    from hearthd.notify import Notifier
     from hearthd.server import CLOSE_SECONDS, Server
-    from hearthd.signals import listen_for_signals
 
     async def run() -> None:
         loop = asyncio.get_running_loop()
@@ -242,12 +242,12 @@ def run_server(
 
 
 def _check_config(parsed: argparse.Namespace) -> None:
-    from hearthd.listeners import find_listeners, find_metrics_listeners
+    from hearthd.access.tokens import list_tokens
+    from hearthd.bundles.store import Store
+    from hearthd.inference.shared_prompts import read_shared_prompts
+    from hearthd.listening.listeners import find_listeners, find_metrics_listeners
+    from hearthd.listening.tls import find_exposure, find_files, read_certificate
     from hearthd.policy.policy_file import PolicyFile
-    from hearthd.shared_prompts import read_shared_prompts
-    from hearthd.store import Store
-    from hearthd.tls import find_exposure, find_files, read_certificate
-    from hearthd.tokens import list_tokens
 
     file = choose_file(parsed.config)
     config = load_config(file, paths.service_environment())

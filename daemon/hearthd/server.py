@@ -17,39 +17,39 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from hearth.v1 import chat_pb2, chat_pb2_grpc, model_pb2, model_pb2_grpc, pairing_pb2, status_pb2, status_pb2_grpc
-from hearthd.announcing import announce
-from hearthd.audit import AuditInterceptor, RefusalRecorder
-from hearthd.audit_log import AuditLog
-from hearthd.auth import AccessInterceptor, Authenticator
-from hearthd.binding import bind
-from hearthd.chat_template import Message
-from hearthd.config import AuditConfig, Config
-from hearthd.connection_guard import ConnectionGuard
-from hearthd.daily_usage import DailyUsage
+from hearthd.access.auth import AccessInterceptor, Authenticator
+from hearthd.access.daily_usage import DailyUsage
+from hearthd.access.metering import Meters
+from hearthd.audit.audit import AuditInterceptor, RefusalRecorder
+from hearthd.audit.audit_log import AuditLog
+from hearthd.configuration.config import AuditConfig, Config
 from hearthd.errors import NotServingError
-from hearthd.health import HealthService
-from hearthd.instance_lock import hold_socket
-from hearthd.listeners import find_listeners
-from hearthd.live_parts import Access, Certificates, Limits, LogLevel, Models, Rules, SharedPrompts
+from hearthd.inference.model import Model
+from hearthd.life.live_parts import Access, Certificates, Limits, LogLevel, Models, Rules, SharedPrompts
+from hearthd.life.notify import Notifier, feed_watchdog
+from hearthd.life.reload import Outcome, Reload, Reloadable
+from hearthd.listening.announcing import announce
+from hearthd.listening.binding import bind
+from hearthd.listening.connection_guard import ConnectionGuard
+from hearthd.listening.instance_lock import hold_socket
+from hearthd.listening.listeners import find_listeners
+from hearthd.listening.tls import CertificateSource, find_exposure, find_files
+from hearthd.listening.transport import transport_options
 from hearthd.logs import describe_exception
-from hearthd.metering import Meters
-from hearthd.model import Model
 from hearthd.models.facts import ModelFacts
 from hearthd.models.pool import ModelPool
-from hearthd.notify import Notifier, feed_watchdog
-from hearthd.observation import Observation
 from hearthd.pairing.gate import PairingGate
 from hearthd.policy.policy_file import PolicyFile
 from hearthd.policy.rules import Policy
-from hearthd.reload import Outcome, Reload, Reloadable
 from hearthd.services.chat import ChatService
+from hearthd.services.health import HealthService
 from hearthd.services.model import ModelService
 from hearthd.services.status import StatusService
-from hearthd.statuses import ErrorBoundary
-from hearthd.tls import CertificateSource, find_exposure, find_files
-from hearthd.tokenising import Tokenising
-from hearthd.transport import transport_options
-from hearthd.troubles import Troubles
+from hearthd.services.statuses import ErrorBoundary
+from hearthd.services.tokenising import Tokenising
+from hearthd.text.chat_template import Message
+from hearthd.watching.observation import Observation
+from hearthd.watching.troubles import Troubles
 
 __all__ = ["CLOSE_SECONDS", "Server"]
 

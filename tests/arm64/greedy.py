@@ -20,12 +20,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hearthd.bundle import Bundle
+from hearthd.bundles.bundle import Bundle
 from hearthd.drafts.run_costs import LENGTHS
-from hearthd.engine import Delta, Engine, Failed, Finished, Sequence, TokenLogprob
-from hearthd.runner import OnnxRunner
-from hearthd.sampling import SamplingParams
-from hearthd.tokenizer import ChatTokenizer, Message
+from hearthd.generation.engine import Delta, Engine, Failed, Finished, Sequence, TokenLogprob
+from hearthd.runtime.runner import OnnxRunner
+from hearthd.sequences.sampling import SamplingParams
+from hearthd.text.tokenizer import ChatTokenizer, Message
 
 CONVERSATION = (
     Message("system", "You are Hearth, a friendly assistant in a small house. Answer in a few plain sentences."),

@@ -11,13 +11,15 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 
 from bundles import write_bundle
-from hearthd import durable_file, store, tokens
-from hearthd.bundle import Bundle
+from hearthd import durable_file
+from hearthd.access import tokens
+from hearthd.access.tokens import create_token, list_tokens, revoke_token
+from hearthd.bundles import store
+from hearthd.bundles.bundle import Bundle
+from hearthd.bundles.store import Store
 from hearthd.errors import ModelNotFoundError
 from hearthd.kv import disk_writes, prefix_file, prefix_store
 from hearthd.kv.prefix_store import StoredPrefix
-from hearthd.store import Store
-from hearthd.tokens import create_token, list_tokens, revoke_token
 from prefix_daemon import SYSTEM, chunks_of, open_store
 
 __all__ = ["WORKS", "Work"]

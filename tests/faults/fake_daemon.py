@@ -27,9 +27,9 @@ from typing import Any, Self
 from fakes import FakeRunner
 from hearth import Client
 from hearthd.__main__ import run_server
-from hearthd.config import Config
+from hearthd.configuration.config import Config
+from hearthd.inference.model import Model
 from hearthd.logs import configure_logging
-from hearthd.model import Model
 from serving import PROOF_FORWARDS, make_config, make_model, make_runner
 
 READY_SECONDS = 30

@@ -11,10 +11,10 @@ import pytest
 from ext4_disk import Disk
 
 from bundles import write_bundle
-from hearthd import audit_log
+from hearthd.access.tokens import create_token, list_tokens, revoke_token
+from hearthd.audit import audit_log
+from hearthd.bundles.store import Store
 from hearthd.errors import ConfigError
-from hearthd.store import Store
-from hearthd.tokens import create_token, list_tokens, revoke_token
 from serving import answer, asynchronous, chat_request, make_config, serving, tcp_target, warnings_of
 from tls_files import TlsFiles, make_tls_files
 

@@ -24,7 +24,7 @@ from fake_daemon import FakeDaemon
 
 from hearth import Client
 from hearth.v1 import status_pb2, status_pb2_grpc
-from hearthd.tokens import create_token
+from hearthd.access.tokens import create_token
 from serving import PROOF_FORWARDS
 from tls_files import make_tls_files
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from daemon_process import DaemonProcess, scripted
 from hearth.v1 import model_pb2, model_pb2_grpc
-from hearthd.tokens import create_token, list_tokens
+from hearthd.access.tokens import create_token, list_tokens
 
 # From the signal to READY; a kill comes at any moment before, or a little after.
 LONGEST_SECONDS = 0.06

@@ -17,7 +17,7 @@ import grpc
 import pytest
 
 from hearthd.errors import InvalidRequestError
-from hearthd.statuses import ErrorBoundary
+from hearthd.services.statuses import ErrorBoundary
 from serving import asynchronous
 
 

@@ -14,7 +14,7 @@ import pytest
 import hearth
 from daemon_process import DaemonProcess, real
 from hearth import Client
-from hearthd.bundle import Bundle
+from hearthd.bundles.bundle import Bundle
 
 pytestmark = pytest.mark.model
 

@@ -13,7 +13,7 @@ import pytest
 from fake_daemon import FakeDaemon
 
 import hearth
-from hearthd.tokens import create_token
+from hearthd.access.tokens import create_token
 from serving import PROMPT_FORWARDS, PROOF_FORWARDS
 
 GATED = {"is_gated": True}

@@ -14,11 +14,11 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from hearthd.config import load_config
+from hearthd.configuration.config import load_config
 
 if TYPE_CHECKING:
-    from hearthd.bundle import Bundle
-    from hearthd.config import Config
+    from hearthd.bundles.bundle import Bundle
+    from hearthd.configuration.config import Config
 
 __all__ = ["add_parser"]
 
@@ -56,7 +56,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def _run(arguments: argparse.Namespace) -> int:
     from hearthd.bench.result import to_markdown, to_object
     from hearthd.bench.suite import Plan, measure_bundle
-    from hearthd.machine import Machine
+    from hearthd.board.machine import Machine
 
     config = load_config(arguments.config)
     bundle = _open(arguments.model or config.model.name, config)
@@ -76,8 +76,8 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _open(model: str, config: Config) -> Bundle:
-    from hearthd.bundle import Bundle
-    from hearthd.store import Store
+    from hearthd.bundles.bundle import Bundle
+    from hearthd.bundles.store import Store
 
     if os.sep in model:
         return Bundle.open(Path(model).absolute())

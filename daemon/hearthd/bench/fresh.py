@@ -76,12 +76,12 @@ def main() -> int:
 
 def _load(arguments: argparse.Namespace) -> dict[str, Any]:
     # Before the clock starts: what Python takes to import its packages is no property of the model.
-    from hearthd import runner  # noqa: F401 - brings ONNX Runtime
     from hearthd.bench import measure
-    from hearthd.bundle import Bundle
-    from hearthd.config import Config, EngineConfig, ModelConfig
-    from hearthd.machine import ResidentSet
-    from hearthd.model import load_model, prove
+    from hearthd.board.machine import ResidentSet
+    from hearthd.bundles.bundle import Bundle
+    from hearthd.configuration.config import Config, EngineConfig, ModelConfig
+    from hearthd.inference.model import load_model, prove
+    from hearthd.runtime import runner  # noqa: F401 - brings ONNX Runtime
 
     directory: Path = arguments.directory
     config = Config(

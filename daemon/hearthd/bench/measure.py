@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from hearthd.kv_cache import Runner
+from hearthd.kv.kv_cache import Runner
 
 __all__ = ["chunks", "decode", "fill", "prefill"]
 

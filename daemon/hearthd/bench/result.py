@@ -10,8 +10,8 @@ from typing import Any
 
 from hearthd.bench.suite import SHORT_CONTEXT, Decode, Load, Measured, Prefill, Read
 from hearthd.bench.turns import Figure
-from hearthd.bundle import Bundle
-from hearthd.machine import Machine
+from hearthd.board.machine import Machine
+from hearthd.bundles.bundle import Bundle
 from hearthd.version import daemon_version
 
 __all__ = ["to_markdown", "to_object"]

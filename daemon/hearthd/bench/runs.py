@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from hearthd.bench import measure
 from hearthd.bench.turns import NotMeasurableError
-from hearthd.kv_cache import Runner
+from hearthd.kv.kv_cache import Runner
 
 __all__ = ["MAX_STEPS", "MIN_STEPS", "FittedRuns"]
 

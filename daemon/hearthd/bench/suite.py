@@ -16,10 +16,10 @@ from hearthd.bench.fresh import FreshProcess
 from hearthd.bench.runs import MAX_STEPS, FittedRuns
 from hearthd.bench.traffic import StepTraffic
 from hearthd.bench.turns import Figure, Measurement, take_turns
-from hearthd.bundle import Bundle
+from hearthd.board.machine import available_bytes
+from hearthd.bundles.bundle import Bundle
 from hearthd.errors import BenchError
-from hearthd.machine import available_bytes
-from hearthd.runner import OnnxRunner
+from hearthd.runtime.runner import OnnxRunner
 
 __all__ = ["SHORT_CONTEXT", "Decode", "Fill", "Load", "Measured", "Plan", "Prefill", "Read", "measure_bundle"]
 

@@ -13,16 +13,16 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hearthd import paths
 from hearthd.build import presentation
 from hearthd.build.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from hearthd.build.command_parts import Reporting, open_source, open_store
 from hearthd.build.sources.catalogue import Catalogue
 from hearthd.build.sources.fetch import fetch
-from hearthd.bundle import Manifest
+from hearthd.bundles.bundle import Manifest
+from hearthd.bundles.manifest import is_model_name
+from hearthd.bundles.store import Store
+from hearthd.configuration import paths
 from hearthd.errors import BuildError
-from hearthd.manifest import is_model_name
-from hearthd.store import Store
 
 if TYPE_CHECKING:
     from hearthd.build.report.build_report import BuildReport

@@ -35,10 +35,10 @@ from hearthd.build.quantization.quality import (
     compare,
 )
 from hearthd.build.quantization.search import Found, find_recipe
-from hearthd.bundle import MANIFEST_NAME, Bundle, Manifest, file_entry
+from hearthd.bundles.bundle import MANIFEST_NAME, Bundle, Manifest, file_entry
+from hearthd.bundles.manifest import GENERATION_NAME, PRESET_NAME, TEMPLATE_NAME, TOKENIZER_NAME
 from hearthd.errors import BuildError
-from hearthd.manifest import GENERATION_NAME, PRESET_NAME, TEMPLATE_NAME, TOKENIZER_NAME
-from hearthd.tokenizer import ChatTokenizer, Message
+from hearthd.text.tokenizer import ChatTokenizer, Message
 
 __all__ = ["Built", "Report", "build_bundle", "measure_quality"]
 

@@ -14,14 +14,14 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from hearthd import paths
 from hearthd.build import presentation
 from hearthd.build.build_commands import run_add, run_build
 from hearthd.build.command_parts import open_store
 from hearthd.build.sources.catalogue import Catalogue
 from hearthd.build.sources.fetch import cached, discard
 from hearthd.build.verify_command import run_verify
-from hearthd.bundle import Manifest
+from hearthd.bundles.bundle import Manifest
+from hearthd.configuration import paths
 from hearthd.errors import BuildError, BundleError
 
 __all__ = ["add_parser"]

@@ -10,11 +10,11 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from hearthd import paths
 from hearthd.build.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from hearthd.build.progress import Progress, no_progress
 from hearthd.build.sources.catalogue import CatalogueEntry, Source
-from hearthd.store import Store
+from hearthd.bundles.store import Store
+from hearthd.configuration import paths
 
 __all__ = ["Report", "Reporting", "open_source", "open_store"]
 

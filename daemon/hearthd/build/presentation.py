@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hearthd.build.sources.catalogue import CatalogueEntry
-from hearthd.bundle import Bundle, Manifest
+from hearthd.bundles.bundle import Bundle, Manifest
 
 
 def write_json(content: Mapping[str, Any]) -> None:

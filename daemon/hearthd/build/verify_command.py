@@ -13,13 +13,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from hearthd import paths
 from hearthd.build import presentation
 from hearthd.build.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from hearthd.build.command_parts import Report, Reporting, open_source, open_store
 from hearthd.build.sources.catalogue import Catalogue
 from hearthd.build.sources.fetch import fetch
-from hearthd.bundle import Bundle, Manifest
+from hearthd.bundles.bundle import Bundle, Manifest
+from hearthd.configuration import paths
 from hearthd.errors import BuildError
 
 __all__ = ["run_verify"]

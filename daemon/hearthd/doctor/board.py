@@ -3,10 +3,10 @@
 from collections.abc import Iterable
 from typing import Final
 
+from hearthd.board.thermal import BoardFlag, Sensors, read_throttled
 from hearthd.doctor.finding import Finding, Level, good, note, problem, warning
 from hearthd.doctor.needed_memory import NeededMemory
 from hearthd.doctor.system import System
-from hearthd.thermal import BoardFlag, Sensors, read_throttled
 
 __all__ = ["check_clock", "check_memory", "check_memory_cgroup", "check_power", "check_temperature"]
 

@@ -13,8 +13,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Final
 
-from hearthd import paths
-from hearthd.config import Config, load_config
+from hearthd.configuration import paths
+from hearthd.configuration.config import Config, load_config
 from hearthd.doctor import board, disk, running
 from hearthd.doctor.finding import Finding, Level, good, note, problem
 from hearthd.doctor.needed_memory import find_needed_memory
@@ -67,7 +67,7 @@ def diagnose(
     system: System, load: Callable[[], Config], *, unit: str = paths.UNIT, is_quick: bool = False
 ) -> Iterable[Finding]:
     """Run every check. load: reads the configuration, raises ConfigError."""
-    from hearthd.listeners import find_listeners
+    from hearthd.listening.listeners import find_listeners
 
     yield from _checked("processor", lambda: check_processor(system))
     yield from _checked("memory cgroup", lambda: board.check_memory_cgroup(system))

@@ -6,11 +6,11 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Final
 
-from hearthd.config import Config
+from hearthd.access.tokens import list_tokens
+from hearthd.configuration.config import Config
 from hearthd.doctor.finding import Finding, good, note, problem, warning
 from hearthd.errors import ConfigError
-from hearthd.tls import TlsFiles, find_exposure, find_files, read_certificate
-from hearthd.tokens import list_tokens
+from hearthd.listening.tls import TlsFiles, find_exposure, find_files, read_certificate
 
 __all__ = ["check_certificate", "check_tokens"]
 

@@ -3,12 +3,12 @@
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Final
 
-from hearthd.config import Config
+from hearthd.configuration.config import Config
 from hearthd.doctor.finding import Finding, good, note, problem
 from hearthd.errors import HearthdError
 
 if TYPE_CHECKING:
-    from hearthd.bundle import Bundle
+    from hearthd.bundles.bundle import Bundle
 
 __all__ = ["check_model", "check_speed"]
 
@@ -18,7 +18,7 @@ _CONTEXT: Final = 256
 
 def check_model(config: Config, *, verify: bool = True) -> "tuple[Bundle | None, list[Finding]]":
     """Open the bundle as the daemon does; verify: with the hash of every file. Returns it, None if it cannot be."""
-    from hearthd.store import Store
+    from hearthd.bundles.store import Store
 
     name = config.model.name
     try:

@@ -6,10 +6,10 @@ Pure arithmetic of a manifest and a configuration; `board` compares the sum with
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
-from hearthd.config import EngineConfig
+from hearthd.configuration.config import EngineConfig
 
 if TYPE_CHECKING:
-    from hearthd.manifest import Manifest
+    from hearthd.bundles.manifest import Manifest
 
 __all__ = ["NeededMemory", "find_needed_memory"]
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Final
 
-from hearthd.config import Config
+from hearthd.configuration.config import Config
 from hearthd.doctor.finding import Finding, good, note, problem, warning
 from hearthd.doctor.system import System
 

@@ -3,40 +3,22 @@
 ONNX Runtime's kernels choose their way by the processor and by the number of rows. On every one that could be tried
 (x86-64 with AVX-512, emulated Cortex-A72 and A76) they agree; where they do not, an answer could depend on its drafts.
 
-Knows only the runner. Called by `model`.
+Knows only the runner. Called by `generation.drafting`.
 """
 
-import logging
 from collections.abc import Sequence
 from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hearthd.drafts.drafting import Drafting
-from hearthd.kv_cache import Runner
+from hearthd.kv.kv_cache import Runner
 
-__all__ = ["drafting_for", "is_exact"]
-
-_logger = logging.getLogger(__name__)
+__all__ = ["is_exact"]
 
 _SLOT: Final = 0
 # Two rows are the fewest that are more than one; of five a kernel that takes four at a time leaves one.
 _LENGTHS: Final = (2, 5)
-
-
-def drafting_for(runner: Runner, token_ids: Sequence[int]) -> Drafting | None:
-    """Return drafts for a runner, None if it cannot verify them or would give other bits with them: the log says which.
-
-    The rest is as of `is_exact`.
-    """
-    if not runner.can_verify:
-        _logger.info("no drafts: this hearthd's models have them, this one was built by an older hearthd")
-        return None
-    if not is_exact(runner, token_ids):
-        _logger.warning("no drafts: on this processor they would change answers; nothing else is affected")
-        return None
-    return Drafting(context_length=runner.context_length)
 
 
 def is_exact(runner: Runner, token_ids: Sequence[int]) -> bool:

@@ -4,8 +4,8 @@ import asyncio
 import enum
 from dataclasses import dataclass
 
+from hearthd.inference.worker import State, Worker
 from hearthd.models.facts import ModelFacts
-from hearthd.worker import State, Worker
 
 __all__ = ["Entry", "Failure", "ModelState"]
 

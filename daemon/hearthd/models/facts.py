@@ -6,12 +6,12 @@ Reads the manifest, and no file of weights. Called by `__main__` and `residents`
 from dataclasses import dataclass
 from typing import Final
 
-from hearthd.bundle import Bundle
-from hearthd.config import Config, EngineConfig
+from hearthd.bundles.bundle import Bundle
+from hearthd.bundles.manifest import Manifest
+from hearthd.configuration.config import Config, EngineConfig
+from hearthd.inference.model import Model, default_sampling
 from hearthd.kv.budget import KVBudget
-from hearthd.manifest import Manifest
-from hearthd.model import Model, default_sampling
-from hearthd.sampling import SamplingParams
+from hearthd.sequences.sampling import SamplingParams
 
 __all__ = ["ModelFacts", "estimate_bytes", "facts_of", "facts_of_bundle"]
 

@@ -17,17 +17,17 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Final
 
-from hearthd.config import Config, ModelOptions
-from hearthd.counts import Counts
+from hearthd.board.governor import FULL, Throttle
+from hearthd.configuration.config import Config, ModelOptions
 from hearthd.errors import ConfigError, HearthdError, NotServingError, QueueFullError
-from hearthd.events import Queued
-from hearthd.governor import FULL, Throttle
-from hearthd.model import Model
+from hearthd.inference.counts import Counts
+from hearthd.inference.model import Model
+from hearthd.inference.worker import State, Worker
 from hearthd.models.bell import Bell
 from hearthd.models.entry import Entry
 from hearthd.models.facts import ModelFacts
 from hearthd.models.residents import Residents
-from hearthd.worker import State, Worker
+from hearthd.sequences.events import Queued
 
 __all__ = ["ModelPool"]
 

@@ -15,19 +15,19 @@ from collections.abc import Callable, Coroutine
 from functools import partial
 from typing import Any, Final
 
-from hearthd.config import Config
-from hearthd.counts import Counts
+from hearthd.board.governor import Throttle
+from hearthd.configuration.config import Config
 from hearthd.errors import ConfigError, HearthdError, NotServingError
-from hearthd.governor import Throttle
+from hearthd.inference.baton import Baton
+from hearthd.inference.counts import Counts
+from hearthd.inference.model import Model, return_free_memory
+from hearthd.inference.shared_prompts import encode_shared_prompts
+from hearthd.inference.worker import Worker
 from hearthd.logs import log_incident
-from hearthd.model import Model, return_free_memory
-from hearthd.models.baton import Baton
 from hearthd.models.bell import Bell
 from hearthd.models.entry import Entry, Failure
 from hearthd.models.facts import ModelFacts, facts_of
 from hearthd.models.room import choose_leaving
-from hearthd.shared_prompts import encode_shared_prompts
-from hearthd.worker import Worker
 
 __all__ = ["Residents"]
 

@@ -13,7 +13,7 @@ from typing import Final
 
 from hearthd.durable_file import replace_file
 from hearthd.errors import ConfigError
-from hearthd.tls import CERTIFICATE_NAME, KEY_NAME
+from hearthd.listening.tls import CERTIFICATE_NAME, KEY_NAME
 
 __all__ = ["FIXED_NAME", "make_certificate"]
 

@@ -16,12 +16,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from hearthd import paths
-from hearthd.config import Config, choose_file, load_config
+from hearthd.configuration import paths
+from hearthd.configuration.config import Config, choose_file, load_config
 from hearthd.errors import ConfigError
 
 if TYPE_CHECKING:
-    from hearthd.listeners import Listener
+    from hearthd.listening.listeners import Listener
 
 __all__ = ["add_parser"]
 
@@ -87,14 +87,14 @@ def _cancel(parsed: argparse.Namespace) -> None:
 
 
 def _pair(parsed: argparse.Namespace) -> None:
-    from hearthd.listeners import find_listeners
+    from hearthd.access.tokens import DEFAULT_ROLE, make_token_file
+    from hearthd.listening.listeners import find_listeners
+    from hearthd.listening.tls import find_files, read_certificate
     from hearthd.pairing.certificate import make_certificate
     from hearthd.pairing.code import make_code
     from hearthd.pairing.open_lan import by_hand, missing_lines, plan_open_lan
     from hearthd.pairing.records import PairingRecords
     from hearthd.pairing.running_daemon import find_problem, restart_service
-    from hearthd.tls import find_files, read_certificate
-    from hearthd.tokens import DEFAULT_ROLE, make_token_file
 
     # All that can be refused is, before anything is written.
     if not 1 <= parsed.minutes <= 60:
@@ -153,8 +153,8 @@ def _pair(parsed: argparse.Namespace) -> None:
 
 def _check_device(config: Config, name: str, role: str) -> None:
     """Raise ConfigError for a device that could not be paired whatever hearthd.toml says of addresses."""
-    from hearthd.tls import find_files
-    from hearthd.tokens import check_new_token
+    from hearthd.access.tokens import check_new_token
+    from hearthd.listening.tls import find_files
 
     check_new_token(_token_file(config), name)
     if role not in config.roles:
@@ -205,7 +205,7 @@ def _port(listeners: "Sequence[Listener]") -> int:
 
 def _own_hosts(listeners: "Sequence[Listener]") -> list[str]:
     """Return this machine's name and addresses, as far as the daemon listens there."""
-    from hearthd.lan_addresses import lan_addresses
+    from hearthd.listening.lan_addresses import lan_addresses
 
     # A socket behind a proxy says nothing of where that listens.
     exposed = [each.target.rpartition(":")[0] for each in listeners if each.is_exposed and not each.socket_path]

@@ -19,11 +19,11 @@ from typing import Final
 import grpc
 
 from hearth.v1 import pairing_pb2
+from hearthd.access.token_bucket import TokenBucket
+from hearthd.access.tokens import create_token
 from hearthd.errors import ConfigError, NotPermittedError, QuotaExceededError, UnauthenticatedError
+from hearthd.listening.peer_address import find_end, find_source
 from hearthd.pairing.records import SECRET_BYTES, PairingRecords
-from hearthd.peer_address import find_end, find_source
-from hearthd.token_bucket import TokenBucket
-from hearthd.tokens import create_token
 
 __all__ = ["BEARER_PREFIX", "PAIR_METHOD", "PairingGate"]
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from hearthd import paths
-from hearthd.config import Config, load_config
+from hearthd.configuration import paths
+from hearthd.configuration.config import Config, load_config
 from hearthd.durable_file import replace_file
 from hearthd.errors import ConfigError
 

@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
+from hearthd.configuration.paths import UNIT
 from hearthd.errors import ConfigError
-from hearthd.lan_addresses import lan_addresses
-from hearthd.listeners import Listener
-from hearthd.paths import UNIT
+from hearthd.listening.lan_addresses import lan_addresses
+from hearthd.listening.listeners import Listener
 
 __all__ = ["find_problem", "restart_service"]
 

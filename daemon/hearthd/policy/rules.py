@@ -9,9 +9,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from hearthd.chat_template import Message
 from hearthd.errors import ConfigError, InvalidRequestError, PolicyRefusedError
 from hearthd.policy.screening import PhraseRule, RuleSet, Screen
+from hearthd.text.chat_template import Message
 
 __all__ = ["Policy", "RoleRules", "Scope", "SystemPrompt"]
 

@@ -6,9 +6,9 @@ Larger runs are faster. Knows no runner, only the pace of the last runs. Called 
 from collections.abc import Iterable, Sized
 from typing import Final
 
+from hearthd.priority import Priority
 from hearthd.scheduling.pace import Pace
-from hearthd.scheduling.priority import Priority
-from hearthd.sequence import Sequence
+from hearthd.sequences.sequence import Sequence
 
 __all__ = ["ChunkSizes"]
 

@@ -12,7 +12,7 @@ Knows no KV and no slots. Called by `scheduler`.
 from collections import Counter
 from typing import Final
 
-from hearthd.sequence import Sequence
+from hearthd.sequences.sequence import Sequence
 
 __all__ = ["ANSWER_TOKEN_COST", "FairQueue"]
 

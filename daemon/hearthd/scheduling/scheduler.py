@@ -6,9 +6,9 @@ are paused come next, and then accounts take turns (`fair_queue`). Nobody is pau
 Knows no KV and runs nothing: it decides, `engine` does it and tells what came of it.
 """
 
+from hearthd.priority import Priority
 from hearthd.scheduling.fair_queue import ANSWER_TOKEN_COST, FairQueue
-from hearthd.scheduling.priority import Priority
-from hearthd.sequence import Sequence, SequenceState
+from hearthd.sequences.sequence import Sequence, SequenceState
 
 __all__ = ["Scheduler"]
 

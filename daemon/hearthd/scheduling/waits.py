@@ -7,7 +7,7 @@ An estimate: it goes on as if nobody more urgent came, and every answer had the 
 from hearthd.errors import DeadlineTooShortError
 from hearthd.scheduling.pace import Pace
 from hearthd.scheduling.scheduler import Scheduler
-from hearthd.sequence import Sequence
+from hearthd.sequences.sequence import Sequence
 
 __all__ = ["Waits"]
 

@@ -7,24 +7,24 @@ import time
 import grpc
 
 from hearth.v1 import chat_pb2, chat_pb2_grpc
-from hearthd.audit import current_record
-from hearthd.caller import current_caller
-from hearthd.config import LimitsConfig
-from hearthd.convert import ChatCall, fit_to_context, read_chat, to_chat_response
+from hearthd.access.caller import current_caller
+from hearthd.access.metering import ChatMeter, Meters
+from hearthd.audit.audit import current_record
+from hearthd.configuration.config import LimitsConfig
 from hearthd.errors import InvalidRequestError, SlowReaderError
-from hearthd.events import Queued
-from hearthd.metering import ChatMeter, Meters
+from hearthd.inference.stream import ChatStream
+from hearthd.inference.worker import Worker
 from hearthd.models.pool import ModelPool
-from hearthd.observation import Observation
-from hearthd.outcomes import ChatEnd, unfinished_by
 from hearthd.policy.policy_file import PolicyFile
 from hearthd.policy.screening import Screen
-from hearthd.sequence import Sequence
+from hearthd.sequences.events import Queued
+from hearthd.sequences.sequence import Sequence
 from hearthd.services.chosen_model import find_model
+from hearthd.services.convert import ChatCall, fit_to_context, read_chat, to_chat_response
 from hearthd.services.prompt import encoding_with_beginning
-from hearthd.stream import ChatStream
-from hearthd.tokenising import Tokenising
-from hearthd.worker import Worker
+from hearthd.services.tokenising import Tokenising
+from hearthd.watching.observation import Observation
+from hearthd.watching.outcomes import ChatEnd, unfinished_by
 
 __all__ = ["ChatService"]
 

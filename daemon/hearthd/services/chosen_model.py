@@ -1,6 +1,6 @@
 """The model that a request names. Called by the other modules of this room."""
 
-from hearthd.caller import current_caller
+from hearthd.access.caller import current_caller
 from hearthd.errors import ModelNotFoundError
 from hearthd.models.entry import Entry
 from hearthd.models.pool import ModelPool

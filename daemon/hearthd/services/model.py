@@ -5,18 +5,18 @@ from typing import Final
 import grpc
 
 from hearth.v1 import model_pb2, model_pb2_grpc
-from hearthd.caller import current_caller
-from hearthd.config import LimitsConfig
-from hearthd.convert import read_conversation, to_sampling_options
+from hearthd.access.caller import current_caller
+from hearthd.configuration.config import LimitsConfig
 from hearthd.errors import InvalidRequestError
-from hearthd.model import Model
+from hearthd.inference.model import Model
 from hearthd.models.entry import Entry, ModelState
 from hearthd.models.pool import ModelPool
 from hearthd.policy.policy_file import PolicyFile
-from hearthd.sampling import MAX_STOP_STRING_CHARS, MAX_STOP_STRINGS, MAX_TOP_LOGPROBS
+from hearthd.sequences.sampling import MAX_STOP_STRING_CHARS, MAX_STOP_STRINGS, MAX_TOP_LOGPROBS
 from hearthd.services.chosen_model import find_model
+from hearthd.services.convert import read_conversation, to_sampling_options
 from hearthd.services.prompt import encoding
-from hearthd.tokenising import Tokenising
+from hearthd.services.tokenising import Tokenising
 
 __all__ = ["ModelService"]
 

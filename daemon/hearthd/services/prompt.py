@@ -2,10 +2,10 @@
 
 from collections.abc import Callable
 
-from hearthd.audit import current_record
-from hearthd.chat_template import Message
-from hearthd.model import Model
+from hearthd.audit.audit import current_record
+from hearthd.inference.model import Model
 from hearthd.policy.rules import RoleRules
+from hearthd.text.chat_template import Message
 
 __all__ = ["encoding", "encoding_with_beginning"]
 

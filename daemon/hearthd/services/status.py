@@ -9,14 +9,14 @@ from typing import Final
 import grpc
 
 from hearth.v1 import status_pb2, status_pb2_grpc
+from hearthd.board.thermal import BoardFlag
+from hearthd.inference.worker import State
 from hearthd.models.entry import Entry
 from hearthd.models.pool import ModelPool
-from hearthd.observation import Observation
-from hearthd.scheduling.priority import Priority
-from hearthd.sequence import Sequence, SequenceState
-from hearthd.thermal import BoardFlag
+from hearthd.priority import Priority
+from hearthd.sequences.sequence import Sequence, SequenceState
 from hearthd.version import daemon_version
-from hearthd.worker import State
+from hearthd.watching.observation import Observation
 
 __all__ = ["StatusService"]
 

@@ -20,8 +20,8 @@ import onnx
 from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 
+from hearthd.bundles.external_locations import external_locations, length_delimited
 from hearthd.errors import BuildError, BundleError
-from hearthd.external_locations import external_locations, length_delimited
 
 __all__ = ["Node", "OnnxFile", "Tensor"]
 

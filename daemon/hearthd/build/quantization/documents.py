@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from hearthd.build.quantization.corpus import Document
-from hearthd.tokenizer import ChatTokenizer, Message
+from hearthd.text.tokenizer import ChatTokenizer, Message
 
 __all__ = ["MAX_DOCUMENT_TOKENS", "TokenDocument", "first_tokens", "num_shared", "tokenize"]
 

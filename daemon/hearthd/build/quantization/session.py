@@ -15,7 +15,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from hearthd.build.decoder.architecture import DecoderSpec
-from hearthd.plain_attention import choose_plain_attention
+from hearthd.runtime.plain_attention import choose_plain_attention
 
 __all__ = ["CHUNK", "GraphSession"]
 

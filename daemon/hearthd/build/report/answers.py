@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from hearthd.build.report.greedy_comparison import NEAR_TIE, Comparison, Parting, pieces
 from hearthd.build.report.page import escape, paragraph, section
-from hearthd.tokenizer import ChatTokenizer
+from hearthd.text.tokenizer import ChatTokenizer
 
 __all__ = ["answers", "summary", "verdict"]
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
+from hearthd.board.machine import Machine
 from hearthd.build.builder import Built
 from hearthd.build.decoder.recipe import MatMulName
 from hearthd.build.decoder.weights import DecoderWeights
@@ -24,7 +25,6 @@ from hearthd.build.report.greedy_comparison import Comparison, compare_answers
 from hearthd.build.report.page import details, escape, facts, page, paragraph, section, table
 from hearthd.build.report.weight_ranges import WeightRange, weight_ranges
 from hearthd.errors import BuildError
-from hearthd.machine import Machine
 
 __all__ = ["BuildReport"]
 

@@ -20,7 +20,7 @@ from hearthd.build.decoder.architecture import DecoderSpec
 from hearthd.build.decoder.graph import MODEL_FILE
 from hearthd.build.quantization.quality import ReferenceGraph
 from hearthd.build.quantization.session import GraphSession
-from hearthd.tokenizer import ChatTokenizer, Message
+from hearthd.text.tokenizer import ChatTokenizer, Message
 
 __all__ = ["MAX_TOKENS", "NEAR_TIE", "PROMPTS", "Comparison", "Parting", "compare_answers", "pieces"]
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass, fields
 from importlib import resources
 from typing import Any, Final, Self
 
+from hearthd.bundles.manifest import GENERATION_KEYS, is_finite_number, is_model_name
 from hearthd.errors import BuildError, ModelNotFoundError
-from hearthd.manifest import GENERATION_KEYS, is_finite_number, is_model_name
 
 _SHA256: Final = re.compile(r"[0-9a-f]{64}")
 _COMMIT: Final = re.compile(r"[0-9a-f]{40}")

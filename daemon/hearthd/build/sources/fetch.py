@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from hearthd.build.sources.catalogue import ExportSource, HubSource, PackageSource
-from hearthd.directory_lock import exclusive
+from hearthd.bundles.directory_lock import exclusive
 from hearthd.errors import BuildError
 
 if TYPE_CHECKING:

@@ -1,0 +1,1 @@
+"""The machine under the daemon: its heat, its power, its memory."""

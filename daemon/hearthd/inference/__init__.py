@@ -1,0 +1,1 @@
+"""An inference thread, what it serves, and the hand-off to asyncio."""

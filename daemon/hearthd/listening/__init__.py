@@ -1,0 +1,1 @@
+"""Addresses, TLS and connections: where callers reach the daemon, and how many at once."""
