@@ -1,5 +1,6 @@
 """Prefixes on disk: what comes back is what was written, or nothing; whatever files suffer, answers are right."""
 
+import hashlib
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -50,6 +51,46 @@ class TestStore:
             0,
         ]
         assert store.find(SYSTEM, [("a", 200)], 151) is None
+
+    @given(
+        stored_lengths=st.dictionaries(st.sampled_from("ab"), st.sets(st.integers(1, 40), max_size=8)),
+        limits=st.lists(st.tuples(st.sampled_from("ab"), st.integers(0, 45)), max_size=3),
+        least=st.integers(1, 40),
+        num_right=st.integers(0, 45),
+    )
+    @settings(max_examples=200)
+    def test_it_finds_what_looking_at_every_length_finds(
+        self,
+        tmp_path_factory: pytest.TempPathFactory,
+        stored_lengths: dict[str, set[int]],
+        limits: list[tuple[str, int]],
+        least: int,
+        num_right: int,
+    ) -> None:
+        store = open_store(tmp_path_factory.mktemp("empty"))
+        for identity, lengths in stored_lengths.items():
+            for num in lengths:
+                store._remember(StoredPrefix(num, store.key(identity, SYSTEM[:num])))
+        prompt = [*SYSTEM[:num_right], *[251] * (45 - num_right)]
+        expected = max(
+            (
+                num
+                for identity, limit in limits
+                for num in stored_lengths.get(identity, ())
+                if least <= num <= min(limit, num_right)
+            ),
+            default=0,
+        )
+        found = store.find(prompt, limits, least)
+        assert (found.num_tokens if found else 0) == expected
+        assert found is None or found.key in {store.key(identity, prompt[:expected]) for identity, _ in limits}
+
+    def test_files_of_versions_before_keep_their_names(self, tmp_path: Path) -> None:
+        hashed = hashlib.sha256(hashlib.sha256(b"model").digest() + (1).to_bytes(4, "little") + b"a")
+        hashed.update(b"".join(token_id.to_bytes(4, "little") for token_id in SYSTEM))
+        stored(open_store(tmp_path), SYSTEM)
+        model = hashlib.sha256(b"model").hexdigest()[:16]
+        assert only_file(tmp_path).name == f"{model}-150-{hashed.hexdigest()}.kv"
 
     def test_neither_another_identity_nor_another_model_nor_other_tokens_find_it(self, tmp_path: Path) -> None:
         stored(open_store(tmp_path), SYSTEM)
@@ -440,7 +481,7 @@ class TestEngine:
         daemon = Daemon(tmp_path, num_slots=1)
         leaving = asked([*SYSTEM, 9, 8, 7])
         daemon.engine.add(leaving)
-        daemon.engine._schedule()
+        daemon.engine._placing.schedule()
         daemon.engine.remove(leaving)
         daemon.run(asked([*SYSTEM[:140], 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3], num_first=0))
 

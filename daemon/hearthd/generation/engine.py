@@ -1,9 +1,9 @@
-"""Continuous batching: `scheduling` says who runs, the engine runs it, `collector` says what comes of it.
+"""Continuous batching: one short step, again and again.
 
-A step admits waiting sequences to free slots, runs at most one chunk of one prompt, then one token of every sequence
-that is past its prompt, in one batch. So a long prompt delays running answers by one chunk at most, and whoever is
-removed stops costing time within one run of the model. A step with nobody to serve reads a chunk of an answer that was
-written before, so that the conversation's next turn finds it in the cache.
+A step gives waiting sequences their places (`placing`), runs at most one chunk of one prompt (`prompt_step`), then one
+token of every sequence that is past its prompt, in one batch (`decode_step`); `collector` says what comes of it. So a
+long prompt delays running answers by one chunk at most, and whoever is removed stops costing time within one run of the
+model. A step with nobody to serve prepares for those who come next (`idle_time`). Who goes before whom: `scheduling`.
 
 One thread calls it. Knows no asyncio, no gRPC and no threads; time comes from the clock that it is given. Called by
 `worker`.
@@ -13,17 +13,16 @@ import time
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Tokens
 
-import numpy as np
-
 from hearthd.errors import DeadlineTooShortError, InvalidRequestError
 from hearthd.generation.batch import Batch
 from hearthd.generation.collector import Collector
 from hearthd.generation.decode_step import DecodeStep
 from hearthd.generation.drafting import Drafting
 from hearthd.generation.idle_time import IdleTime
+from hearthd.generation.placing import Placing
+from hearthd.generation.prompt_step import PromptStep
 from hearthd.kv.kv_cache import KVCache, Runner, RunTerminated
 from hearthd.kv.stored_prefixes import StoredPrefixes
-from hearthd.priority import Priority
 from hearthd.scheduling.chunks import ChunkSizes
 from hearthd.scheduling.pace import Pace
 from hearthd.scheduling.scheduler import Scheduler
@@ -55,11 +54,6 @@ __all__ = [
     "TokenLogprob",
     "TokenProbability",
 ]
-
-# Where only the disk is waited for, somebody who comes or goes is heard that soon.
-_DISK_SECONDS = 0.02
-# Room that background work leaves for an urgent request: an ordinary prompt and its answer.
-_SPARE_TOKENS = 1024
 
 
 class Engine:
@@ -94,28 +88,74 @@ class Engine:
         self._max_answer_seconds = max_answer_seconds
         self._clock = clock
         self._pace = Pace()
-        self._chunks = ChunkSizes(
-            self._pace,
-            beside=prefill_chunk,
-            alone=prefill_chunk if solo_prefill_chunk is None else solo_prefill_chunk,
-            max_stall_seconds=max_stall_seconds,
-        )
         self._cache = KVCache(runner, stored)
         self.stored = stored
         """Its figures are for any thread to read."""
-        self._idle_time = IdleTime(self._cache, runner, prefill_chunk)
+        self.has_others: Callable[[], bool] = bool
+        """Whether other models wait for this one's step to end."""
         self._num_slots = runner.num_slots if num_slots is None else num_slots
         self._scheduler = Scheduler(self._num_slots)
         self._waits = Waits(self._scheduler, self._pace)
         self._batch = Batch(self._cache, runner.num_slots)
         self._collector = Collector(tokenizer, context_length=runner.context_length, clock=clock, remove=self._end)
+        self._placing = Placing(
+            self._cache,
+            self._scheduler,
+            self._batch,
+            self._collector,
+            self._waits,
+            context_length=runner.context_length,
+            clock=clock,
+        )
+        chunks = ChunkSizes(
+            self._pace,
+            beside=prefill_chunk,
+            alone=prefill_chunk if solo_prefill_chunk is None else solo_prefill_chunk,
+            max_stall_seconds=max_stall_seconds,
+        )
+        self._prompt_step = PromptStep(
+            runner,
+            self._cache,
+            self._scheduler,
+            self._batch,
+            self._collector,
+            self._pace,
+            chunks,
+            clock,
+            has_others=lambda: self.has_others(),  # noqa: PLW0108 - `worker` sets it later
+        )
         self._decode_step = DecodeStep(
             runner, self._cache, self._scheduler, self._collector, self._pace, drafting, clock
         )
-        self._in_prefill: Sequence | None = None
-        self.has_others: Callable[[], bool] = bool
-        """Whether other models wait for this one's step to end."""
-        self._seconds_until_end: float | None = None
+        self._idle_time = IdleTime(self._cache, runner, prefill_chunk)
+
+    def step(self) -> list[tuple[Sequence, Event]]:
+        """Schedule, run, collect: at most one chunk of one prompt, and one token of every sequence that decodes.
+
+        Returns what happened, each sequence's events in their order. A run that `Runner.terminate` stopped has not
+        happened: the next step runs it again, with the sequences that are there then.
+        """
+        self._end_overdue()
+        self._placing.schedule()
+        batch = list(self._batch)
+        try:
+            if self._scheduler.is_idle:
+                self._idle_time.use()
+            else:
+                self._prompt_step.run()
+                self._decode_step.run(batch)
+        except RunTerminated:
+            pass
+        if not self.has_work:
+            self._runner.rest()
+        return self._collector.take_events()
+
+    def _end_overdue(self) -> None:
+        now = self._clock()
+        for sequence in [*self._scheduler.running, *self._scheduler.paused, *self._scheduler.waiting]:
+            is_late = sequence.deadline is not None and now >= sequence.deadline
+            if is_late or (sequence.admitted is not None and now - sequence.admitted >= self._max_answer_seconds):
+                self._collector.finish(sequence, FinishReason.TIME_LIMIT)
 
     @property
     def num_slots(self) -> int:
@@ -155,12 +195,12 @@ class Engine:
     @property
     def prefilling(self) -> Sequence | None:
         """The sequence of whose prompt a chunk is being run at this moment. For any thread to read."""
-        return self._in_prefill
+        return self._prompt_step.reading
 
     @property
     def seconds_until_end(self) -> float | None:
         """When the first of those that run will have ended, at the last step's estimate. For any thread to read."""
-        return self._seconds_until_end
+        return self._placing.seconds_until_end
 
     def add(self, sequence: Sequence) -> None:
         """Let a new sequence wait for a slot; the next step gives it one, or says how many are before it.
@@ -210,186 +250,3 @@ class Engine:
         if sequence.account and sequence.output_ids:
             self._pace.note_answer(len(sequence.output_ids))
         self.remove(sequence)
-
-    def step(self) -> list[tuple[Sequence, Event]]:
-        """Schedule, run, collect: at most one chunk of one prompt, and one token of every sequence that decodes.
-
-        Returns what happened, each sequence's events in their order. A run that `Runner.terminate` stopped has not
-        happened: the next step runs it again, with the sequences that are there then.
-        """
-        self._end_overdue()
-        self._schedule()
-        batch = list(self._batch)
-        try:
-            if self._scheduler.is_idle:
-                self._idle_time.use()
-            else:
-                self._prefill()
-                self._decode_step.run(batch)
-        except RunTerminated:
-            pass
-        if not self.has_work:
-            self._runner.rest()
-        return self._collector.take_events()
-
-    # Schedule.
-
-    def _end_overdue(self) -> None:
-        now = self._clock()
-        for sequence in [*self._scheduler.running, *self._scheduler.paused, *self._scheduler.waiting]:
-            is_late = sequence.deadline is not None and now >= sequence.deadline
-            if is_late or (sequence.admitted is not None and now - sequence.admitted >= self._max_answer_seconds):
-                self._collector.finish(sequence, FinishReason.TIME_LIMIT)
-
-    def _schedule(self) -> None:
-        """Let the next ones in line run, as far as there are places, and room for their KV; tell the rest."""
-        while self._scheduler.is_crowded:
-            self._make_place()
-        has_room = True
-        for sequence in self._scheduler.in_line():
-            if not self._scheduler.has_place_for(sequence):
-                break
-            if sequence.state is SequenceState.PAUSED:
-                self._make_place()
-                self._resume(sequence)
-            # Nobody else gets the room for which one waits; who is paused needs none.
-            elif has_room:
-                has_room = self._admit(sequence)
-        self._announce(has_room=has_room)
-
-    def _announce(self, *, has_room: bool) -> None:
-        """Tell those who wait their places, where these have changed. When memory will be free nobody knows."""
-        self._seconds_until_end = self._waits.until_end()
-        waiting = self._scheduler.waiting
-        if any(sequence.queue_position != position for position, sequence in enumerate(waiting)):
-            waits = self._waits.until_start() if has_room else {}
-            for position, sequence in enumerate(waiting):
-                self._collector.announce(sequence, position, waits.get(sequence))
-
-    def _admit(self, sequence: Sequence) -> bool:
-        """Let a waiting sequence begin. Returns False if there is no room for its KV."""
-        num_prompt = len(sequence.prompt_ids)
-        num_tokens = min(num_prompt + sequence.params.max_tokens, self.context_length)
-        if not self._has_room_for(sequence, num_tokens) and not self._clear_room_for(sequence, num_tokens):
-            return False
-        try:
-            place = self._cache.acquire(sequence.prompt_ids, sequence.cache_identity, num_tokens, sequence.num_first)
-        except Exception as error:  # noqa: BLE001 - of this sequence alone; the others go on
-            self._collector.fail(sequence, error)
-            return True
-        if place is None:
-            return False
-        try:
-            self._collector.begin(sequence)
-        except Exception as error:  # noqa: BLE001 - of this sequence alone; the others go on
-            self._cache.release(place.slot)
-            self._collector.fail(sequence, error)
-            return True
-        self._make_place()
-        sequence.slot = place.slot
-        sequence.num_read = place.num_past
-        now = self._clock()
-        if sequence.admitted is None:
-            sequence.admitted = now
-            sequence.num_cached = place.num_cached
-        else:
-            # What it has read itself before it was put back came from nobody else.
-            sequence.resume(now)
-            sequence.num_cached = min(sequence.num_cached, place.num_cached)
-        self._batch.hold(sequence)
-        self._scheduler.start(sequence, num_prompt - place.num_past)
-        return True
-
-    def _has_room_for(self, sequence: Sequence, num_tokens: int) -> bool:
-        """Whether there is room for a sequence's KV, and for an urgent one's besides if it is in the background."""
-        others = self._scheduler.running or self._scheduler.paused
-        is_last = sequence.priority is Priority.BACKGROUND and others
-        num_spare = min(_SPARE_TOKENS, self.context_length // 2) if is_last else 0
-        return self._cache.has_room_for(num_tokens, len(sequence.prompt_ids), num_spare=num_spare)
-
-    def _clear_room_for(self, sequence: Sequence, num_tokens: int) -> bool:
-        """Put less urgent ones back that still read their prompts, if that makes room enough.
-
-        What they have read stays in the cache, as far as it is not needed: a prompt's KV can be had again, bit for bit.
-        """
-        readers = self._scheduler.who_could_begin_again(sequence)
-        slots = {reader.slot for reader in readers}
-        if not readers or not self._cache.has_room_for(num_tokens, len(sequence.prompt_ids), without=slots):
-            return False
-        for reader in readers:
-            self._put_back(reader)
-            if self._has_room_for(sequence, num_tokens):
-                break
-        return True
-
-    def _put_back(self, sequence: Sequence) -> None:
-        self._batch.release(sequence)
-        self._scheduler.put_back(sequence)
-        sequence.num_read = self._cache.num_found(sequence.prompt_ids, sequence.cache_identity)
-        sequence.queue_position = None
-        if sequence.paused is None:
-            sequence.pause(self._clock())
-
-    def _make_place(self) -> None:
-        """Pause whoever has to make room for another one."""
-        sequence = self._scheduler.next_to_pause()
-        if sequence is not None:
-            if sequence in self._batch:
-                self._batch.leave(sequence)
-            sequence.pause(self._clock())
-            self._scheduler.pause(sequence)
-
-    def _resume(self, sequence: Sequence) -> None:
-        sequence.resume(self._clock())
-        self._scheduler.resume(sequence)
-        if sequence.state is SequenceState.DECODING:
-            self._batch.join(sequence)
-
-    # Run.
-
-    def _next_prompt(self) -> Sequence | None:
-        """Choose whose prompt is read next. Whom the disk keeps waiting keeps nobody else waiting."""
-        prompts = self._scheduler.prompts()
-        ready = next((sequence for sequence in prompts if self._fetch(sequence, 0.0)), None)
-        if ready is None and prompts and not self._batch and self._fetch(prompts[0], _DISK_SECONDS):
-            return prompts[0]
-        return ready
-
-    def _fetch(self, sequence: Sequence, wait_seconds: float) -> bool:
-        """Take what has come of a prompt from the disk. Returns whether no more is to come."""
-        num_fetched = self._cache.fetch(sequence.slot, wait_seconds)
-        if num_fetched:
-            sequence.num_from_disk = num_fetched - sequence.num_cached
-            sequence.num_cached = num_fetched
-        return num_fetched is not None
-
-    def _prefill(self) -> None:
-        sequence = self._next_prompt()
-        if sequence is None or self._chunks.must_wait(sequence, self._batch):
-            return
-        done = self._cache.num_tokens(sequence.slot)
-        left = len(sequence.prompt_ids) - done
-        most = self._chunks.choose(sequence, self._batch, has_others=self.has_others())
-        # A rest that is too small for a run of its own goes along.
-        size = left if left - most < self._runner.min_run else most
-        chunk = sequence.prompt_ids[done : done + size]
-        self._in_prefill = sequence
-        try:
-            started = self._clock()
-            logits = self._runner.forward(np.array([chunk], np.int64), sequence.slot, np.array([done], np.int32))
-            self._pace.note_prompt_run(len(chunk), self._clock() - started)
-        except RunTerminated:
-            raise
-        except Exception as error:  # noqa: BLE001 - of this sequence alone; the others go on
-            self._cache.forget(sequence.slot)
-            self._collector.fail(sequence, error)
-            return
-        finally:
-            self._in_prefill = None
-        self._cache.extend(sequence.slot, chunk)
-        sequence.num_read = done + len(chunk)
-        if sequence.num_read == len(sequence.prompt_ids):
-            sequence.prefilled = self._clock()
-            sequence.state = SequenceState.DECODING
-            self._batch.join(sequence)
-            self._collector.take_token(sequence, logits[0], sequence.prefilled)
