@@ -28,7 +28,7 @@ LAYERS = (
     {"hearthd.models.entry"},
     {"hearthd.inference.worker"},
     {"hearthd.generation.engine"},
-    {"hearthd.generation.decode_step"},
+    {"hearthd.generation.decode_step", "hearthd.generation.placing", "hearthd.generation.prompt_step"},
     {
         "hearthd.generation.batch",
         "hearthd.generation.collector",
