@@ -18,7 +18,7 @@ from hearthd.bundles import store
 from hearthd.bundles.bundle import Bundle
 from hearthd.bundles.store import Store
 from hearthd.errors import ModelNotFoundError
-from hearthd.kv import disk_writes, prefix_file, prefix_store
+from hearthd.kv import disk_writes, file_uses, prefix_directory, prefix_file, prefix_store
 from hearthd.kv.prefix_store import StoredPrefix
 from prefix_daemon import SYSTEM, chunks_of, open_store
 
@@ -123,7 +123,7 @@ class RevokeToken(_TokenWork):
 
 
 class StorePrefix(Work):
-    steps_in = (prefix_store, disk_writes, prefix_file, durable_file)
+    steps_in = (prefix_store, prefix_directory, disk_writes, file_uses, prefix_file, durable_file)
     before = "none"
 
     def prepare(self, root: Path) -> None:

@@ -2,7 +2,8 @@
 
 A card wears out by writing, and any caller can think of new prompts: so there is a most of bytes within any 24 hours,
 by the monotonic clock, as long as the process lives. And one model's store leaves another one's half-written file
-alone. Knows no tokens. Made by `__main__`, one for the process; called by `prefix_store`, in any thread.
+alone, and knows by `file_uses` which files were of use. Knows no tokens. Made by `__main__`, one for the process;
+called by `prefix_store`, in any thread.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
+
+from hearthd.kv.file_uses import FileUses
 
 __all__ = ["DiskWrites"]
 
@@ -35,8 +38,14 @@ class _Write:
 class DiskWrites:
     """The books of what is written. For any thread."""
 
-    def __init__(self, max_bytes_per_day: int = 0, clock: Callable[[], float] = time.monotonic) -> None:
-        """max_bytes_per_day: in any 24 hours; 0: no limit."""
+    def __init__(
+        self,
+        max_bytes_per_day: int = 0,
+        clock: Callable[[], float] = time.monotonic,
+        wall_clock: Callable[[], float] = time.time,
+    ) -> None:
+        """max_bytes_per_day: in any 24 hours; 0: no limit. wall_clock: that of the files' times."""
+        self.uses = FileUses(wall_clock)
         self._max_bytes_per_day = max_bytes_per_day
         self._clock = clock
         self._changing = threading.Lock()
@@ -91,6 +100,7 @@ class DiskWrites:
                 return False
             with suppress(OSError):
                 path.unlink()
+            self.uses.forget(path)
             return True
 
     @staticmethod

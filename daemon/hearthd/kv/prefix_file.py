@@ -57,7 +57,12 @@ def read_chunks(path: Path, key: bytes, num_tokens: int, token_bytes: int) -> It
 
     Raises DamagedPrefixError, or OSError.
     """
-    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+    # A time of reading would be a write to the card.
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOATIME
+    try:
+        descriptor = os.open(path, flags)
+    except PermissionError:  # without O_NOATIME, too, for whatever is ours
+        raise DamagedPrefixError("owner or mode") from None
     with os.fdopen(descriptor, "rb", buffering=0) as file:
         status = os.fstat(descriptor)
         if not is_ours(status) or status.st_size != file_size(num_tokens, token_bytes):

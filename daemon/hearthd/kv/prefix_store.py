@@ -1,12 +1,11 @@
 """Prefixes on disk: the KV of prompts' beginnings that must not be computed again after a restart.
 
-A directory of files, each named for the model, its number of tokens and its key, which is a hash of model, identity and
-token ids. What is damaged, readable by others or not ours is removed when it is met; a name that is not of this form is
-left alone. The least recently used go when all take more than their share. A disk that takes nothing costs nobody an
-answer: it is said once, and tried again later.
+Each is a file, named for the model, its number of tokens and its key, which is a hash of model, identity and token ids.
+What is damaged, readable by others or not ours is removed when it is met. The least recently used go when all take more
+than their share. A disk that takes nothing costs nobody an answer: it is said once, and tried again later.
 
-Knows no slots and no runner. `find` is for the inference thread and touches no disk; the rest runs in the threads of
-`loading` and `saving`.
+Knows no slots and no runner. `find` and its like are for the inference thread and touch no disk; the rest runs in the
+threads of `loading` and `saving`.
 """
 
 from __future__ import annotations
@@ -14,11 +13,9 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -27,17 +24,19 @@ import numpy as np
 
 from hearthd.durable_file import replace_file
 from hearthd.kv.disk_writes import DiskWrites
+from hearthd.kv.prefix_directory import PrefixDirectory
 from hearthd.kv.prefix_file import DamagedPrefixError, file_size, is_ours, read_chunks, written
 
 __all__ = ["PrefixStore", "StoredPrefix"]
 
 _logger = logging.getLogger(__name__)
 
-_NAME: Final = re.compile(r"([0-9a-f]{16})-([0-9]{1,7})-([0-9a-f]{64})\.kv(\.new)?")
 # A disk that was full or broken is left in peace for so long.
 _RETRY_SECONDS: Final = 600.0
 # What is left free of a disk: others need it more.
 _MARGIN_BYTES: Final = 32 * 2**20
+# Of a token id, as it is hashed.
+_ID_BYTES: Final = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,11 +67,12 @@ class PrefixStore:
 
         A directory that cannot be used is told in one line; the store is empty then, and stays so.
         """
-        self._directory = directory
         self._fingerprint = hashlib.sha256(fingerprint).digest()
+        self._model = self._fingerprint[:8].hex()
         self._token_bytes = token_bytes
         self._max_bytes = max_bytes
         self._writes = writes or DiskWrites()
+        self._directory = PrefixDirectory(directory, self._writes)
         self._margin_bytes = margin_bytes
         self._clock = clock
         self._retry_at = 0.0
@@ -90,37 +90,57 @@ class PrefixStore:
         self.num_saved = 0
         self.num_removed = 0
         """Files that were damaged, foreign or open to others."""
-        self.stored_bytes = 0
-        """Of all files that are there, as of the last look."""
         self._open()
+
+    @property
+    def stored_bytes(self) -> int:
+        """Of all files that are there, as of the last look."""
+        return self._directory.stored_bytes
 
     def find(self, prompt_ids: Sequence[int], identities: Sequence[tuple[str, int]], least: int) -> StoredPrefix | None:
         """Return the longest prefix of a prompt that is stored, of at least so many tokens.
 
         identities: each with the tokens of the prompt that may be looked for under it.
         """
-        if not self._can_read:
-            return None
         most = max((num for _, num in identities), default=0)
-        lengths = [num for num in sorted(self._index, reverse=True) if least <= num <= most]
-        for num_tokens in lengths:
-            for identity, limit in identities:
-                if num_tokens <= limit:
-                    key = self.key(identity, prompt_ids[:num_tokens])
-                    if key in self._index.get(num_tokens, ()):
-                        return StoredPrefix(num_tokens, key)
-        return None
+        lengths = sorted(num for num, keys in list(self._index.items()) if keys and num <= most)
+        if not lengths or not self._can_read:
+            return None
+        found: StoredPrefix | None = None
+        token_bytes = _to_bytes(prompt_ids[: lengths[-1]])
+        for identity, limit in identities:
+            # Each length's key is the hash of what the shorter one's is, and some tokens more.
+            hashed, start = self._hash_of(identity), 0
+            for num_tokens in lengths:
+                if num_tokens > limit:
+                    break
+                end = num_tokens * _ID_BYTES
+                hashed.update(token_bytes[start:end])
+                start = end
+                if num_tokens < least or (found is not None and num_tokens <= found.num_tokens):
+                    continue
+                key = hashed.copy().digest()
+                if key in self._index.get(num_tokens, ()):
+                    found = StoredPrefix(num_tokens, key)
+        return found
 
     def key(self, identity: str, token_ids: Sequence[int]) -> bytes:
         """Return the name of a prefix."""
-        name = identity.encode()
-        hashed = hashlib.sha256(self._fingerprint + len(name).to_bytes(4, "little") + name)
-        hashed.update(np.asarray(token_ids, np.int32).tobytes())
+        hashed = self._hash_of(identity)
+        hashed.update(_to_bytes(token_ids))
         return hashed.digest()
+
+    def _hash_of(self, identity: str) -> hashlib._Hash:
+        name = identity.encode()
+        return hashlib.sha256(self._fingerprint + len(name).to_bytes(4, "little") + name)
 
     def has(self, prefix: StoredPrefix) -> bool:
         """Whether a prefix is stored."""
         return prefix.key in self._index.get(prefix.num_tokens, ())
+
+    def note_use(self, prefix: StoredPrefix) -> None:
+        """Note that a stored prefix is of use to a prompt, wherever that finds it."""
+        self._writes.uses.note(self._path(prefix))
 
     def takes(self, num_tokens: int) -> bool:
         """Whether a prefix of so many tokens can be stored now, as far as is known."""
@@ -155,8 +175,8 @@ class PrefixStore:
             raise
         if self._hanging is not None and self._can_read:
             self._hanging = self.problem = None
-        with suppress(OSError):
-            os.utime(path)
+        self._writes.uses.note(path)
+        self._writes.uses.write_down()
 
     def write(self, prefix: StoredPrefix, chunks: Iterable[bytes]) -> None:
         """Store a prefix. A disk that does not take it is told once; whatever `chunks` raises leaves nothing behind."""
@@ -165,7 +185,7 @@ class PrefixStore:
             return
         try:
             self._make_room()
-            status = os.statvfs(self._directory)
+            status = os.statvfs(self._directory.path)
             if status.f_bavail * status.f_frsize < size + self._margin_bytes:
                 raise OSError(None, "the disk is nearly full")
             pieces = written(prefix.key, prefix.num_tokens, self._token_bytes, chunks)
@@ -177,22 +197,22 @@ class PrefixStore:
             self._writes.end(path)
         self.problem = None
         self.num_saved += 1
-        with self._changing:
-            self._index[prefix.num_tokens] = self._index.get(prefix.num_tokens, frozenset()) | {prefix.key}
+        self._remember(prefix)
+
+    def write_down_uses(self) -> None:
+        """Tell the disk which prefixes were of use, for the next process."""
+        self._writes.uses.write_down()
 
     def _open(self) -> None:
         try:
-            self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            for path, status in self._look():
-                found = _NAME.fullmatch(path.name)
-                assert found
-                num_tokens, is_mine = int(found[2]), found[1] == self._fingerprint[:8].hex()
-                is_whole = not is_mine or status.st_size == file_size(num_tokens, self._token_bytes)
-                if found[4] or not is_ours(status) or not is_whole:
-                    self.num_removed += self._writes.remove(path)
+            self._directory.open()
+            for file in self._directory.files():
+                is_mine = file.model == self._model
+                is_whole = not is_mine or file.status.st_size == file_size(file.num_tokens, self._token_bytes)
+                if file.is_half or not is_ours(file.status) or not is_whole:
+                    self.num_removed += self._writes.remove(file.path)
                 elif is_mine:
-                    key = bytes.fromhex(found[3])
-                    self._index[num_tokens] = self._index.get(num_tokens, frozenset()) | {key}
+                    self._remember(StoredPrefix(file.num_tokens, file.key))
             self._make_room()
         except OSError as error:
             self._note_problem("stored", error.strerror)
@@ -202,40 +222,29 @@ class PrefixStore:
     def _note_problem(self, what: str, reason: str | None) -> None:
         self._retry_at = self._clock() + _RETRY_SECONDS
         if self.problem is None:
-            _logger.warning("prefixes cannot be %s in %s: %s", what, self._directory, reason)
+            _logger.warning("prefixes cannot be %s in %s: %s", what, self._directory.path, reason)
         self.problem = (
             f"cache.directory: prompts' beginnings cannot be {what} ({reason}); answers are right all the same, and "
             "slower after a restart"
         )
 
     def _make_room(self) -> None:
-        """Remove the least recently used until all is within the limit with what is being written. Raises OSError."""
-        files = [found for found in self._look() if not self._writes.is_writing(found[0])]
-        files.sort(key=lambda found: found[1].st_mtime)
-        total = sum(status.st_size for _, status in files) + self._writes.pending_bytes
-        for path, status in files:
-            if total <= self._max_bytes:
-                break
-            self._writes.remove(path)
-            total -= status.st_size
-            found = _NAME.fullmatch(path.name)
-            if found and found[1] == self._fingerprint[:8].hex():
-                self._forget(StoredPrefix(int(found[2]), bytes.fromhex(found[3])))
-        self.stored_bytes = total
-
-    def _look(self) -> list[tuple[Path, os.stat_result]]:
-        found = []
-        with os.scandir(self._directory) as entries:
-            for entry in entries:
-                if _NAME.fullmatch(entry.name):
-                    with suppress(FileNotFoundError):  # another daemon's
-                        found.append((Path(entry.path), entry.stat(follow_symlinks=False)))
-        return found
+        """Keep within the limit. Raises OSError."""
+        for file in self._directory.make_room(self._max_bytes):
+            if file.model == self._model:
+                self._forget(StoredPrefix(file.num_tokens, file.key))
 
     def _path(self, prefix: StoredPrefix) -> Path:
-        name = f"{self._fingerprint[:8].hex()}-{prefix.num_tokens}-{prefix.key.hex()}.kv"
-        return self._directory / name
+        return self._directory.file_of(self._model, prefix.num_tokens, prefix.key)
+
+    def _remember(self, prefix: StoredPrefix) -> None:
+        with self._changing:
+            self._index[prefix.num_tokens] = self._index.get(prefix.num_tokens, frozenset()) | {prefix.key}
 
     def _forget(self, prefix: StoredPrefix) -> None:
         with self._changing:
             self._index[prefix.num_tokens] = self._index.get(prefix.num_tokens, frozenset()) - {prefix.key}
+
+
+def _to_bytes(token_ids: Sequence[int]) -> bytes:
+    return np.asarray(token_ids, np.int32).tobytes()

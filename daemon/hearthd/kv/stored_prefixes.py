@@ -19,6 +19,7 @@ from hearthd.kv.prefix_store import PrefixStore, StoredPrefix
 from hearthd.kv.runner_protocol import Runner
 from hearthd.kv.saving import Saving
 from hearthd.kv.slot import Slot
+from hearthd.thread_name import name_this_thread
 
 __all__ = ["PUBLIC", "StoredPrefixes"]
 
@@ -170,6 +171,15 @@ class StoredPrefixes:
             self._outgoing.saving.wait(_LOOK_SECONDS)
             self._outgoing = None
         self.on_room = lambda: None
+        self._write_down_uses(max(end - time.monotonic(), _LOOK_SECONDS))
+
+    def _write_down_uses(self, seconds: float) -> None:
+        thread = threading.Thread(target=_write_down_uses, args=(self.store,), name="prefix-uses", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:  # no memory for one; less is known next time of what was of use
+            return
+        thread.join(seconds)
 
     def _tell_room(self) -> None:
         self.on_room()
@@ -183,15 +193,26 @@ class StoredPrefixes:
         return None
 
     def _note_seen(self, slot: Slot, prompt: Sequence[int]) -> None:
+        """Note that a prompt's first message has come, and that what the disk has of it is of use, loaded or not."""
         num_tokens = slot.num_first
-        if num_tokens <= slot.num_public or num_tokens < self._min_tokens:
-            return
-        prefix = StoredPrefix(num_tokens, self.store.key(slot.identity, prompt[:num_tokens]))
-        came_before = self._seen.pop(prefix.key, None) is not None
-        # One that is there may turn out to be damaged.
-        self._seen[prefix.key] = came_before or self.store.has(prefix)
-        if len(self._seen) > _MAX_SEEN:
-            del self._seen[next(iter(self._seen))]
+        if num_tokens > slot.num_public and num_tokens >= self._min_tokens:
+            prefix = StoredPrefix(num_tokens, self.store.key(slot.identity, prompt[:num_tokens]))
+            is_stored = self._note_use(prefix)
+            came_before = self._seen.pop(prefix.key, None) is not None
+            # One that is there may turn out to be damaged.
+            self._seen[prefix.key] = came_before or is_stored
+            if len(self._seen) > _MAX_SEEN:
+                del self._seen[next(iter(self._seen))]
+            if is_stored:
+                return
+        if slot.num_public:
+            self._note_use(StoredPrefix(slot.num_public, self.store.key(PUBLIC, prompt[: slot.num_public])))
+
+    def _note_use(self, prefix: StoredPrefix) -> bool:
+        is_stored = self.store.has(prefix)
+        if is_stored:
+            self.store.note_use(prefix)
+        return is_stored
 
     def _prefix_of(self, slot: Slot) -> StoredPrefix | None:
         num_tokens = slot.num_first
@@ -203,3 +224,8 @@ class StoredPrefixes:
         if self.store.has(prefix) or not (is_public or self._seen.get(prefix.key, False)):
             return None
         return prefix if self.store.takes(num_tokens) else None
+
+
+def _write_down_uses(store: PrefixStore) -> None:
+    name_this_thread("prefix-uses")
+    store.write_down_uses()
