@@ -454,7 +454,7 @@ async def test_what_nobody_waits_for_gives_way_to_other_models_and_is_done_after
         await worker.ping()
     num_forwards = runner.num_forwards
     assert worker.model.engine.has_work
-    assert worker.model.engine.has_others()
+    assert worker.model.engine.has_others(Priority.NORMAL)
     baton.note(other, is_busy=False)
     await asyncio.to_thread(runner.wait_for_forwards, num_forwards + 1)
     worker.stop()

@@ -23,6 +23,7 @@ from hearthd.generation.placing import Placing
 from hearthd.generation.prompt_step import PromptStep
 from hearthd.kv.kv_cache import KVCache, Runner, RunTerminated
 from hearthd.kv.stored_prefixes import StoredPrefixes
+from hearthd.priority import Priority
 from hearthd.scheduling.chunks import ChunkSizes
 from hearthd.scheduling.pace import Pace
 from hearthd.scheduling.scheduler import Scheduler
@@ -91,8 +92,8 @@ class Engine:
         self._cache = KVCache(runner, stored)
         self.stored = stored
         """Its figures are for any thread to read."""
-        self.has_others: Callable[[], bool] = bool
-        """Whether other models wait for this one's step to end."""
+        self.has_others: Callable[[Priority], bool] = lambda _: False
+        """Whether anybody that urgent, or more, waits for another model."""
         self._num_slots = runner.num_slots if num_slots is None else num_slots
         self._scheduler = Scheduler(self._num_slots)
         self._waits = Waits(self._scheduler, self._pace)
@@ -122,7 +123,7 @@ class Engine:
             self._pace,
             chunks,
             clock,
-            has_others=lambda: self.has_others(),  # noqa: PLW0108 - `worker` sets it later
+            has_others=lambda priority: self.has_others(priority),  # noqa: PLW0108 - `inference_thread` sets it later
         )
         self._decode_step = DecodeStep(
             runner, self._cache, self._scheduler, self._collector, self._pace, drafting, clock
@@ -193,9 +194,21 @@ class Engine:
         return not self._scheduler.is_idle or self._idle_time.has_work
 
     @property
+    def urgency(self) -> Priority | None:
+        """Of the most urgent sequence that runs, is paused or waits; None if there is nobody."""
+        return self._scheduler.urgency
+
+    @property
     def prefilling(self) -> Sequence | None:
         """The sequence of whose prompt a chunk is being run at this moment. For any thread to read."""
         return self._prompt_step.reading
+
+    def stops_for(self, priority: Priority) -> bool:
+        """Whether the run of this moment is to be stopped for somebody so urgent who comes. For any thread to ask.
+
+        What nobody has asked for is, and so is a long run of a less urgent prompt, whose next runs are short.
+        """
+        return self._idle_time.is_reading or self._prompt_step.stops_for(priority)
 
     @property
     def seconds_until_end(self) -> float | None:

@@ -1,7 +1,7 @@
 """What the engine does while nobody asks, a little in each step, for those who come next.
 
 Prompts that the owner shares are brought in, answers are read (only KV that a prompt's run wrote can be reused), and
-prefixes are stored. Whoever asks waits for one chunk of that at most. Knows no sequences. Called by `engine`.
+prefixes are stored. Whoever asks stops what is being read. Knows no sequences. Called by `engine`.
 """
 
 import logging
@@ -26,6 +26,8 @@ class IdleTime:
         self._cache = cache
         self._runner = runner
         self._chunk = chunk
+        self.is_reading = False
+        """Whether the model runs. For any thread to read."""
 
     @property
     def has_work(self) -> bool:
@@ -51,6 +53,7 @@ class IdleTime:
         if not self._cache.make_room_to_read(slot, len(chunk)):
             return
         past_lengths = np.array([self._cache.num_tokens(slot)], np.int32)
+        self.is_reading = True
         try:
             self._runner.forward(np.array([chunk], np.int64), slot, past_lengths)
         except RunTerminated:
@@ -61,3 +64,5 @@ class IdleTime:
             self._cache.forget(slot)
         else:
             self._cache.note_read(slot, len(chunk))
+        finally:
+            self.is_reading = False

@@ -11,6 +11,7 @@ import numpy as np
 from hearthd.generation.batch import Batch
 from hearthd.generation.collector import Collector
 from hearthd.kv.kv_cache import KVCache, Runner, RunTerminated
+from hearthd.priority import Priority
 from hearthd.scheduling.chunks import ChunkSizes
 from hearthd.scheduling.pace import Pace
 from hearthd.scheduling.scheduler import Scheduler
@@ -35,9 +36,9 @@ class PromptStep:
         pace: Pace,
         chunks: ChunkSizes,
         clock: Callable[[], float],
-        has_others: Callable[[], bool],
+        has_others: Callable[[Priority], bool],
     ) -> None:
-        """has_others: whether other models wait for this one's step to end."""
+        """has_others: whether anybody that urgent, or more, waits for another model."""
         self._runner = runner
         self._cache = cache
         self._scheduler = scheduler
@@ -57,7 +58,7 @@ class PromptStep:
             return
         done = self._cache.num_tokens(sequence.slot)
         left = len(sequence.prompt_ids) - done
-        most = self._chunks.choose(sequence, self._batch, has_others=self._has_others())
+        most = self._chunks.choose(sequence, self._batch, has_others=self._has_others(sequence.priority))
         # A rest that is too small for a run of its own goes along.
         size = left if left - most < self._runner.min_run else most
         chunk = sequence.prompt_ids[done : done + size]
@@ -67,6 +68,7 @@ class PromptStep:
             logits = self._runner.forward(np.array([chunk], np.int64), sequence.slot, np.array([done], np.int32))
             self._pace.note_prompt_run(len(chunk), self._clock() - started)
         except RunTerminated:
+            sequence.was_stopped |= self._chunks.is_long
             raise
         except Exception as error:  # noqa: BLE001 - of this sequence alone; the others go on
             self._cache.forget(sequence.slot)
@@ -81,6 +83,11 @@ class PromptStep:
             sequence.state = SequenceState.DECODING
             self._batch.join(sequence)
             self._collector.take_token(sequence, logits[0], sequence.prefilled)
+
+    def stops_for(self, priority: Priority) -> bool:
+        """Whether a long run of a less urgent prompt goes on at this moment. For any thread to ask."""
+        reading = self.reading
+        return reading is not None and self._chunks.is_long and priority < reading.priority
 
     def _next_prompt(self) -> Sequence | None:
         """Choose whose prompt is read next. Whom the disk keeps waiting keeps nobody else waiting."""

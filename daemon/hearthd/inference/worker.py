@@ -307,7 +307,7 @@ class Worker:
             self._call_loop(lambda error=error: self._fail_to_load(error))  # type: ignore[misc]
             return
         self._engine = model.engine
-        self._engine.has_others = lambda: self._baton.has_others(self)
+        self._engine.has_others = lambda _: self._baton.has_others(self)
         if self._engine.stored:
             self._engine.stored.on_room = lambda: self._commands.put(lambda: None)
         # After loading: ONNX Runtime's own threads would have inherited the name.

@@ -45,6 +45,11 @@ class Scheduler:
         return sum(queue.num_waiting for queue in self._queues.values())
 
     @property
+    def urgency(self) -> Priority | None:
+        """Of the most urgent of all; None if there is nobody."""
+        return min((each.priority for each in [*self._running, *self._paused, *self.waiting]), default=None)
+
+    @property
     def is_idle(self) -> bool:
         """Whether there is nobody at all."""
         return not self._running and not self._paused and not self.num_waiting

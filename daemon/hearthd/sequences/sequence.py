@@ -62,6 +62,8 @@ class Sequence:
     output_ids: list[int] = field(init=False, default_factory=list)
     num_read: int = field(init=False, default=0)
     """Prompt tokens that need not be run any more; while it waits, as far as the cache held them when it came."""
+    was_stopped: bool = field(init=False, default=False)
+    """A long run of its prompt was stopped for a more urgent request. The others are short."""
     num_cached: int = field(init=False, default=0)
     """Prompt tokens whose KV came from an earlier sequence."""
     num_from_disk: int = field(init=False, default=0)
