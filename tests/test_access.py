@@ -171,7 +171,7 @@ async def test_a_scan_does_not_fill_the_journal(tmp_path: Path, caplog: pytest.L
     async with daemon(tmp_path) as (channel, server):
         for _ in range(10):
             await asyncio.gather(*(outcome(channel, "x/y", None) for _ in range(20)))
-        server._authenticator._tell_from = 0.0
+        server._parts.authenticator._tell_from = 0.0
         await outcome(channel, "x/y", None)
     lines = [record.getMessage() for record in caplog.records if "without a valid credential" in record.getMessage()]
     assert lines[0].endswith(" was refused")
@@ -191,7 +191,7 @@ async def test_what_is_revoked_or_expires_ends_at_the_next_call_of_an_open_conne
 
         guest = bearer(create_token(tokens, "guest", seconds_valid=3600))
         await get_status(channel, guest)
-        file = server._authenticator._tokens
+        file = server._parts.authenticator._tokens
         assert file is not None
         in_an_hour = datetime.datetime.now(datetime.UTC).timestamp() + 3601
         file._now = lambda: in_an_hour
@@ -247,9 +247,11 @@ async def test_a_watch_of_open_health_needs_no_token_that_stays(
     open_health = {"token_file": tmp_path / "tokens", "health_open": True}
     async with daemon(tmp_path, auth=open_health) as (channel, server):
         looks = asyncio.Semaphore(0)
-        authorise = server._authenticator.authorise
+        authorise = server._parts.authenticator.authorise
         monkeypatch.setattr(
-            server._authenticator, "authorise", lambda caller, method: (looks.release(), authorise(caller, method))
+            server._parts.authenticator,
+            "authorise",
+            lambda caller, method: (looks.release(), authorise(caller, method)),
         )
         watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
         await watch.read()
@@ -344,12 +346,12 @@ async def test_another_configuration_holds_from_the_next_call_on(tmp_path: Path)
     async with daemon(tmp_path) as (channel, server):
         auth, roles = server._config.auth, dict(BUILT_IN)
         await get_status(channel, kitchen)
-        server._authenticator.update(auth, roles | {"user": Role(methods=("chat",))})
+        server._parts.authenticator.update(auth, roles | {"user": Role(methods=("chat",))})
         assert (await refusal(get_status(channel, kitchen))).code() is grpc.StatusCode.PERMISSION_DENIED
         await answer(channel, chat_request(), metadata=kitchen)
         broken = make_config(tmp_path, auth={"token_file": tmp_path / "none"}).auth
         with pytest.raises(ConfigError):
-            server._authenticator.update(broken, roles)
+            server._parts.authenticator.update(broken, roles)
         await answer(channel, chat_request(), metadata=kitchen)
         assert (await refusal(get_status(channel, kitchen))).code() is grpc.StatusCode.PERMISSION_DENIED
 
@@ -435,7 +437,7 @@ async def test_tokens_of_minute_and_day_are_those_of_usage(tmp_path: Path) -> No
     spent = 0
     async with daemon(tmp_path, roles=roles, auth=auth) as (channel, server):
         while spent < 60:
-            assert server._daily_usage.used("token:phone") == spent
+            assert server._parts.daily_usage.used("token:phone") == spent
             _, final = await answer(channel, chat_request(), metadata=phone)
             spent += final.usage.prompt_tokens + final.usage.completion_tokens
         text, limit, seconds = quota_refusal(await refusal(answer(channel, chat_request(), metadata=phone)))
@@ -447,7 +449,7 @@ async def test_tokens_of_minute_and_day_are_those_of_usage(tmp_path: Path) -> No
         assert (await get_status(channel, phone)).chats_refused_count == 0
     assert '"token:phone"' in usage_file.read_text()
     async with daemon(tmp_path, roles=roles, auth=auth) as (channel, server):
-        assert server._daily_usage.used("token:phone") == spent
+        assert server._parts.daily_usage.used("token:phone") == spent
         quota_refusal(await refusal(answer(channel, chat_request(), metadata=phone)))
 
 
@@ -473,7 +475,7 @@ async def test_a_chat_that_waits_costs_nothing_and_one_that_is_left_what_it_took
         running.cancel()
         while (status := await get_status(channel, phone)).chats_cancelled_count < 2:
             pass
-        used = server._daily_usage.used("token:phone")
+        used = server._parts.daily_usage.used("token:phone")
         assert used == status.prompt_tokens_count + status.completion_tokens_count > 0
         runner.open_gate()
         await answer(channel, chat_request(), metadata=phone)

@@ -182,7 +182,7 @@ async def test_a_name_that_is_taken_out_ends_at_the_next_call_of_an_open_connect
         # The last one, too: an empty table is no open door.
         for names in (NAMES[1:], ()):
             config = make_config(tmp_path, auth={"certificates": names})
-            server._authenticator.update(config.auth, config.roles)
+            server._parts.authenticator.update(config.auth, config.roles)
             assert await code_of(channel) is CODE.UNAUTHENTICATED
 
 
@@ -195,12 +195,12 @@ async def test_a_certificate_that_ends_ends_at_the_next_call_of_an_open_connecti
     async with daemon(tmp_path, authority) as server, connect(server, authority, guest) as channel:
         assert await code_of(channel) is CODE.OK
         now = datetime.now(UTC).timestamp()
-        server._authenticator._clock._wall = lambda: now + 3590
+        server._parts.authenticator._clock._wall = lambda: now + 3590
         assert await code_of(channel) is CODE.OK
-        server._authenticator._clock._wall = lambda: now + 3601
+        server._parts.authenticator._clock._wall = lambda: now + 3601
         assert await code_of(channel) is CODE.UNAUTHENTICATED
         # Whoever sets the clock back does not bring it back to life.
-        server._authenticator._clock._wall = lambda: now
+        server._parts.authenticator._clock._wall = lambda: now
         assert await code_of(channel) is CODE.UNAUTHENTICATED
 
 

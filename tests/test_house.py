@@ -22,6 +22,8 @@ GENERATED = "hearth.v1"
 LAYERS = (
     {"hearthd.__main__"},
     {"hearthd.server"},
+    {"hearthd.life.grpc_servers"},
+    {"hearthd.life.parts"},
     {"hearthd.services.chat", "hearthd.services.model", "hearthd.services.status"},
     {"hearthd.models.pool"},
     {"hearthd.models.residents"},
@@ -342,6 +344,7 @@ def test_the_doctor_looks_from_outside() -> None:
     doctor = {name for name in MODULES if name.startswith("hearthd.doctor")}
     forbidden = {
         "hearthd.server",
+        "hearthd.life.parts",
         "hearthd.services.chat",
         "hearthd.inference.worker",
         "hearthd.generation.engine",

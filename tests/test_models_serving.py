@@ -81,7 +81,7 @@ async def test_who_waits_for_a_model_to_be_loaded_hears_so(tmp_path: Path) -> No
         for call in calls:
             assert [response async for response in call][-1].HasField("final")
         # The next time it is known how long that takes.
-        await until(server._models, lambda: entry(server._models, "other").worker is None)
+        await until(server._parts.models, lambda: entry(server._parts.models, "other").worker is None)
         call = aiter(start_chat(channel, chat_request(model="other")))
         assert (await anext(call)).queued.expected_wait_ms > 0
         assert [response async for response in call][-1].HasField("final")
@@ -153,7 +153,7 @@ async def test_the_health_of_a_model_says_whether_it_can_be_chatted_with(tmp_pat
         told = await status_pb2_grpc.StatusServiceStub(channel).GetStatus(status_pb2.GetStatusRequest())
         assert "cannot be loaded: other; the journal says why" in told.warnings
         shelf.failing.clear()
-        other = entry(server._models, "other")
+        other = entry(server._parts.models, "other")
         assert other.failure is not None
         other.failure = Failure(other.failure.text, 0.0)
         await answer(channel, chat_request(model="other"))
@@ -185,7 +185,7 @@ async def test_a_reload_adds_removes_and_changes_models(tmp_path: Path) -> None:
         },
     )
     async with daemon(old, load_again=lambda: new) as (channel, shelf, server):
-        pool = server._models
+        pool = server._parts.models
         for name in ("going", "changing"):
             await answer(channel, chat_request(model=name))
         watch = aiter(
@@ -196,7 +196,7 @@ async def test_a_reload_adds_removes_and_changes_models(tmp_path: Path) -> None:
         assert (await anext(watch)).status == SERVING
         going = entry(pool, "going")
         async with pool.using(going):
-            outcome = await server._reload.run()
+            outcome = await server._parts.reload.run()
             assert outcome.changed == ("models.going", "models.changing", "models.coming")
             # The default model was loaded at the start.
             assert outcome.need_restart == (f"models.{NAME}",)
@@ -224,11 +224,11 @@ async def test_a_reload_that_only_lets_a_model_stay_does_not_unload_it(tmp_path:
     new = several_config(tmp_path, "other", idle_seconds=0.01)
     async with daemon(old, load_again=lambda: new) as (channel, _, server):
         await answer(channel, chat_request(model="other"))
-        worker = entry(server._models, "other").worker
-        assert (await server._reload.run()).changed == ("models.other",)
-        assert entry(server._models, "other").worker is worker
+        worker = entry(server._parts.models, "other").worker
+        assert (await server._parts.reload.run()).changed == ("models.other",)
+        assert entry(server._parts.models, "other").worker is worker
         # From now on it does not stay for long.
-        await until(server._models, lambda: entry(server._models, "other").worker is None)
+        await until(server._parts.models, lambda: entry(server._parts.models, "other").worker is None)
 
 
 @asynchronous
@@ -237,8 +237,8 @@ async def test_a_reload_names_a_model_that_is_not_installed_and_the_rest_goes_on
     shelf = Shelf()
     shelf.failing["other's bundle"] = BundleError("gone")
     async with daemon(old, shelf, load_again=lambda: several_config(tmp_path, "other")) as (channel, _, server):
-        assert (await server._reload.run()).error is None
-        await until(server._models, lambda: entry(server._models, "other").failure)
+        assert (await server._parts.reload.run()).error is None
+        await until(server._parts.models, lambda: entry(server._parts.models, "other").failure)
         assert await check(channel, "other") == NOT_SERVING
         assert (await answer(channel, chat_request()))[0]
 

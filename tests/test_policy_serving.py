@@ -263,12 +263,12 @@ async def test_new_policy_holds_from_the_next_call_on_and_a_broken_one_never(tmp
     async with daemon(tmp_path, "Hello Hans.") as (channel, server):
         assert (await answer(channel, chat_request(max_tokens=90)))[0] == "Hello [somebody]."
         (tmp_path / "policy.toml").write_text(POLICY.replace("[somebody]", "N."), encoding="utf-8")
-        server._policy.reload()
+        server._parts.policy.reload()
         assert (await answer(channel, chat_request(max_tokens=90)))[0] == "Hello N.."
         too_long = POLICY.replace("Be kind.", "Be kind. " * 100)
         (tmp_path / "policy.toml").write_text(too_long, encoding="utf-8")
         with pytest.raises(ConfigError, match=r"room in engine\.context_length, 256"):
-            server._policy.reload()
+            server._parts.policy.reload()
         assert (await answer(channel, chat_request(max_tokens=90)))[0] == "Hello N.."
 
 

@@ -129,7 +129,7 @@ async def test_limits_hold_for_the_next_request(tmp_path: Path) -> None:
     new = change(old, limits={"max_messages": 1, "default_max_tokens": 3, "max_queued": 0})
     async with serving(old, load_again=lambda: new) as server, grpc.aio.insecure_channel(unix_target(old)) as channel:
         _, before = await answer(channel, chat_request())
-        assert (await server._reload.run()).need_restart == ()
+        assert (await server._parts.reload.run()).need_restart == ()
         limits = await limits_of(channel)
         assert (limits.max_messages, limits.default_max_tokens, limits.max_queued) == (1, 3, 0)
         _, after = await answer(channel, chat_request())
@@ -146,7 +146,7 @@ async def test_roles_hold_for_the_next_call_on_the_same_connection(tmp_path: Pat
     new = change(old, auth={"open_role": "monitor"})
     async with serving(old, load_again=lambda: new) as server, grpc.aio.insecure_channel(unix_target(old)) as channel:
         await answer(channel, chat_request())
-        await server._reload.run()
+        await server._parts.reload.run()
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await answer(channel, chat_request())
         assert caught.value.code() is grpc.StatusCode.PERMISSION_DENIED
@@ -163,10 +163,10 @@ async def test_no_mixture_of_old_addresses_and_new_keys_opens_the_network(tmp_pa
     old = change(old, tls={"clients": files.certificate})
     new = change(old, server={"tcp": ("127.0.0.1:0",)}, auth={"certificates": ()})
     async with serving(old, load_again=lambda: new) as server:
-        outcome = await server._reload.run()
+        outcome = await server._parts.reload.run()
         assert outcome.error
         assert "which other machines can reach" in outcome.error
-        assert server._reload.config == old
+        assert server._parts.reload.config == old
 
 
 @pytest.mark.parametrize("broken", ["tokens", "certificate", "policy"])
@@ -186,7 +186,7 @@ async def test_a_broken_file_beside_the_configuration_leaves_all_as_it_was(tmp_p
     async with serving(old, load_again=lambda: new) as server, grpc.aio.insecure_channel(unix_target(old)) as channel:
         assert tcp_target(server)
         {"tokens": tokens, "certificate": files.certificate, "policy": policy}[broken].write_text("[[broken\n")
-        assert (await server._reload.run()).error
+        assert (await server._parts.reload.run()).error
         assert (await limits_of(channel)).max_messages == old.limits.max_messages
         await answer(channel, chat_request())
 
@@ -202,7 +202,7 @@ async def test_a_reload_under_load_fails_no_call(tmp_path: Path) -> None:
         # Fewer than the 32 that a connection may have: gRPC refuses others at random, reload or not.
         chats = [asyncio.create_task(answer(channel, chat_request())) for _ in range(24)]
         while configs:
-            assert (await server._reload.run()).error is None
+            assert (await server._parts.reload.run()).error is None
         texts = {text for text, _ in await asyncio.gather(*chats)}
     assert len(texts) == 1
 

@@ -105,7 +105,7 @@ class Board:
 
     def __init__(self, server: Server, channel: grpc.aio.Channel, sysfs: FakeSysfs) -> None:
         self.channel, self.sysfs = channel, sysfs
-        self._governor = server._observation.governor
+        self._governor = server._parts.observation.governor
         self._judge = self._governor.judge
         self._judged = asyncio.Event()
         self._governor.judge = self._note  # type: ignore[method-assign]

@@ -672,7 +672,7 @@ async def test_a_callers_texts_keep_another_waiting_for_one_of_them_at_most(
     auth = {"token_file": tmp_path / "tokens"}
     async with daemon(tmp_path, load=lambda _: model, auth=auth) as (channel, server):
         stub = model_pb2_grpc.ModelServiceStub(channel)
-        executor, is_in_line, num_submitted = server._tokenising._executor, asyncio.Event(), itertools.count(1)
+        executor, is_in_line, num_submitted = server._parts.tokenising._executor, asyncio.Event(), itertools.count(1)
         submit = executor.submit
 
         def submit_and_tell(*arguments: Any) -> Any:

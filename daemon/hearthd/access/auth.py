@@ -6,8 +6,8 @@ decided before anything of the request is read, anew at each call: what was revo
 connections that stay open too. What goes on for as long as the caller likes is asked again every few seconds; an answer
 that was begun is finished. Whoever has no right to call gets the same answer from every method, and learns nothing.
 
-`server` makes one `Authenticator`, and puts an `AccessInterceptor` in front of each gRPC server, behind the boundary of
-`statuses`, which tells callers of refusals. `caller` holds the outcome; `metering` counts the call.
+There is one `Authenticator`; `grpc_servers` puts an `AccessInterceptor` in front of each gRPC server, behind the
+boundary of `statuses`, which tells callers of refusals. `caller` holds the outcome; `metering` counts the call.
 """
 
 import asyncio

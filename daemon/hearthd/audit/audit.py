@@ -5,8 +5,8 @@ from the daemon alone: names of tokens, roles and rules, the name of a method th
 no right to call, at most one line a second is written, with the number of those that it stands for: a scan must not
 push everything else out of a log of bounded size.
 
-`server` puts an `AuditInterceptor` before everything else that a call meets; `services` fills `current_record`, and
-`statuses` tells a `RefusalRecorder` why a call was refused: a status alone does not tell a rate from a quota.
+`grpc_servers` puts an `AuditInterceptor` before everything else that a call meets; `services` fills `current_record`,
+and `statuses` tells a `RefusalRecorder` why a call was refused: a status alone does not tell a rate from a quota.
 """
 
 import asyncio

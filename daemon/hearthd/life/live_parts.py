@@ -1,6 +1,6 @@
 """The parts of the daemon that take new values while it serves, for `reload`, which says what a part is.
 
-Made by `server`, which owns what they change.
+Made by `parts`, which owns what they change.
 """
 
 from collections.abc import Callable, Iterable

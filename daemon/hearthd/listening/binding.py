@@ -1,4 +1,4 @@
-"""Binding one address of a gRPC server. What may be bound, `listeners` has decided. Called by `server`."""
+"""Binding one address of a gRPC server. What may be bound, `listeners` has decided. Called by `grpc_servers`."""
 
 import os
 from collections.abc import Iterator

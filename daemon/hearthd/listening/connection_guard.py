@@ -6,7 +6,8 @@ made a call with a right to it within some seconds, and of one source all but th
 call is not hung up on, unless a later one shows that its credential is no longer valid.
 
 It sees what the process sees: behind a proxy (`server.tls_socket`) all callers are one Unix socket, and a flood that is
-quicker than a look is for a firewall (docs/systemd.md). `auth` tells of calls, `troubles` asks, `server` lets it watch.
+quicker than a look is for a firewall (docs/systemd.md). `auth` tells of calls, `troubles` asks, `grpc_servers` lets it
+watch.
 """
 
 import asyncio

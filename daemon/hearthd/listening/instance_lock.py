@@ -1,7 +1,8 @@
 """One daemon for each Unix socket: a lock beside it, taken before the socket is touched.
 
 gRPC replaces a socket that another daemon serves, and deletes it when either ends; the lock is what keeps the second
-one away. The kernel drops it with the process, so that nothing has to be cleaned up after a crash. Called by `server`.
+one away. The kernel drops it with the process, so that nothing has to be cleaned up after a crash. Called by
+`grpc_servers`.
 """
 
 import fcntl

@@ -3,7 +3,7 @@
 A host name is resolved here, once, and gRPC gets the addresses: what was checked is what is bound, and gRPC's own
 resolver would go on without an error when only some of a name's addresses can be bound.
 
-Binds nothing. Called by `server`, and by `__main__` for check-config.
+Binds nothing. Called by `life.parts`, and by `__main__` for check-config.
 """
 
 import ipaddress

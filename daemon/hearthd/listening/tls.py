@@ -8,7 +8,7 @@ With an authority for the callers' certificates, each caller must show one that 
 can either require that or not ask at all [M: grpcio 1.85.1 sends no CertificateRequest unless it requires one], so
 there is no "optional". Who a certificate belongs to is `auth`'s affair.
 
-Called by `server`; `check_config` and `pairing` check and read files with `find_files` and `read_certificate`.
+Called by `life.parts`; `check_config` and `pairing` check and read files with `find_files` and `read_certificate`.
 """
 
 import hashlib

@@ -1,6 +1,6 @@
 """gRPC's own limits and clocks, each with its reason. gRPC ignores a misspelt option silently: tests look at effects.
 
-[M]: measured with grpcio 1.85.1. Called by `server`.
+[M]: measured with grpcio 1.85.1. Called by `grpc_servers`.
 """
 
 from typing import Final

@@ -5,7 +5,7 @@ whoever shows none hears what every other method answers. A secret is looked for
 told of new ones.
 
 Order of things: the record is removed, durably; then the token is made, durably; then it is sent. Killed at any moment,
-the daemon has given at most one token for one secret. Knows nothing of codes and certificates. Made by `server`.
+the daemon has given at most one token for one secret. Knows nothing of codes and certificates. Made by `life.parts`.
 """
 
 import asyncio

@@ -4,7 +4,7 @@ docs/policy.md explains every key. Whatever is not known is refused, as in the c
 silently be none. Errors name keys and rules, and quote no phrase and no prompt, which are nobody's business but the
 owner's.
 
-Knows no callers. Called by `server`, and by `__main__` to check a configuration.
+Knows no callers. Called by `life.parts`, and by `__main__` to check a configuration.
 """
 
 import difflib

@@ -11,6 +11,6 @@
     statuses       the daemon's errors, and what status each becomes
 
 A handler checks, asks the worker, and converts; what goes wrong it raises, and `statuses` answers. Nothing that a
-person says to the model, and nothing that it answers, goes into the log. Called by gRPC; made by `server`. Pairing has
-a room of its own.
+person says to the model, and nothing that it answers, goes into the log. Called by gRPC; made by `life.parts`. Pairing
+has a room of its own.
 """

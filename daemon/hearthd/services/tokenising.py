@@ -2,7 +2,7 @@
 
 Two threads: one long text does not keep a short one waiting, and the inference thread still gets its share. A caller
 gets no more than both: whatever else it has sent waits outside of their queue, so that nobody waits for more than one
-text of somebody else's. Knows no tokenizer. Made by `server`, used by `services`.
+text of somebody else's. Knows no tokenizer. Made by `life.parts`, used by `services`.
 """
 
 import asyncio

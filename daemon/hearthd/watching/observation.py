@@ -1,7 +1,6 @@
 """What the daemon sees of itself: counts of what happened, the board's heat, and the metrics page if one is configured.
 
-`server` makes one, hands `observers` to whoever can tell of something, and `status` to the status service. Knows no
-engine.
+`life.parts` makes one, `server` starts it; `services` and `statuses` tell its `observers`. Knows no engine.
 """
 
 import asyncio

@@ -1,7 +1,7 @@
 """How calls and chats end, in words of a bounded set: what may be counted, and never who asked or what was said.
 
-`statuses` and `services` tell observers of each end. `tally` and `metrics.figures` are observers, made by `server`.
-Knows no gRPC and no Prometheus.
+`statuses` and `services` tell observers of each end. `tally` and `metrics.figures` are observers, made by
+`observation`. Knows no gRPC and no Prometheus.
 """
 
 import enum

@@ -1,6 +1,6 @@
 """What `hearth status` shows of the past: refused calls since the start, and how fast the last answers came.
 
-An observer of `outcomes`. Knows no gRPC. Made by `server`, read by `services.status`.
+An observer of `outcomes`. Knows no gRPC. Made by `observation`, read by `services.status`.
 """
 
 import statistics

@@ -4,7 +4,7 @@ The parts of the daemon are asked, and the disks that it writes to. Nothing is r
 told no more. The lines are for every caller who may ask for the status, so they name keys of the configuration and not
 paths; the journal and `hearthd doctor`, which are the owner's, say more.
 
-Called by `server`, which hands `find` to the status service.
+Made by `life.parts`, which hands `find` to the status service.
 """
 
 import os
