@@ -12,6 +12,7 @@ from hearthd.configuration.config import Config
 from hearthd.generation.engine import Engine
 from hearthd.inference.model import Model
 from hearthd.kv.prefix_store import PrefixStore, StoredPrefix
+from hearthd.kv.shared import SharedPrompts
 from hearthd.kv.stored_prefixes import StoredPrefixes
 from hearthd.models.entry import ModelState
 from hearthd.models.pool import ModelPool
@@ -79,7 +80,7 @@ async def test_a_model_that_is_unloaded_leaves_its_prefixes_and_counts_and_no_th
 def test_shared_prompts_that_come_from_the_disk_are_nobodys_tokens(tmp_path: Path) -> None:
     for _ in range(2):
         daemon = Daemon(tmp_path)
-        daemon.engine.share_prompts([SYSTEM])
+        daemon.engine.share_prompts(SharedPrompts.for_everybody([SYSTEM]))
         daemon.run()
     assert daemon.store.num_hits == 1
     sequence = asked([*SYSTEM, 1, 2])

@@ -11,6 +11,7 @@ from hearthd.kv.disk_writes import DiskWrites
 from hearthd.kv.file_uses import FileUses
 from hearthd.kv.prefix_file import DamagedPrefixError, file_size
 from hearthd.kv.prefix_store import PrefixStore, StoredPrefix
+from hearthd.kv.shared import SharedPrompts
 from prefix_daemon import SYSTEM, Daemon, asked, chunks_of, open_store
 
 HOUR = 3600.0
@@ -86,7 +87,7 @@ class TestUses:
     def test_a_daemon_that_ends_tells_the_next_one(self, tmp_path: Path, clock: Clock, is_shared: bool) -> None:
         daemon = Daemon(tmp_path, writes=clock.writes())
         if is_shared:
-            daemon.engine.share_prompts([SYSTEM])
+            daemon.engine.share_prompts(SharedPrompts.for_everybody([SYSTEM]))
         daemon.store_system()
         (path,) = tmp_path.iterdir()
         os.utime(path, (0, 0))

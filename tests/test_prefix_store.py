@@ -16,6 +16,7 @@ from hearthd.kv.disk_writes import DiskWrites
 from hearthd.kv.loading import Loading
 from hearthd.kv.prefix_file import DamagedPrefixError, file_size, written
 from hearthd.kv.prefix_store import PrefixStore, StoredPrefix
+from hearthd.kv.shared import SharedPrompts
 from hearthd.kv.slot import Slot
 from hearthd.sequences.sequence import SequenceState
 from prefix_daemon import MB, SYSTEM, Daemon, asked, chunks_of, open_store
@@ -499,7 +500,7 @@ class TestEngine:
 class TestSharedPrompts:
     def test_are_read_while_nobody_asks_and_serve_everybody(self, tmp_path: Path) -> None:
         daemon = Daemon(tmp_path)
-        daemon.engine.share_prompts([SYSTEM])
+        daemon.engine.share_prompts(SharedPrompts.for_everybody([SYSTEM]))
         daemon.run()
         first, second = asked([*SYSTEM, 5, 6], identity="a"), asked([*SYSTEM, 7, 8], identity="b")
         daemon.run(first, second)
@@ -510,7 +511,7 @@ class TestSharedPrompts:
         # Only what is configured is shared, now.
         assert third.num_cached == 0
         again = Daemon(tmp_path)
-        again.engine.share_prompts([SYSTEM])
+        again.engine.share_prompts(SharedPrompts.for_everybody([SYSTEM]))
         again.run()
         assert again.store.num_hits == 1
         assert again.runner.calls == []
@@ -520,7 +521,7 @@ class TestSharedPrompts:
 
     def test_what_stands_behind_them_is_not_shared(self, tmp_path: Path) -> None:
         daemon = Daemon(tmp_path)
-        daemon.engine.share_prompts([SYSTEM])
+        daemon.engine.share_prompts(SharedPrompts.for_everybody([SYSTEM]))
         daemon.run(asked([*SYSTEM, 1, 2, 3, 4, 5, 6], identity="a"))
         other = asked([*SYSTEM, 1, 2, 3, 4, 5, 6], identity="b")
         daemon.run(other)
@@ -528,7 +529,7 @@ class TestSharedPrompts:
 
     def test_who_knows_only_a_part_of_one_learns_nothing_of_the_rest(self, tmp_path: Path) -> None:
         daemon = Daemon(tmp_path)
-        daemon.engine.share_prompts([SYSTEM])
+        daemon.engine.share_prompts(SharedPrompts.for_everybody([SYSTEM]))
         daemon.run()
         guesses = [asked([*SYSTEM[:149], 999, 1, 2]), asked([*SYSTEM[:149], 998, 1, 2], identity="b")]
         daemon.run(*guesses, asked([*SYSTEM, 1, 2], identity="c"))
@@ -538,7 +539,7 @@ class TestSharedPrompts:
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         daemon = Daemon(tmp_path, num_slots=2)
-        daemon.engine.share_prompts([[first, *SYSTEM[1:]] for first in range(4)])
+        daemon.engine.share_prompts(SharedPrompts.for_everybody([[first, *SYSTEM[1:]] for first in range(4)]))
         # One of them has begun, and the disk has not answered.
         with monkeypatch.context() as patched:
             patched.setattr(daemon.prefixes, "fetch", lambda *_: None)
@@ -555,9 +556,9 @@ class TestSharedPrompts:
 
     def test_others_take_their_place_and_those_of_before_are_shared_no_more(self, tmp_path: Path) -> None:
         daemon = Daemon(tmp_path)
-        daemon.engine.share_prompts([SYSTEM])
+        daemon.engine.share_prompts(SharedPrompts.for_everybody([SYSTEM]))
         daemon.run()
-        daemon.engine.share_prompts([SYSTEM[::-1]])
+        daemon.engine.share_prompts(SharedPrompts.for_everybody([SYSTEM[::-1]]))
         daemon.run()
         of_before, new = asked([*SYSTEM, 1, 2]), asked([*SYSTEM[::-1], 1, 2])
         daemon.run(of_before, new)
@@ -565,14 +566,14 @@ class TestSharedPrompts:
 
     def test_the_same_ones_again_are_not_read_again(self, tmp_path: Path) -> None:
         daemon = Daemon(tmp_path)
-        daemon.engine.share_prompts([SYSTEM])
+        daemon.engine.share_prompts(SharedPrompts.for_everybody([SYSTEM]))
         daemon.run()
-        daemon.engine.share_prompts([SYSTEM])
+        daemon.engine.share_prompts(SharedPrompts.for_everybody([SYSTEM]))
         assert not daemon.engine.has_work
 
     def test_whoever_asks_goes_first(self, tmp_path: Path) -> None:
         daemon = Daemon(tmp_path)
-        daemon.engine.share_prompts([SYSTEM])
+        daemon.engine.share_prompts(SharedPrompts.for_everybody([SYSTEM]))
         sequence = asked([3, 4, 5], num_first=0)
         daemon.engine.add(sequence)
         daemon.engine.step()

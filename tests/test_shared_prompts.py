@@ -1,8 +1,6 @@
 """System prompts that the owner shares: as the model gets them, whoever asks; and from configuration to cache."""
 
 import asyncio
-from collections.abc import Iterable
-from collections.abc import Sequence as SequenceOf
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -12,12 +10,14 @@ import grpc
 import pytest
 
 import tiny_tokenizers as tiny
+from hearth.v1 import chat_pb2
 from hearthd.access.tokens import create_token
 from hearthd.configuration.config import Config, ModelOptions, ModelsConfig
 from hearthd.errors import ConfigError
 from hearthd.inference.model import Model
 from hearthd.inference.shared_prompts import encode_shared_prompts, read_shared_prompts
 from hearthd.kv.budget import KVBudget
+from hearthd.kv.shared import SharedPrompts
 from hearthd.policy.policy_file import PolicyFile
 from hearthd.text.chat_template import Message
 from hearthd.text.tokenizer import ChatTokenizer
@@ -46,14 +46,13 @@ def config(directory: Path, *texts: str, policy: str = "") -> Config:
     return make_config(directory, cache={"shared_prompts": tuple(names)}, policy={"file": directory / "policy.toml"})
 
 
-def begins_with_one(shared: list[list[int]], *messages: Message) -> int:
-    prompt = make_tokenizer().encode_chat(messages)
-    return max((len(each) for each in shared if prompt[: len(each)] == each), default=0)
+def begins_with_one(shared: SharedPrompts, *messages: Message, audience: str = "") -> int:
+    return shared.num_shared(make_tokenizer().encode_chat(messages), audience)
 
 
 def test_every_chat_with_this_system_prompt_begins_with_it(tmp_path: Path) -> None:
     shared = encode_shared_prompts(config(tmp_path, TEXT, "Other."), make_tokenizer())
-    assert len(shared) == 2
+    assert len(shared.all()) == 2
     for question in ("Hello", "A", "0", " space"):
         assert begins_with_one(shared, Message("system", TEXT.strip()), Message("user", question)) > 100
     assert begins_with_one(shared, Message("system", "Third."), Message("user", "Hello")) == 0
@@ -64,11 +63,51 @@ def test_the_policys_instructions_come_first_and_are_shared_themselves(tmp_path:
     made = config(tmp_path, TEXT, policy=policy)
     object.__setattr__(made, "roles", {**made.roles, "guest": made.roles["user"]})
     shared = encode_shared_prompts(made, make_tokenizer())
-    assert len(shared) == 4
+    assert len(shared.all()) == 4
     rules = PolicyFile(made.policy.file, made.roles).current
     for role in ("guest", "user"):
         for messages in ([Message("user", "Hi")], [Message("system", TEXT.strip()), Message("user", "Hi")]):
-            assert begins_with_one(shared, *rules.for_role(role).add_prompt(messages)) > 10
+            assert begins_with_one(shared, *rules.for_role(role).add_prompt(messages), audience=role) > 10
+
+
+def test_what_only_guests_are_told_is_found_by_nobody_else_who_guesses_it(tmp_path: Path) -> None:
+    """Instructions and callers' own message become one text: whoever may send one can send what others are told."""
+    policy = '[[system]]\nprompt = "Be polite."\n\n[[system]]\nprompt = "Only for guests."\nroles = ["guest"]\n'
+    made = config(tmp_path, TEXT, policy=policy)
+    object.__setattr__(made, "roles", {**made.roles, "guest": made.roles["user"]})
+    shared = encode_shared_prompts(made, make_tokenizer())
+    rules = PolicyFile(made.policy.file, made.roles).current.for_role("user")
+    hello = Message("user", "Hello")
+    for guess in ("Only for guests.", f"Only for guests.\n\n{TEXT.strip()}"):
+        guessed = rules.add_prompt([Message("system", guess), hello])
+        assert begins_with_one(shared, *guessed, audience="guest") > 30
+        assert begins_with_one(shared, *guessed, audience="user") == 0
+        assert begins_with_one(shared, *guessed, audience="a role that the policy does not name") == 0
+
+
+def test_a_shared_prompt_is_as_the_policy_lets_it_through(tmp_path: Path) -> None:
+    policy = """
+[[blocked]]
+name = "garden"
+on = "input"
+phrases = ["garden"]
+action = "replace"
+text = "yard"
+
+[[blocked]]
+name = "bedrooms"
+on = "input"
+roles = ["guest"]
+phrases = ["bedrooms"]
+"""
+    made = config(tmp_path, TEXT, policy=policy)
+    object.__setattr__(made, "roles", {**made.roles, "guest": made.roles["user"]})
+    shared = encode_shared_prompts(made, make_tokenizer())
+    rules = PolicyFile(made.policy.file, made.roles).current.for_role("user")
+    sent = rules.apply([Message("system", TEXT.strip()), Message("user", "Hello")], set())
+    assert "yard" in sent[0].content
+    assert begins_with_one(shared, *sent) > 100
+    assert list(shared.by_audience["guest"]) == []
 
 
 @pytest.mark.parametrize(
@@ -148,6 +187,40 @@ async def test_a_daemon_is_ready_whatever_room_they_have(
 
 
 @asynchronous
+async def test_a_caller_is_not_told_that_others_instructions_are_cached(tmp_path: Path) -> None:
+    """Over gRPC. What is not counted as cached has been run, so that time tells nothing either."""
+    policy = '[[system]]\nprompt = "Be polite."\n\n[[system]]\nprompt = "The alarm is off."\nroles = ["guest"]\n'
+    plain = config(tmp_path, policy=policy)
+    own = replace(
+        plain,
+        roles={**plain.roles, "guest": plain.roles["user"]},
+        auth=replace(plain.auth, token_file=tmp_path / "tokens"),
+    )
+    callers = {
+        name: (("authorization", f"Bearer {create_token(tmp_path / 'tokens', name, role=role)}"),)
+        for name, role in {"anna": "guest", "ben": "guest", "cleo": "user"}.items()
+    }
+
+    def load(config: Config) -> Model:
+        model = make_model(make_runner(context_length=512, num_slots=4))
+        model.engine.share_prompts(encode_shared_prompts(config, model.tokenizer))
+        return model
+
+    async with serving(own, load) as server, grpc.aio.insecure_channel(tcp_target(server)) as channel:
+
+        async def num_cached(name: str, system: str = "") -> int:
+            request = chat_request("?", max_tokens=1)
+            if system:
+                request.messages.insert(0, chat_pb2.Message(role=chat_pb2.ROLE_SYSTEM, content=system))
+            _, final = await answer(channel, request, metadata=callers[name])
+            return int(final.usage.cached_prompt_tokens)
+
+        await num_cached("anna")
+        assert await num_cached("cleo", "The alarm is off.") == 0
+        assert await num_cached("ben") > 30
+
+
+@asynchronous
 async def test_they_follow_the_policy_at_a_reload_whenever_a_model_was_loaded(tmp_path: Path) -> None:
     """Two callers, who share nothing but what the owner shares."""
 
@@ -163,7 +236,7 @@ async def test_they_follow_the_policy_at_a_reload_whenever_a_model_was_loaded(tm
         model_options={"other": ModelOptions()},
         models=ModelsConfig(),
     )
-    shared: asyncio.Queue[list[list[int]]] = asyncio.Queue()
+    told: asyncio.Queue[SharedPrompts] = asyncio.Queue()
     loop = asyncio.get_running_loop()
 
     def load(own: Config) -> Model:
@@ -171,9 +244,9 @@ async def test_they_follow_the_policy_at_a_reload_whenever_a_model_was_loaded(tm
         model.engine.share_prompts(encode_shared_prompts(own, model.tokenizer))
         share = model.engine.share_prompts
 
-        def tell(prompts: Iterable[SequenceOf[int]]) -> None:
-            share(prompts)
-            loop.call_soon_threadsafe(shared.put_nowait, [list(prompt) for prompt in prompts])
+        def tell(shared: SharedPrompts) -> None:
+            share(shared)
+            loop.call_soon_threadsafe(told.put_nowait, shared)
 
         model.engine.share_prompts = tell  # type: ignore[method-assign]
         return replace(model, name=own.model.name)
@@ -188,8 +261,7 @@ async def test_they_follow_the_policy_at_a_reload_whenever_a_model_was_loaded(tm
         assert await num_cached("ben") > 30
         (tmp_path / "policy.toml").write_text(policy_of("No"))
         server.reload()
-        prompts = await asyncio.wait_for(shared.get(), 30)
-        assert prompts == encode_shared_prompts(old, make_tokenizer())
+        assert await asyncio.wait_for(told.get(), 30) == encode_shared_prompts(old, make_tokenizer())
         await num_cached("anna")
         assert await num_cached("ben") > 30
         # One that is loaded later has them from the start.

@@ -10,8 +10,7 @@ One thread calls it. Knows no asyncio, no gRPC and no threads; time comes from t
 """
 
 import time
-from collections.abc import Callable, Iterable
-from collections.abc import Sequence as Tokens
+from collections.abc import Callable
 
 from hearthd.errors import DeadlineTooShortError, InvalidRequestError
 from hearthd.generation.batch import Batch
@@ -22,6 +21,7 @@ from hearthd.generation.idle_time import IdleTime
 from hearthd.generation.placing import Placing
 from hearthd.generation.prompt_step import PromptStep
 from hearthd.kv.kv_cache import KVCache, Runner, RunTerminated
+from hearthd.kv.shared import SharedPrompts
 from hearthd.kv.stored_prefixes import StoredPrefixes
 from hearthd.priority import Priority
 from hearthd.scheduling.chunks import ChunkSizes
@@ -230,7 +230,7 @@ class Engine:
                 f"have {num_tokens} tokens; give 1 to {self.context_length - 1}, so that prompt and answer fit the "
                 f"context of {self.context_length}",
             )
-        sequence.num_read = self._cache.num_found(sequence.prompt_ids, sequence.cache_identity)
+        sequence.num_read = self._cache.num_found(sequence.prompt_ids, sequence.cache_identity, sequence.audience)
         self._scheduler.add(sequence)
         try:
             self._waits.check_deadline(sequence, self._clock())
@@ -246,9 +246,9 @@ class Engine:
         """Use so long at most for what must be done before the process ends."""
         self._cache.close(seconds)
 
-    def share_prompts(self, prompts: Iterable[Tokens[int]]) -> None:
-        """Share these beginnings of prompts with all callers, and no others; read them as soon as nobody asks."""
-        self._cache.share(list(prompts))
+    def share_prompts(self, shared: SharedPrompts) -> None:
+        """Share these beginnings of prompts, and no others; read them as soon as nobody asks."""
+        self._cache.share(shared)
 
     def remove(self, sequence: Sequence) -> None:
         """Take a sequence out, wherever it is; it has no further event. No effect on one that has ended."""

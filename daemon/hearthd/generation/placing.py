@@ -76,7 +76,9 @@ class Placing:
         if not self._has_room_for(sequence, num_tokens) and not self._clear_room_for(sequence, num_tokens):
             return False
         try:
-            place = self._cache.acquire(sequence.prompt_ids, sequence.cache_identity, num_tokens, sequence.num_first)
+            place = self._cache.acquire(
+                sequence.prompt_ids, sequence.cache_identity, num_tokens, sequence.num_first, sequence.audience
+            )
         except Exception as error:  # noqa: BLE001 - of this sequence alone; the others go on
             self._collector.fail(sequence, error)
             return True
@@ -128,7 +130,7 @@ class Placing:
     def _put_back(self, sequence: Sequence) -> None:
         self._batch.release(sequence)
         self._scheduler.put_back(sequence)
-        sequence.num_read = self._cache.num_found(sequence.prompt_ids, sequence.cache_identity)
+        sequence.num_read = self._cache.num_found(sequence.prompt_ids, sequence.cache_identity, sequence.audience)
         sequence.queue_position = None
         if sequence.paused is None:
             sequence.pause(self._clock())

@@ -25,6 +25,7 @@ from hearthd.inference.counts import Counts
 from hearthd.inference.model import Model, prove
 from hearthd.inference.restraint import Restraint
 from hearthd.inference.stream import ChatStream
+from hearthd.kv.shared import SharedPrompts
 from hearthd.logs import log_incident
 from hearthd.priority import Priority
 from hearthd.sequences.events import Delta, Event, Failed, Finished
@@ -179,9 +180,9 @@ class Worker:
         sampling = replace(model.default_sampling, max_tokens=default_max_tokens)
         self._model = replace(model, default_sampling=sampling)
 
-    def share_prompts(self, prompts: list[list[int]]) -> None:
-        """Share these beginnings of prompts with all callers, and no others."""
-        self._commands.put(lambda: self._engine.share_prompts(prompts))
+    def share_prompts(self, shared: SharedPrompts) -> None:
+        """Share these beginnings of prompts, and no others."""
+        self._commands.put(lambda: self._engine.share_prompts(shared))
 
     def begin_drain(self) -> None:
         """Admit no more chats."""

@@ -65,7 +65,7 @@ def loss_of(slots: Sequence[Slot], number: int, start: int, now: int) -> float:
 def num_usable(slot: Slot, prompt_ids: Sequence[int], identity: str, num_public: int) -> int:
     """Return how many tokens of a prompt have KV in a slot that may be used for it.
 
-    num_public: of the prompt's tokens, those that the owner shares with everybody.
+    num_public: of the prompt's tokens, those that the owner shares with its caller.
     """
     most = min(slot.num_reusable, len(prompt_ids))
     if slot.identity != identity:

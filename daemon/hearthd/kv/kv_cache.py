@@ -15,9 +15,12 @@ import logging
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from hearthd.kv.eviction import Eviction, loss_of, num_usable, plan_eviction
+from hearthd.kv.choosing import Source, choose_slot, longest_beginning
+from hearthd.kv.eviction import Eviction, plan_eviction
+from hearthd.kv.reservations import Reservations
 from hearthd.kv.runner_protocol import Runner, RunTerminated
-from hearthd.kv.slot import Slot, num_shared
+from hearthd.kv.shared import EVERYBODY_ELSE, SharedPrompts
+from hearthd.kv.slot import Slot
 from hearthd.kv.stored_prefixes import PUBLIC, StoredPrefixes
 
 __all__ = ["KVCache", "Place", "RunTerminated", "Runner"]
@@ -36,20 +39,6 @@ class Place:
     """Those of them that an earlier sequence computed; the others came with the bundle."""
 
 
-# To copy the KV of so many tokens takes as long as to read one (11.5 kB each, default model).
-_COPIES_FOR_A_TOKEN = 200
-
-
-@dataclass(frozen=True, slots=True)
-class _Choice:
-    """A slot for a prompt, and what must be thrown away for it."""
-
-    target: int
-    is_source: bool
-    eviction: Eviction
-    loss: float
-
-
 class KVCache:
     """The books of all slots. A slot is held by one sequence, or idle."""
 
@@ -57,14 +46,12 @@ class KVCache:
         """stored: the prefixes on disk, if there is to be such a thing."""
         self._runner = runner
         self._stored = stored
-        self._budget = runner.kv_budget
         self._slots = [Slot() for _ in range(runner.num_slots)]
-        # Blocks that the prompt buffers may have in use.
-        self._prompt_blocks = 0
+        self._reservations = Reservations(runner.kv_budget, self._slots)
         # Counts acquisitions and releases: the time by which uses grow old.
         self._clock = 0
-        # Beginnings of prompts that the owner shares with everybody.
-        self._public: list[list[int]] = []
+        # Beginnings of prompts that the owner shares.
+        self._shared = SharedPrompts()
         # Those of them that are still to be brought in, and the slot that is held for the first.
         self._to_warm: list[list[int]] = []
         self._warming: Slot | None = None
@@ -82,77 +69,84 @@ class KVCache:
     @property
     def num_blocks(self) -> int:
         """Blocks of the budget that are in use or reserved."""
-        return sum(self._budget.blocks(slot.num_positions) for slot in self._slots) + self._prompt_blocks
+        return self._reservations.num_blocks
 
     @property
     def num_bytes(self) -> tuple[int, int]:
         """Memory that is in use or reserved, and the most that may be. For any thread to read."""
-        size = self._budget.block_bytes
-        return self.num_blocks * size, self._budget.num_blocks * size
+        return self._reservations.num_bytes
 
     def num_tokens(self, slot: int) -> int:
         """Positions of a slot that hold a token's KV."""
         return len(self._slots[slot].tokens)
 
-    def num_found(self, prompt_ids: Sequence[int], identity: str) -> int:
+    def num_found(self, prompt_ids: Sequence[int], identity: str, audience: str = EVERYBODY_ELSE) -> int:
         """Return how many of a prompt's first tokens `acquire` and `fetch` would not leave to be run, now."""
         prompt = list(prompt_ids)
-        num_public = self._num_public(prompt)
-        found = max(self._longest_shared(prompt, identity, num_public)[1], self._num_preset(prompt))
+        num_public = self._num_public(prompt, identity, audience)
+        source = self._find(prompt, identity, num_public)
+        found = source.num_tokens if source else self._num_preset(prompt)
         if self._stored is None:
             return found
         return max(found, self._stored.num_found(prompt, identity, num_public, self._reusable(prompt)))
 
-    def acquire(self, prompt_ids: Sequence[int], identity: str, num_tokens: int, num_first: int = 0) -> Place | None:
+    def acquire(
+        self,
+        prompt_ids: Sequence[int],
+        identity: str,
+        num_tokens: int,
+        num_first: int = 0,
+        audience: str = EVERYBODY_ELSE,
+    ) -> Place | None:
         """Take an idle slot, with as much of the prompt's KV in it as can be had without computing.
 
         num_tokens: prompt and answer at most; memory for them is set aside. num_first: the prompt's tokens up to the
-        end of its first message, where that is worth remembering. More may come from the disk: see `fetch`. At least
-        `Runner.min_run` tokens of the prompt are left to run, if it has as many. None if no slot or not enough memory
-        is left beside those that are held. What the runner's context_length allows always fits when nothing is held.
+        end of its first message, where that is worth remembering. audience: what is shared with it can be had, besides
+        the identity's own. More may come from the disk: see `fetch`. At least `Runner.min_run` tokens of the prompt are
+        left to run, if it has as many. None if no slot or not enough memory is left beside those that are held. What
+        the runner's context_length allows always fits when nothing is held.
         """
         prompt = list(prompt_ids)
-        num_public = self._num_public(prompt)
-        source, shared = self._longest_shared(prompt, identity, num_public)
+        num_public = self._num_public(prompt, identity, audience)
+        source = self._find(prompt, identity, num_public)
         num_preset = self._num_preset(prompt)
-        if shared <= num_preset:
-            source, shared = None, 0
         num_reserved = max(num_tokens, len(prompt))
-        choice = self._choose(source, shared, num_reserved, prompt)
+        choice = choose_slot(self._slots, self._reservations, source, prompt, num_reserved, self._clock)
         if choice is None and self._warming is not None:
             self._put_off_warming()
-            choice = self._choose(source, shared, num_reserved, prompt)
+            choice = choose_slot(self._slots, self._reservations, source, prompt, num_reserved, self._clock)
         if choice is None:
             return None
         self._clock += 1
-        self._carry_out(choice.eviction, self._prompt_blocks_with(len(prompt)))
+        self._carry_out(choice.eviction, self._reservations.prompt_blocks_with(len(prompt)))
         target = self._slots[choice.target]
         if source is not None:
-            self._slots[source].use(shared, self._clock)
-            if not choice.is_source:
+            self._slots[source.slot].use(source.num_tokens, self._clock)
+            if choice.target != source.slot:
                 self.forget(choice.target)
-                self._runner.copy_slot(source, choice.target, shared)
-                target.parts = self._slots[source].beginning(shared)
-            target.cut(shared)
+                self._runner.copy_slot(source.slot, choice.target, source.num_tokens)
+                target.parts = self._slots[source.slot].beginning(source.num_tokens)
+            target.cut(source.num_tokens)
         else:
             self.forget(choice.target)
             if num_preset:
                 self._runner.load_preset(choice.target)
-        num_past = shared or num_preset
+        num_past = source.num_tokens if source else num_preset
         self._runner.give_back(choice.target, num_reserved)
         target.tokens = prompt[:num_past]
         target.num_reusable = num_past
         target.unread = []
         target.identity = identity
+        target.audience = audience
         target.num_public = num_public
         target.num_first = num_first or num_public
         target.is_held = True
         target.num_reserved = num_reserved
         target.prompt_length = len(prompt)
-        self.num_hits += shared > 0
+        self.num_hits += source is not None
         if self._stored is not None:
             self._stored.look_for(target, prompt, self._reusable(prompt))
-        return Place(choice.target, num_past, shared)
+        return Place(choice.target, num_past, source.num_tokens if source else 0)
 
     def has_room_for(
         self, num_tokens: int, prompt_length: int, *, num_spare: int = 0, without: Collection[int] = ()
@@ -161,16 +155,10 @@ class KVCache:
 
         num_spare: tokens for which there has to be room besides. without: slots that would be released before.
         """
-        held = [
-            slot
-            for number, slot in enumerate(self._slots)
-            if slot.is_held and slot is not self._warming and number not in without
-        ]
-        blocks = self._budget.blocks
-        longest = max((slot.prompt_length for slot in held if slot.is_reading), default=0)
-        num_blocks = sum(blocks(slot.num_positions) for slot in held) + blocks(max(num_tokens, prompt_length))
-        num_blocks += blocks(num_spare) + self._budget.prompt_blocks(max(longest, prompt_length))
-        return len(held) < len(self._slots) and num_blocks <= self._budget.num_blocks
+        released = [self._slots[number] for number in without]
+        if self._warming is not None:
+            released.append(self._warming)
+        return self._reservations.has_room_for(num_tokens, prompt_length, num_spare=num_spare, without=released)
 
     def fetch(self, slot: int, wait_seconds: float) -> int | None:
         """Take what has come from the disk for a slot's prompt, before that is run; wait so long if there is nothing.
@@ -179,16 +167,15 @@ class KVCache:
         """
         return 0 if self._stored is None else self._stored.fetch(self._slots[slot], slot, wait_seconds)
 
-    def share(self, prompts: Sequence[Sequence[int]]) -> None:
-        """Share beginnings of prompts with everybody, and read them while nobody asks; those of before no more."""
-        public = [list(prompt) for prompt in prompts]
-        if public == self._public:
+    def share(self, shared: SharedPrompts) -> None:
+        """Share beginnings of prompts, and read them while nobody asks; those of before no more."""
+        if shared == self._shared:
             return
         self._put_off_warming()
-        self._public = public
-        self._to_warm = [prompt for prompt in public if self._can_keep(prompt)]
+        self._shared = shared
+        self._to_warm = [prompt for prompt in shared.all() if self._can_keep(prompt)]
         for slot in self._slots:
-            slot.num_public = self._num_public([*slot.tokens, *slot.unread])
+            slot.num_public = self._num_public([*slot.tokens, *slot.unread], slot.identity, slot.audience)
 
     def warm_some(self, wait_seconds: float) -> None:
         """Take what the disk has of a shared prompt; what it has not is to be read, as an answer of before."""
@@ -230,9 +217,9 @@ class KVCache:
             number, self._warming = self._slots.index(self._warming), None
             self.release(number)
 
-    def _num_public(self, prompt: list[int]) -> int:
-        # All of one or nothing: the length of a match would tell a guesser its text token by token.
-        return max((len(public) for public in self._public if prompt[: len(public)] == public), default=0)
+    def _num_public(self, prompt: list[int], identity: str, audience: str) -> int:
+        """How many of a prompt's tokens the owner shares with its caller."""
+        return self._shared.num_shared(prompt, None if identity == PUBLIC else audience)
 
     def _num_preset(self, prompt: list[int]) -> int:
         """How many of a prompt's tokens come with the bundle."""
@@ -283,13 +270,13 @@ class KVCache:
     def make_room_to_read(self, slot: int, num_new: int) -> bool:
         """Set memory aside for a run over so many unread tokens of an idle slot; False if there is none."""
         idle = self._slots[slot]
-        prompt_blocks = self._prompt_blocks_with(len(idle.tokens) + num_new)
-        shortage = self.num_blocks - self._prompt_blocks + prompt_blocks - self._budget.num_blocks
-        eviction = plan_eviction(self._slots, shortage, self._budget, self._clock, {slot: idle.num_kept})
+        num_tokens = len(idle.tokens) + num_new
+        shortage = self._reservations.shortage_for_reading(num_tokens)
+        eviction = plan_eviction(self._slots, shortage, self._reservations.budget, self._clock, {slot: idle.num_kept})
         if eviction is None:
             idle.unread = []
             return False
-        self._carry_out(eviction, prompt_blocks)
+        self._carry_out(eviction, self._reservations.prompt_blocks_with(num_tokens))
         return True
 
     def note_read(self, slot: int, num_tokens: int) -> None:
@@ -329,65 +316,17 @@ class KVCache:
         self._runner.swap_slots(a, b, self._slots[a].num_written, self._slots[b].num_written)
         self._slots[a], self._slots[b] = self._slots[b], self._slots[a]
 
-    def _longest_shared(self, prompt: list[int], identity: str, num_public: int) -> tuple[int | None, int]:
-        """Find the slot that shares most tokens with a prompt's beginning; also one that runs, which can be copied."""
-        best, most = None, 0
-        for number, slot in enumerate(self._slots):
-            found = num_usable(slot, prompt, identity, num_public)
-            # Equal ones: rather one that can be taken as it is.
-            if found > most or (best is not None and found == most and self._slots[best].is_held):
-                best, most = number, found
-        return best, min(most, self._reusable(prompt))
-
-    def _choose(self, source: int | None, shared: int, num_reserved: int, prompt: list[int]) -> _Choice | None:
-        """Choose the slot that costs least of what is cached; None if the memory does not suffice."""
-        choices = []
-        if source is not None and not self._slots[source].is_held:
-            # Going on there loses what comes behind, but for what the prompt has as well.
-            slot = self._slots[source]
-            lost = loss_of(self._slots, source, num_shared([*slot.tokens, *slot.unread], prompt), self._clock)
-            choices.append(self._choice(source, lost, num_reserved, len(prompt), {source: shared}))
-        idle = [number for number, slot in enumerate(self._slots) if not slot.is_held and number != source]
-        if idle:
-            losses = {number: loss_of(self._slots, number, 0, self._clock) for number in idle}
-            target = min(idle, key=lambda number: (losses[number], self._slots[number].num_kept))
-            kept = {target: self._slots[target].num_kept}
-            if source is not None:
-                kept[source] = shared
-            lost = losses[target] + shared / _COPIES_FOR_A_TOKEN
-            choices.append(self._choice(target, lost, num_reserved, len(prompt), kept, is_source=False))
-        possible = [choice for choice in choices if choice is not None]
-        return min(possible, key=lambda choice: choice.loss, default=None)
-
-    def _choice(
-        self,
-        target: int,
-        lost: float,
-        num_reserved: int,
-        prompt_length: int,
-        kept: dict[int, int],
-        *,
-        is_source: bool = True,
-    ) -> _Choice | None:
-        blocks = self._budget.blocks
-        before = blocks(self._slots[target].num_positions) + self._prompt_blocks
-        after = blocks(num_reserved) + self._prompt_blocks_with(prompt_length)
-        shortage = self.num_blocks - before + after - self._budget.num_blocks
-        # What stands in the target is counted with it.
-        kept = {**kept, target: self._slots[target].num_kept}
-        eviction = plan_eviction(self._slots, shortage, self._budget, self._clock, kept)
-        return None if eviction is None else _Choice(target, is_source, eviction, lost + eviction.loss)
-
-    def _prompt_blocks_with(self, prompt_length: int) -> int:
-        """Return the blocks that prompts need which are being read, a new one of this length among them."""
-        longest = max((slot.prompt_length for slot in self._slots if slot.is_reading), default=0)
-        return self._budget.prompt_blocks(max(longest, prompt_length))
+    def _find(self, prompt: list[int], identity: str, num_public: int) -> Source | None:
+        """Find a prompt's beginning in memory, if that is more than what comes with the bundle."""
+        found = longest_beginning(self._slots, prompt, identity, num_public, self._reusable(prompt))
+        return found if found and found.num_tokens > self._num_preset(prompt) else None
 
     def _carry_out(self, eviction: Eviction, prompt_blocks: int) -> None:
         """Give memory back, so that the books hold."""
         for number, length in eviction.lengths.items():
             self._slots[number].cut(length)
             self._runner.give_back(number, len(self._slots[number].tokens))
-        if prompt_blocks < self._prompt_blocks:
-            self._runner.give_back_prompt(prompt_blocks // self._budget.prompt_factor * self._budget.block_tokens)
-        self._prompt_blocks = prompt_blocks
+        reservations, budget = self._reservations, self._reservations.budget
+        if prompt_blocks < reservations.prompt_blocks:
+            self._runner.give_back_prompt(prompt_blocks // budget.prompt_factor * budget.block_tokens)
+        reservations.prompt_blocks = prompt_blocks

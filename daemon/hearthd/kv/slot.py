@@ -40,8 +40,10 @@ class Slot:
     unread: list[int] = field(default_factory=list)
     """Of an idle slot: tokens that come behind those, without KV that can be reused."""
     identity: str = ""
+    audience: str = ""
+    """Whose shared prompts whoever had it last could have."""
     num_public: int = 0
-    """The first of its tokens, which the owner shares with everybody."""
+    """The first of its tokens, which the owner shares with that audience."""
     num_first: int = 0
     """Of its tokens, those up to the end of the first message, where that is worth remembering."""
     num_loaded: int = 0

@@ -23,6 +23,7 @@ from hearthd.inference.counts import Counts
 from hearthd.inference.model import Model, return_free_memory
 from hearthd.inference.shared_prompts import encode_shared_prompts
 from hearthd.inference.worker import Worker
+from hearthd.kv.shared import SharedPrompts
 from hearthd.logs import log_incident
 from hearthd.models.bell import Bell
 from hearthd.models.entry import Entry, Failure
@@ -155,12 +156,12 @@ class Residents:
 
     async def _share_prompts(self, worker: Worker) -> None:
         try:
-            prompts, made_from = list[list[int]](), None
+            shared, made_from = SharedPrompts(), None
             # It may change while this is at work.
             while made_from is not self.config:
                 made_from = self.config
-                prompts = await asyncio.to_thread(encode_shared_prompts, made_from, worker.model.tokenizer)
-            worker.share_prompts(prompts)
+                shared = await asyncio.to_thread(encode_shared_prompts, made_from, worker.model.tokenizer)
+            worker.share_prompts(shared)
         except NotServingError:
             pass  # it has left meanwhile
         except HearthdError as error:

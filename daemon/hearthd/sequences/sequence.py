@@ -42,6 +42,8 @@ class Sequence:
     """Of the prompt's tokens, those up to the end of the system message: what other conversations may begin with."""
     cache_identity: str
     """KV is reused only between sequences of equal identity."""
+    audience: str = ""
+    """Its caller's role: what the owner shares with that can be reused as well."""
     arrived: float
     priority: Priority = Priority.NORMAL
     account: str = ""

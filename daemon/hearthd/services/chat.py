@@ -102,6 +102,7 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
                         num_first=num_first,
                         params=fit_to_context(call, len(prompt_ids), model.engine.context_length),
                         cache_identity=caller.identity,
+                        audience=caller.role,
                         arrived=arrived,
                         priority=priority,
                         account=caller.account,
