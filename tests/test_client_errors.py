@@ -221,6 +221,21 @@ def test_a_loading_daemon_is_waited_for(daemon: peer.ScriptedDaemon, connect: Co
         assert client.count_tokens("abc") == 3
 
 
+def test_a_daemon_that_says_when_it_will_be_ready_is_asked_then(daemon: peer.ScriptedDaemon, connect: Connect) -> None:
+    loading = peer.refuse(CODE.UNAVAILABLE, "loading the model", pushback="600000", details=[peer.retry_info(600)])
+    error = error_of(daemon, connect, loading)
+    assert isinstance(error, hearth.UnavailableError)
+    # Later than it was ready to wait, so not at all.
+    assert (error.retry_after, error.is_transient, len(daemon.requests)) == (600, True, 1)
+
+
+def test_what_waiting_does_not_help_is_not_waited_for(daemon: peer.ScriptedDaemon, connect: Connect) -> None:
+    failed = peer.refuse(CODE.UNAVAILABLE, "other cannot be loaded now", pushback="-1")
+    error = error_of(daemon, connect, failed, ready_timeout=3600, timeout=3600)
+    assert isinstance(error, hearth.UnavailableError)
+    assert (str(error), error.is_transient, len(daemon.requests)) == ("other cannot be loaded now", False, 1)
+
+
 def test_a_question_about_now_is_not_waited_for(daemon: peer.ScriptedDaemon, connect: Connect) -> None:
     daemon.small_call = lambda context: context.abort(CODE.UNAVAILABLE, "loading")
     with connect(daemon.address) as client, pytest.raises(hearth.UnavailableError, match="loading"):

@@ -9,7 +9,8 @@
     ├── LimitExceededError        a limit of the daemon was reached
     │   ├── QueueFullError        too many chats wait; `retry_after` says how many seconds to leave it in peace
     │   └── QuotaExceededError    this caller has used up a rate or its quota of the day; `retry_after` as above
-    ├── UnavailableError          the daemon is loading its model or shutting down; `retry_after` as above
+    ├── UnavailableError          the daemon is loading its model or shutting down, or cannot load that model;
+    │   │                         `retry_after` as above, `is_transient` says whether waiting may help
     │   └── ConnectError          there is no connection to a daemon
     ├── DeadlineError             the call took longer than its `timeout`
     ├── CallCancelledError        the stream or the client was closed before the end
@@ -91,21 +92,21 @@ class QuotaExceededError(LimitExceededError):
 
 
 class UnavailableError(HearthError):
-    """The daemon cannot serve now: it is loading its model, or shutting down."""
+    """The daemon cannot serve now: it is loading its model, or shutting down, or cannot load the model."""
 
-    def __init__(self, message: str, *, retry_after: float | None = None) -> None:
-        """`retry_after`: seconds that the daemon asks to wait; None if it did not say."""
+    def __init__(self, message: str, *, retry_after: float | None = None, is_transient: bool = True) -> None:
+        """`retry_after`: seconds that the daemon asks to wait; None if it did not say.
+
+        `is_transient`: False if waiting a little does not help, as with a model that cannot be loaded, or with a
+        certificate that does not fit.
+        """
         super().__init__(message)
         self.retry_after = retry_after
+        self.is_transient = is_transient
 
 
 class ConnectError(UnavailableError):
     """There is no connection to a daemon, or it broke."""
-
-    def __init__(self, message: str, *, is_transient: bool = True) -> None:
-        """`is_transient`: False if waiting cannot help, as with a certificate that does not fit."""
-        super().__init__(message)
-        self.is_transient = is_transient
 
 
 class DeadlineError(HearthError):

@@ -9,7 +9,7 @@ import random
 import time
 from collections.abc import Callable
 
-from hearth._errors import ConnectError, HearthError, QueueFullError, QuotaExceededError, UnavailableError
+from hearth._errors import HearthError, QueueFullError, QuotaExceededError, UnavailableError
 
 _logger = logging.getLogger("hearth")
 
@@ -22,9 +22,9 @@ _LONGEST_QUOTA_DELAY = 60.0
 class Patience:
     """The deadline of one call and its further attempts.
 
-    A daemon that is not there or still loads is tried again for `ready_timeout` seconds from the start; a full queue,
-    or a rate of which this minute is used up, `max_retries` times, each after the delay that the daemon asks for. Never
-    beyond `timeout`.
+    A daemon that is not there or still loads is tried again for `ready_timeout` seconds from the start, unless it is
+    known that waiting does not help; a full queue, or a rate of which this minute is used up, `max_retries` times, each
+    after the delay that the daemon asks for. Never beyond `timeout`.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class Patience:
         return delay
 
     def _delay_of_unavailable(self, error: UnavailableError) -> float | None:
-        if isinstance(error, ConnectError) and not error.is_transient:
+        if not error.is_transient:
             return None
         if self._num_unavailable == 0 and self._ready_timeout > 0:
             _logger.info("%s (waiting up to %g s)", error, self._ready_timeout)

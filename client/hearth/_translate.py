@@ -141,7 +141,11 @@ def _unavailable(said: str, trailers: Trailers, address: str) -> HearthError:
         return ConnectError(
             f"lost {address}: {what}; ask again when `hearth status` finds it", is_transient=not is_dead
         )
-    return UnavailableError(said or f"the daemon at {address} cannot serve now", retry_after=_retry_delay(trailers)[1])
+    # Older daemons say nothing of it, and nor does what may stand between: then it is tried again.
+    is_transient, delay = _retry_delay(trailers)
+    return UnavailableError(
+        said or f"the daemon at {address} cannot serve now", retry_after=delay, is_transient=is_transient
+    )
 
 
 def _cancelled(said: str, _trailers: Trailers, address: str) -> HearthError:

@@ -18,7 +18,7 @@
     ├── QueueFullError       too many chats wait                -> RESOURCE_EXHAUSTED
     ├── DeadlineTooShortError no answer would begin in time     -> DEADLINE_EXCEEDED
     ├── SlowReaderError      the caller does not read           -> RESOURCE_EXHAUSTED
-    ├── NotServingError      loading or draining                -> UNAVAILABLE
+    ├── NotServingError      loading, draining, no such load    -> UNAVAILABLE
     └── EngineCrashedError   the inference thread is dead       -> INTERNAL; the daemon exits
 
 Each message is one line: what was wrong, the value, the limit, the remedy. No message holds a caller's text: it may
@@ -170,7 +170,12 @@ class SlowReaderError(HearthdError):
 
 
 class NotServingError(HearthdError):
-    """The daemon is loading or draining."""
+    """The daemon is loading or draining, or a model cannot be loaded."""
+
+    def __init__(self, message: str, *, retry_after_seconds: float | None = 0.25) -> None:
+        """`retry_after_seconds`: what the caller is told to wait; None: waiting a little does not help."""
+        super().__init__(message)
+        self.retry_after_seconds = retry_after_seconds
 
 
 class EngineCrashedError(HearthdError):

@@ -33,8 +33,9 @@ class ChatServiceStub(object):
     the daemon asks for one, show a client certificate that it knows. The same of every method,
     whether or not it exists.
     PERMISSION_DENIED   the caller's role may not call the method, whether or not it exists.
-    UNAVAILABLE         the daemon is still loading the model, or is shutting down; or the model that the request names
-    could not be loaded, or not in time. Try again later.
+    UNAVAILABLE         the daemon is still loading the model, or is shutting down. Details: google.rpc.RetryInfo; the
+    trailer `grpc-retry-pushback-ms` holds the same delay. Or: the model that the request names
+    could not be loaded, or not in time, and waiting a little does not help: the trailer is -1.
     DEADLINE_EXCEEDED   the caller's own deadline passed. Work on the answer has stopped. Or, told at once: the answer
     would not begin before the deadline; the message says when it would.
     RESOURCE_EXHAUSTED  the request, serialised, has more than `limits.max_request_bytes`, or its metadata more than 8 KiB.
@@ -67,8 +68,9 @@ class ChatServiceServicer(object):
     the daemon asks for one, show a client certificate that it knows. The same of every method,
     whether or not it exists.
     PERMISSION_DENIED   the caller's role may not call the method, whether or not it exists.
-    UNAVAILABLE         the daemon is still loading the model, or is shutting down; or the model that the request names
-    could not be loaded, or not in time. Try again later.
+    UNAVAILABLE         the daemon is still loading the model, or is shutting down. Details: google.rpc.RetryInfo; the
+    trailer `grpc-retry-pushback-ms` holds the same delay. Or: the model that the request names
+    could not be loaded, or not in time, and waiting a little does not help: the trailer is -1.
     DEADLINE_EXCEEDED   the caller's own deadline passed. Work on the answer has stopped. Or, told at once: the answer
     would not begin before the deadline; the message says when it would.
     RESOURCE_EXHAUSTED  the request, serialised, has more than `limits.max_request_bytes`, or its metadata more than 8 KiB.
@@ -143,8 +145,9 @@ class ChatService(object):
     the daemon asks for one, show a client certificate that it knows. The same of every method,
     whether or not it exists.
     PERMISSION_DENIED   the caller's role may not call the method, whether or not it exists.
-    UNAVAILABLE         the daemon is still loading the model, or is shutting down; or the model that the request names
-    could not be loaded, or not in time. Try again later.
+    UNAVAILABLE         the daemon is still loading the model, or is shutting down. Details: google.rpc.RetryInfo; the
+    trailer `grpc-retry-pushback-ms` holds the same delay. Or: the model that the request names
+    could not be loaded, or not in time, and waiting a little does not help: the trailer is -1.
     DEADLINE_EXCEEDED   the caller's own deadline passed. Work on the answer has stopped. Or, told at once: the answer
     would not begin before the deadline; the message says when it would.
     RESOURCE_EXHAUSTED  the request, serialised, has more than `limits.max_request_bytes`, or its metadata more than 8 KiB.

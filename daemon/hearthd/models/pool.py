@@ -148,7 +148,7 @@ class ModelPool:
     async def _wait_until_usable(self, entry: Entry, tell: Callable[[Queued], Awaitable[None]] | None) -> None:
         known, seconds = entry.failure, self._config.models.max_wait_seconds
         if known is not None and time.monotonic() < known.retry_at:
-            raise NotServingError(known.text)
+            raise NotServingError(known.text, retry_after_seconds=None)
         most = self._config.for_model(entry.name).engine.slots + self.max_queued
         if entry.num_waiting >= most:
             raise QueueFullError(
@@ -162,9 +162,12 @@ class ModelPool:
                     await tell(Queued(entry.num_waiting - 1, entry.load_seconds))
                 while not entry.is_usable:
                     if entry.failure is not None and entry.failure is not known:
-                        raise NotServingError(entry.failure.text)
+                        raise NotServingError(entry.failure.text, retry_after_seconds=None)
                     if entry.is_removed:
-                        raise NotServingError(f"{entry.name} is not served any more; `hearth models` lists what is")
+                        raise NotServingError(
+                            f"{entry.name} is not served any more; `hearth models` lists what is",
+                            retry_after_seconds=None,
+                        )
                     if self.state is not State.SERVING:
                         raise NotServingError(
                             "the daemon is shutting down; try again in a few seconds, or ask another one"
@@ -174,7 +177,8 @@ class ModelPool:
         except TimeoutError:
             raise NotServingError(
                 f"{entry.name} could not be loaded within models.max_wait_seconds, {seconds:g}; try again later, or "
-                "ask another model"
+                "ask another model",
+                retry_after_seconds=None,
             ) from None
         finally:
             entry.num_waiting -= 1

@@ -4,7 +4,7 @@
 the protos promise, with its details; whatever else it raises goes out as INTERNAL with an incident's id, and the
 journal has type and place under the same id. gRPC itself would send the exception's text to the caller.
 
-`server` puts the boundary in front of each gRPC server, before everything else that may refuse a call.
+`grpc_servers` puts the boundary in front of each gRPC server, before everything else that may refuse a call.
 """
 
 import asyncio
@@ -12,7 +12,7 @@ import inspect
 import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import grpc
 from google.protobuf import any_pb2, duration_pb2
@@ -39,6 +39,9 @@ from hearthd.logs import log_incident
 from hearthd.watching.outcomes import Observer, tell_refusal
 
 __all__ = ["ErrorBoundary", "RpcStatus", "status_of"]
+
+# A pushback below zero: do not come again by yourself (gRFC A6).
+_NEVER_MS: Final = -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,20 +94,21 @@ def status_of(error: Exception) -> RpcStatus:
             )
             return RpcStatus(grpc.StatusCode.PERMISSION_DENIED, str(error), (detail,))
         case QueueFullError():
-            return _try_again(str(error), error.retry_after_seconds)
+            return _try_again(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error), error.retry_after_seconds)
         case QuotaExceededError():
             violation = error_details_pb2.QuotaFailure.Violation(
                 subject=f"caller:{error.caller}", description=error.limit
             )
-            return _try_again(
-                str(error), error.retry_after_seconds, error_details_pb2.QuotaFailure(violations=[violation])
-            )
+            detail = error_details_pb2.QuotaFailure(violations=[violation])
+            return _try_again(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error), error.retry_after_seconds, detail)
         case DeadlineTooShortError():
             return RpcStatus(grpc.StatusCode.DEADLINE_EXCEEDED, str(error))
         case SlowReaderError():
             return RpcStatus(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
+        case NotServingError(retry_after_seconds=float(seconds)):
+            return _try_again(grpc.StatusCode.UNAVAILABLE, str(error), seconds)
         case NotServingError():
-            return RpcStatus(grpc.StatusCode.UNAVAILABLE, str(error))
+            return RpcStatus(grpc.StatusCode.UNAVAILABLE, str(error), retry_after_ms=_NEVER_MS)
         case EngineCrashedError():
             incident = error.incident
         case _:
@@ -112,12 +116,12 @@ def status_of(error: Exception) -> RpcStatus:
     return RpcStatus(grpc.StatusCode.INTERNAL, f"a fault of the daemon, incident {incident}; its journal says more")
 
 
-def _try_again(message: str, seconds: float, *details: ProtoMessage) -> RpcStatus:
+def _try_again(code: grpc.StatusCode, message: str, seconds: float, *details: ProtoMessage) -> RpcStatus:
     # Up: whoever comes back a moment too early would only be sent away once more.
     milliseconds = math.ceil(seconds * 1000)
     delay = duration_pb2.Duration(seconds=milliseconds // 1000, nanos=milliseconds % 1000 * 1_000_000)
     retry = error_details_pb2.RetryInfo(retry_delay=delay)
-    return RpcStatus(grpc.StatusCode.RESOURCE_EXHAUSTED, message, (retry, *details), milliseconds)
+    return RpcStatus(code, message, (retry, *details), milliseconds)
 
 
 class ErrorBoundary(grpc.aio.ServerInterceptor):  # type: ignore[misc]
