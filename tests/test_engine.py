@@ -12,7 +12,9 @@ from numpy.typing import NDArray
 from engine_bench import END, GREEDY, TOKENIZER, VOCAB, Bench, Clock, decoded, solo, spelling
 from fakes import FakeRunner, hashed_logits, scripted
 from hearthd.errors import InvalidRequestError
+from hearthd.generation.drafting import Drafting
 from hearthd.generation.engine import Delta, Finished, FinishReason, Queued, RunTerminated, Sequence
+from hearthd.kv.budget import KVBudget
 from hearthd.priority import Priority
 from hearthd.sequences.sampling import NonFiniteLogitsError, SamplingParams
 from hearthd.sequences.sequence import SequenceState
@@ -145,7 +147,8 @@ class TestInterleaved:
     @settings(max_examples=400, deadline=None)
     @given(data=st.data())
     def test_any_mix_gives_each_its_solo_answer(self, data: st.DataObject) -> None:
-        """Sequences come and go at any step, pause each other, share prefixes, runs are stopped: no token changes.
+        """Sequences come and go at any step, pause each other, take each other's memory, share prefixes, runs are
+        stopped: no token changes.
 
         And all who stay come to an end; whoever leaves has given its slot back before the next step.
         """
@@ -156,8 +159,11 @@ class TestInterleaved:
             context_length=48,
             preset_tokens=preset,
             min_run=data.draw(st.integers(1, 2)),
+            # For one full context, the reading of its prompt, and not much more; or for all.
+            kv_budget=data.draw(st.sampled_from([None, KVBudget(4, 60, 4), KVBudget(4, 70, 4), KVBudget(4, 16, 0)])),
         )
-        bench = Bench(runner=runner, num_slots=num_slots, prefill_chunk=data.draw(st.integers(2, 9)))
+        drafting = Drafting(context_length=48) if data.draw(st.booleans()) else None
+        bench = Bench(runner=runner, num_slots=num_slots, prefill_chunk=data.draw(st.integers(2, 9)), drafting=drafting)
         alive: list[Sequence] = []
         removed: list[Sequence] = []
         late: list[Sequence] = []
@@ -201,6 +207,8 @@ class TestInterleaved:
             assert bench.text(sequence) == decoded(answer)
             finished = bench.finished(sequence)
             assert finished.completion_tokens == len(expected)
+            kinds = [type(event) for event in bench.of(sequence)]
+            assert Queued not in kinds[kinds.index(Delta) :] if Delta in kinds else True
             assert finished.cached_prompt_tokens < finished.prompt_tokens == len(sequence.prompt_ids)
         assert all(isinstance(bench.of(sequence)[-1], Finished) for sequence in late)
         for sequence in [*removed, *late]:

@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from engine_bench import GREEDY, VOCAB, Bench, Clock, solo
+from engine_bench import END, GREEDY, VOCAB, Bench, Clock, decoded, solo
 from fakes import FakeRunner, scripted
 from hearthd.errors import DeadlineTooShortError
+from hearthd.generation.drafting import Drafting
 from hearthd.generation.engine import Finished, FinishReason, Queued, Sequence
 from hearthd.kv.budget import KVBudget
 from hearthd.priority import Priority
@@ -172,32 +173,38 @@ class TestPriorities:
         bench.finish()
         assert ends(bench) == [urgent, paused, waiting]
 
-    def test_without_room_for_its_kv_an_urgent_one_waits_and_nobody_is_paused_in_vain(self) -> None:
-        bench = roomy(num_slots=1, num_paused=0)
-        running = bench.add([1], replace(GREEDY, max_tokens=4), priority=BACKGROUND)
+    def test_without_room_for_its_kv_one_waits_and_nobody_is_paused_in_vain(self) -> None:
+        bench = short_of_memory(20, 0)
+        usual = [bench.add([n], replace(GREEDY, max_tokens=500)) for n in range(2)]  # 8 blocks each
+        running = bench.add([2], replace(GREEDY, max_tokens=100), priority=BACKGROUND)  # 2
+        bench.engine.limit_running(3)
+        bench.step(5)
+        waiting = bench.add([3], replace(GREEDY, max_tokens=500))
         bench.step()
-        urgent = bench.add([2], SHORT, priority=INTERACTIVE)
-        bench.step()
-        assert running.state is SequenceState.DECODING
+        # It would get the place, but not 8 of 4 blocks.
+        assert (running.state, waiting.state) == (SequenceState.WAITING, SequenceState.WAITING)
         bench.finish()
-        assert ends(bench) == [running, urgent]
+        assert [each.output_ids for each in [*usual, running, waiting]] == [
+            solo([n], replace(GREEDY, max_tokens=100 if n == 2 else 500)) for n in range(4)
+        ]
 
     def test_paused_ones_that_hold_all_the_room_go_on(self) -> None:
         bench = roomy(num_slots=1, num_paused=1)
-        low = bench.add([1], LONG, priority=BACKGROUND)
+        first = bench.add([1], LONG)
         bench.step()
-        middle = bench.add([2], LONG, priority=NORMAL)
+        urgent = bench.add([2], LONG, priority=INTERACTIVE)
         bench.step()
-        high = bench.add([3], SHORT, priority=INTERACTIVE)
+        another = bench.add([3], SHORT, priority=INTERACTIVE)
+        again = bench.add([4], SHORT)
         bench.step()
-        # No slot is left for the most urgent one: the next runs meanwhile, and gives it its slot when it ends.
-        assert [each.state for each in (low, middle, high)] == [
+        assert [each.state for each in (first, urgent, another, again)] == [
             SequenceState.PAUSED,
             SequenceState.DECODING,
             SequenceState.WAITING,
+            SequenceState.WAITING,
         ]
         bench.finish()
-        assert ends(bench) == [middle, high, low]
+        assert ends(bench) == [urgent, another, first, again]
 
     def test_a_paused_one_that_leaves_gives_its_slot_back(self) -> None:
         bench = roomy(num_slots=1, num_paused=1)
@@ -284,31 +291,34 @@ class TestMemory:
         finished = bench.finished(slow)
         assert (finished.cached_prompt_tokens, finished.paused_seconds, finished.prefill_seconds) == (0, 5, 0)
 
-    def test_a_prompt_that_is_read_gives_no_memory_to_an_equal_nor_in_vain(self) -> None:
+    def test_nobody_gives_memory_to_an_equal_nor_in_vain(self) -> None:
         bench = short_of_memory()
-        writing = bench.add([1], replace(GREEDY, max_tokens=600), priority=NORMAL)  # 7 blocks
+        urgent = bench.add([1], replace(GREEDY, max_tokens=600), priority=INTERACTIVE)  # 10 blocks
         bench.step(2)
         slow = bench.add([2] * 100, SHORT, priority=NORMAL)  # 2, and 8 to read it
+        writing = bench.add([4], LONG, priority=NORMAL)
         bench.step()
         equal = bench.add(self.PROMPT, SHORT, priority=NORMAL)
-        urgent = bench.add([3] * 400, SHORT, priority=INTERACTIVE)  # 7, and 28
+        another = bench.add([3] * 400, SHORT, priority=INTERACTIVE)  # 7, and 28
         bench.step()
-        assert writing.state is SequenceState.DECODING
-        assert slow.state is not SequenceState.WAITING
-        assert (equal.state, urgent.state) == (SequenceState.WAITING, SequenceState.WAITING)
+        assert SequenceState.WAITING not in (urgent.state, slow.state, writing.state)
+        assert (equal.state, another.state) == (SequenceState.WAITING, SequenceState.WAITING)
+        bench.finish()
+        assert ends(bench).index(another) < ends(bench).index(equal)
 
-    def test_who_is_put_back_is_charged_once_and_is_before_those_of_its_account(self) -> None:
+    def test_who_is_put_back_is_charged_once_and_is_before_its_equals(self) -> None:
         bench = short_of_memory()
         slow = bench.add(self.PROMPT, SHORT)
         later = bench.add(self.PROMPT[::-1], SHORT)
         bench.step()
+        other = bench.add([5] * 400, SHORT, account="served less")
         queue = bench.engine._scheduler._queues[NORMAL]
         bench.add([8] * 400, SHORT, priority=INTERACTIVE)
         bench.step()
-        assert bench.engine._scheduler.waiting == (slow, later)
-        assert queue._served == {"somebody": 64}
+        assert bench.engine._scheduler.waiting == (slow, other, later)
+        assert queue._served["somebody"] == 400
         bench.finish()
-        assert ends(bench)[1:] == [slow, later]
+        assert ends(bench)[1:] == [slow, other, later]
 
     def test_who_was_put_back_can_leave(self) -> None:
         bench = short_of_memory()
@@ -322,11 +332,9 @@ class TestMemory:
         assert ends(bench) == [urgent]
         assert not bench.engine.has_work
 
-    def test_who_waits_for_memory_costs_no_step_anything_and_is_told_no_time(self) -> None:
+    def test_who_waits_for_memory_costs_no_step_anything(self) -> None:
         bench = short_of_memory(logits_after=scripted(VOCAB, 1, [65]))
-        bench.add([9] * 20, SHORT)
-        bench.finish()
-        bench.add([1], replace(GREEDY, max_tokens=900))
+        bench.add([1], replace(GREEDY, max_tokens=900), priority=INTERACTIVE)
         bench.step(2)
         waiting = bench.add([2] * 400, SHORT, priority=INTERACTIVE)
         acquire, asked = bench.engine._cache.acquire, []
@@ -361,6 +369,178 @@ class TestMemory:
         bench.add([1] * (bench.engine.context_length - 1), GREEDY, priority=BACKGROUND)
         bench.finish()
         assert len(ends(bench)) == 1
+
+
+class TestAnswersThatGiveTheirMemory:
+    """Of a less urgent answer nothing is lost: it is computed once more as it was, and goes on."""
+
+    WRITTEN = replace(GREEDY, max_tokens=600)
+    PROMPT = tuple(number % 50 for number in range(100))
+
+    def both(self, num_steps: int = 30, *, pausing: bool = False, **options: Any) -> tuple[Bench, Sequence, Sequence]:
+        """Return a bench where a less urgent answer was being written when an urgent request came that needs room."""
+        bench = short_of_memory(**options)
+        writing = bench.add(self.PROMPT, self.WRITTEN)  # 11 blocks, and 8 more while it is read
+        bench.step(num_steps)
+        if pausing:
+            bench.engine.limit_running(1)
+            bench.add([7], SHORT, priority=INTERACTIVE)
+            bench.step()
+            assert writing.state is SequenceState.PAUSED
+            bench.engine.limit_running(4)
+        urgent = bench.add([8] * 400, SHORT, priority=INTERACTIVE)  # 7, and 28: all but one
+        return bench, writing, urgent
+
+    @pytest.mark.parametrize("pausing", [False, True])
+    @pytest.mark.parametrize("num_steps", [2, 3, 30])
+    def test_an_urgent_request_waits_for_no_less_urgent_answer(self, num_steps: int, *, pausing: bool) -> None:
+        bench, writing, urgent = self.both(num_steps, pausing=pausing)
+        num_before = len(bench.of(writing))
+        bench.step()
+        assert (writing.state, urgent.state) == (SequenceState.WAITING, SequenceState.PREFILLING)
+        bench.finish()
+        assert ends(bench)[-2:] == [urgent, writing]
+        assert urgent.output_ids == solo([8] * 400, SHORT)
+        # Each token came once, and nothing in between.
+        expected = solo(self.PROMPT, self.WRITTEN)
+        assert writing.output_ids == expected
+        assert not any(isinstance(event, Queued) for event in bench.of(writing)[num_before:])
+        assert bench.text(writing) == decoded([each for each in expected if each != END])
+        assert bench.finished(writing).completion_tokens == len(expected)
+
+    def test_what_it_had_written_is_run_as_it_was_at_first(self) -> None:
+        """Token by token: a prompt's run writes other bits."""
+        bench, writing, urgent = self.both(30, min_run=2)
+        while urgent.state is not SequenceState.ENDED:
+            bench.step()
+        num_written = len(writing.output_ids)
+        bench.runner.calls.clear()
+        while len(writing.output_ids) == num_written:
+            bench.step()
+        lengths = [length for _, _, length in bench.runner.calls]
+        # What is left of the prompt, then each token once more but the last one, which is new.
+        first = lengths.index(1)
+        assert min(lengths[:first]) > 1
+        assert sum(lengths[:first]) < len(self.PROMPT)
+        assert lengths[first:] == [1] * num_written
+        assert bench.runner.slots[writing.slot] == [*self.PROMPT, *writing.output_ids[:-1]]
+
+    def test_where_drafts_are_exact_several_are_run_at_once(self) -> None:
+        bench, writing, urgent = self.both(30)
+        bench.engine._decode_step._drafting = Drafting(context_length=bench.engine.context_length)
+        while urgent.state is not SequenceState.ENDED:
+            bench.step()
+        num_written = len(writing.output_ids)
+        while len(writing.output_ids) == num_written:
+            bench.step()
+        assert num_written == 29
+        assert bench.runner.verified == [8, 8, 8, 4]
+        bench.finish()
+        assert writing.output_ids == solo(self.PROMPT, self.WRITTEN)
+        assert bench.finished(writing).drafted_tokens == bench.finished(writing).accepted_tokens == 0
+
+    @pytest.mark.parametrize("num_steps", range(12))
+    def test_it_may_have_to_again_at_any_step_of_that(self, num_steps: int) -> None:
+        bench, writing, urgent = self.both(8)
+        bench.step()
+        bench.engine.remove(urgent)
+        bench.step(num_steps)
+        bench.add([9] * 400, SHORT, priority=INTERACTIVE)
+        bench.step()
+        assert writing.state is SequenceState.WAITING
+        bench.finish()
+        assert writing.output_ids == solo(self.PROMPT, self.WRITTEN)
+
+    @pytest.mark.parametrize("num_steps", range(1, 12))
+    def test_it_may_be_paused_at_any_step_of_that(self, num_steps: int) -> None:
+        bench, writing, urgent = self.both(8)
+        bench.step()
+        bench.engine.remove(urgent)
+        bench.step(num_steps)
+        bench.engine.limit_running(1)
+        short = bench.add([9], SHORT, priority=INTERACTIVE)
+        bench.step()
+        assert writing.state is SequenceState.PAUSED
+        bench.finish()
+        assert (writing.output_ids, short.output_ids) == (solo(self.PROMPT, self.WRITTEN), solo([9], SHORT))
+
+    def test_for_its_caller_that_is_a_pause(self) -> None:
+        bench, writing, urgent = self.both(10)
+        bench.step()
+        bench.clock.now += 5
+        bench.engine.remove(urgent)
+        while writing.num_read < len(self.PROMPT):
+            bench.step()
+        assert writing.is_behind
+        bench.clock.now += 2
+        while writing.is_behind:
+            bench.step()
+        bench.clock.now += 1
+        bench.finish()
+        finished = bench.finished(writing)
+        assert finished.paused_seconds == 7
+        assert (finished.prefill_seconds, finished.decode_seconds, finished.longest_gap_seconds) == (0, 1, 1)
+
+    def test_it_is_charged_once(self) -> None:
+        bench, writing, urgent = self.both(10)
+        bench.engine.remove(urgent)
+        queue = bench.engine._scheduler._queues[NORMAL]
+        bench.add([8] * 400, SHORT, priority=INTERACTIVE)
+        served = queue._served["somebody"]
+        assert served == 100 + 8 * (len(writing.output_ids) - 1)
+        bench.step()
+        while writing.is_behind:
+            bench.step()
+        assert queue._served["somebody"] == served
+
+    @pytest.mark.parametrize("num_steps", [0, 3, 12])
+    def test_who_leaves_or_is_overdue_meanwhile_has_what_it_had(self, num_steps: int) -> None:
+        bench, writing, _ = self.both(10)
+        bench.step(1 + num_steps)
+        assert writing.is_behind
+        num_written = len(writing.output_ids)
+        writing.deadline = bench.clock.now
+        bench.step()
+        assert bench.finished(writing).reason is FinishReason.TIME_LIMIT
+        assert bench.finished(writing).completion_tokens == num_written
+        bench.finish()
+        bench, writing, urgent = self.both(10)
+        bench.step(1 + num_steps)
+        bench.engine.remove(writing)
+        bench.finish()
+        assert ends(bench) == [urgent]
+
+    def test_the_least_urgent_one_that_began_last_gives_way(self) -> None:
+        bench = short_of_memory(44, 0, logits_after=scripted(VOCAB, 1, [65]))
+        budget = replace(GREEDY, max_tokens=600)  # 10 blocks
+        asked = ((1, BACKGROUND), (0, NORMAL), (2, BACKGROUND), (3, NORMAL))
+        sequences = []
+        for number, priority in asked:
+            sequences.append(bench.add([number], budget, priority=priority))
+            bench.step(30)
+        assert all(each.output_ids for each in sequences)
+        assert SequenceState.WAITING not in [each.state for each in sequences]
+        waiting = []
+        for number in range(3):
+            bench.add([10 + number], budget, priority=INTERACTIVE)
+            bench.step()
+            waiting.append([each.prompt_ids[0] for each in sequences if each.state is SequenceState.WAITING])
+        assert waiting == [[2], [1, 2], [1, 2, 3]]
+
+    def test_no_more_of_them_than_it_takes(self) -> None:
+        bench = short_of_memory(40, 0)
+        large = bench.add([1], replace(GREEDY, max_tokens=900))  # 15 blocks
+        small = bench.add([2], replace(GREEDY, max_tokens=100))  # 2
+        bench.step(4)
+        bench.add([3], replace(GREEDY, max_tokens=900), priority=INTERACTIVE)
+        urgent = bench.add([4], replace(GREEDY, max_tokens=900), priority=INTERACTIVE)
+        bench.step(2)
+        # The small one began last, and its memory alone would not suffice.
+        assert [each.state for each in (large, small, urgent)] == [
+            SequenceState.WAITING,
+            SequenceState.DECODING,
+            SequenceState.DECODING,
+        ]
 
 
 class TestTurns:

@@ -47,10 +47,14 @@ class Collector:
         sequence.answer = Answer(self._tokenizer.decoder(), sequence.params.stop, sequence.screen)
 
     def announce(self, sequence: Sequence, position: int, expected_wait_seconds: float | None) -> None:
-        """Tell a waiting sequence its place in the queue, if it is another one than before."""
+        """Tell a waiting sequence its place in the queue, if it is another one than before.
+
+        One that waits again in the middle of its answer is told nothing, as in a pause.
+        """
         if sequence.queue_position != position:
             sequence.queue_position = position
-            self._events.append((sequence, Queued(position, expected_wait_seconds)))
+            if not sequence.output_ids:
+                self._events.append((sequence, Queued(position, expected_wait_seconds)))
 
     def take_token(self, sequence: Sequence, logits: NDArray[np.float32], now: float) -> None:
         """Choose a sequence's next token. logits: float32 (V,)."""

@@ -96,7 +96,7 @@ class Engine:
         """Whether anybody that urgent, or more, waits for another model."""
         self._num_slots = runner.num_slots if num_slots is None else num_slots
         self._scheduler = Scheduler(self._num_slots)
-        self._waits = Waits(self._scheduler, self._pace)
+        self._waits = Waits(self._scheduler, self._pace, runner.kv_budget, runner.context_length)
         self._batch = Batch(self._cache, runner.num_slots)
         self._collector = Collector(tokenizer, context_length=runner.context_length, clock=clock, remove=self._end)
         self._placing = Placing(
@@ -185,7 +185,7 @@ class Engine:
 
     @property
     def num_waiting(self) -> int:
-        """Sequences that have not begun."""
+        """Sequences that have no KV: they have not begun, or gave it up."""
         return self._scheduler.num_waiting
 
     @property

@@ -3,21 +3,17 @@
 Runs nothing of the model. Called by `engine`, before each run.
 """
 
-from collections.abc import Callable
-from typing import Final
+from collections.abc import Callable, Collection
 
 from hearthd.generation.batch import Batch
 from hearthd.generation.collector import Collector
 from hearthd.kv.kv_cache import KVCache
-from hearthd.priority import Priority
+from hearthd.scheduling.demand import num_reserved, num_spare
 from hearthd.scheduling.scheduler import Scheduler
 from hearthd.scheduling.waits import Waits
 from hearthd.sequences.sequence import Sequence, SequenceState
 
 __all__ = ["Placing"]
-
-# Room that background work leaves for an urgent request: an ordinary prompt and its answer.
-_SPARE_TOKENS: Final = 1024
 
 
 class Placing:
@@ -58,26 +54,31 @@ class Placing:
             # Nobody else gets the room for which one waits; who is paused needs none.
             elif has_room:
                 has_room = self._admit(sequence)
-        self._announce(has_room=has_room)
+        self._announce()
 
-    def _announce(self, *, has_room: bool) -> None:
-        """Tell those who wait their places, where these have changed. When memory will be free nobody knows."""
+    def _announce(self) -> None:
+        """Tell those who wait their places, where these have changed. Who has written something is told nothing."""
         self.seconds_until_end = self._waits.until_end()
         waiting = self._scheduler.waiting
         if any(sequence.queue_position != position for position, sequence in enumerate(waiting)):
-            waits = self._waits.until_start() if has_room else {}
+            waits = self._waits.until_start()
             for position, sequence in enumerate(waiting):
                 self._collector.announce(sequence, position, waits.get(sequence))
 
     def _admit(self, sequence: Sequence) -> bool:
         """Let a waiting sequence begin. Returns False if there is no room for its KV."""
-        num_prompt = len(sequence.prompt_ids)
-        num_tokens = min(num_prompt + sequence.params.max_tokens, self._context_length)
-        if not self._has_room_for(sequence, num_tokens) and not self._clear_room_for(sequence, num_tokens):
+        if not self._has_room_for(sequence) and not self._clear_room_for(sequence):
             return False
+        is_new = sequence.admitted is None
+        num_tokens = num_reserved(sequence, self._context_length)
         try:
             place = self._cache.acquire(
-                sequence.prompt_ids, sequence.cache_identity, num_tokens, sequence.num_first, sequence.audience
+                sequence.prompt_ids,
+                sequence.cache_identity,
+                num_tokens,
+                # Who begins again has not been sent twice.
+                sequence.num_first if is_new else 0,
+                sequence.audience,
             )
         except Exception as error:  # noqa: BLE001 - of this sequence alone; the others go on
             self._collector.fail(sequence, error)
@@ -85,7 +86,8 @@ class Placing:
         if place is None:
             return False
         try:
-            self._collector.begin(sequence)
+            if is_new:
+                self._collector.begin(sequence)
         except Exception as error:  # noqa: BLE001 - of this sequence alone; the others go on
             self._cache.release(place.slot)
             self._collector.fail(sequence, error)
@@ -94,7 +96,7 @@ class Placing:
         sequence.slot = place.slot
         sequence.num_read = place.num_past
         now = self._clock()
-        if sequence.admitted is None:
+        if is_new:
             sequence.admitted = now
             sequence.num_cached = place.num_cached
         else:
@@ -102,38 +104,46 @@ class Placing:
             sequence.resume(now)
             sequence.num_cached = min(sequence.num_cached, place.num_cached)
         self._batch.hold(sequence)
-        self._scheduler.start(sequence, num_prompt - place.num_past)
+        self._scheduler.start(sequence, len(sequence.prompt_ids) - place.num_past)
         return True
 
-    def _has_room_for(self, sequence: Sequence, num_tokens: int) -> bool:
-        """Whether there is room for a sequence's KV, and for an urgent one's besides if it is in the background."""
-        others = self._scheduler.running or self._scheduler.paused
-        is_last = sequence.priority is Priority.BACKGROUND and others
-        num_spare = min(_SPARE_TOKENS, self._context_length // 2) if is_last else 0
-        return self._cache.has_room_for(num_tokens, len(sequence.prompt_ids), num_spare=num_spare)
+    def _has_room_for(self, sequence: Sequence, without: Collection[Sequence] = ()) -> bool:
+        """Whether there is room for a sequence's KV, once some others have given theirs up."""
+        is_alone = not self._scheduler.running and not self._scheduler.paused
+        return self._cache.has_room_for(
+            num_reserved(sequence, self._context_length),
+            len(sequence.prompt_ids),
+            num_spare=num_spare(sequence, self._context_length, is_alone=is_alone),
+            without={other.slot for other in without},
+        )
 
-    def _clear_room_for(self, sequence: Sequence, num_tokens: int) -> bool:
-        """Put less urgent ones back that still read their prompts, if that makes room enough.
+    def _clear_room_for(self, sequence: Sequence) -> bool:
+        """Put less urgent ones back, if that makes room enough: no more of them than that takes.
 
-        What they have read stays in the cache, as far as it is not needed: a prompt's KV can be had again, bit for bit.
+        All that they had can be had again, bit for bit: prompts are read once more, as far as they are not cached, and
+        the tokens of answers are run one after the other as they were.
         """
-        readers = self._scheduler.who_could_begin_again(sequence)
-        slots = {reader.slot for reader in readers}
-        if not readers or not self._cache.has_room_for(num_tokens, len(sequence.prompt_ids), without=slots):
-            return False
-        for reader in readers:
-            self._put_back(reader)
-            if self._has_room_for(sequence, num_tokens):
+        chosen: list[Sequence] = []
+        for other in self._scheduler.who_gives_way(sequence):
+            chosen.append(other)
+            if self._has_room_for(sequence, chosen):
                 break
+        else:
+            return False
+        for other in chosen[::-1]:
+            rest = [each for each in chosen if each is not other]
+            if self._has_room_for(sequence, rest):
+                chosen = rest
+        for other in chosen:
+            self._put_back(other)
         return True
 
     def _put_back(self, sequence: Sequence) -> None:
         self._batch.release(sequence)
         self._scheduler.put_back(sequence)
-        sequence.num_read = self._cache.num_found(sequence.prompt_ids, sequence.cache_identity, sequence.audience)
+        num_found = self._cache.num_found(sequence.prompt_ids, sequence.cache_identity, sequence.audience)
+        sequence.lose_kv(num_found, self._clock())
         sequence.queue_position = None
-        if sequence.paused is None:
-            sequence.pause(self._clock())
 
     def _make_place(self) -> None:
         """Pause whoever has to make room for another one."""

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Final
 
 import numpy as np
+from numpy.typing import NDArray
 
 from hearthd.generation.batch import Batch
 from hearthd.generation.collector import Collector
@@ -79,10 +80,17 @@ class PromptStep:
         self._cache.extend(sequence.slot, chunk)
         sequence.num_read = done + len(chunk)
         if sequence.num_read == len(sequence.prompt_ids):
-            sequence.prefilled = self._clock()
-            sequence.state = SequenceState.DECODING
-            self._batch.join(sequence)
-            self._collector.take_token(sequence, logits[0], sequence.prefilled)
+            self._begin_answer(sequence, logits[0], self._clock())
+
+    def _begin_answer(self, sequence: Sequence, logits: NDArray[np.float32], now: float) -> None:
+        """Choose an answer's first token, or go on with one that has it. logits: float32 (V,)."""
+        sequence.state = SequenceState.DECODING
+        self._batch.join(sequence)
+        if sequence.output_ids:
+            sequence.resume(now)
+        else:
+            sequence.prefilled = now
+            self._collector.take_token(sequence, logits, now)
 
     def stops_for(self, priority: Priority) -> bool:
         """Whether a long run of a less urgent prompt goes on at this moment. For any thread to ask."""

@@ -52,11 +52,6 @@ class FairQueue:
         self._waiting.remove(sequence)
         self._level = self._served[sequence.account]
 
-    def put_back(self, sequence: Sequence) -> None:
-        """Let a request wait again that had begun: before the others of its account."""
-        self._served[sequence.account] = max(self._served[sequence.account], self._level)
-        self._waiting.insert(0, sequence)
-
     def depart(self, sequence: Sequence) -> None:
         """Note that a request has ended, waiting or running."""
         if sequence in self._waiting:

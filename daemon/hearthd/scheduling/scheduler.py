@@ -1,7 +1,8 @@
 """Who runs, who is paused, who waits, and who is next.
 
 The most urgent requests run, as many as there are places. Among equally urgent ones, those that run go on, those that
-are paused come next, and then accounts take turns (`fair_queue`). Nobody is paused for one that is no more urgent.
+have begun come next (paused ones, then those that gave up their memory), and then accounts take turns (`fair_queue`).
+Nobody gives way to one that is no more urgent.
 
 Knows no KV and runs nothing: it decides, `engine` does it and tells what came of it.
 """
@@ -23,6 +24,8 @@ class Scheduler:
         # Both in the order in which they have started.
         self._running: list[Sequence] = []
         self._paused: list[Sequence] = []
+        # They had begun, and wait again; in the order in which they had.
+        self._put_back: list[Sequence] = []
 
     @property
     def running(self) -> tuple[Sequence, ...]:
@@ -36,13 +39,13 @@ class Scheduler:
 
     @property
     def waiting(self) -> tuple[Sequence, ...]:
-        """Those that have not begun, in the order in which they will."""
-        return tuple(sequence for priority in Priority for sequence in self._queues[priority].in_order())
+        """Those that have no KV, in the order in which they will begin, or begin again."""
+        return tuple(sequence for priority in Priority for sequence in self._in_queue(priority))
 
     @property
     def num_waiting(self) -> int:
-        """Those that have not begun."""
-        return sum(queue.num_waiting for queue in self._queues.values())
+        """Those that have no KV."""
+        return len(self._put_back) + sum(queue.num_waiting for queue in self._queues.values())
 
     @property
     def urgency(self) -> Priority | None:
@@ -64,7 +67,7 @@ class Scheduler:
         line: list[Sequence] = []
         for priority in Priority:
             line += (sequence for sequence in self._paused if sequence.priority is priority)
-            line += self._queues[priority].in_order()
+            line += self._in_queue(priority)
         return line
 
     def has_place_for(self, sequence: Sequence) -> bool:
@@ -86,29 +89,30 @@ class Scheduler:
         self._queues[sequence.priority].arrive(sequence)
 
     def start(self, sequence: Sequence, num_prompt_tokens: int) -> None:
-        """Note that a waiting sequence runs from now on; so many tokens of its prompt have to be read."""
+        """Note that a waiting sequence runs from now on; so many tokens of its prompt have to be read.
+
+        Who begins again is charged for nothing twice: that it has to was not its doing.
+        """
         sequence.state = SequenceState.PREFILLING
-        self._queues[sequence.priority].start(sequence)
-        self._queues[sequence.priority].charge(sequence, num_prompt_tokens)
+        if sequence in self._put_back:
+            self._put_back.remove(sequence)
+        else:
+            self._queues[sequence.priority].start(sequence)
+            self._queues[sequence.priority].charge(sequence, num_prompt_tokens)
         self._running.append(sequence)
 
-    def who_could_begin_again(self, urgent: Sequence) -> list[Sequence]:
-        """Return the less urgent ones that have begun and written nothing yet: first who gives way first."""
-        readers = [
-            sequence
-            for sequence in [*self._running, *self._paused]
-            if sequence.priority > urgent.priority and sequence.prefilled is None
-        ]
-        return sorted(readers, key=lambda sequence: sequence.priority)[::-1]
+    def who_gives_way(self, urgent: Sequence) -> list[Sequence]:
+        """Return the less urgent ones that have KV: first the least urgent, of equals the one that began last."""
+        others = [each for each in [*self._running, *self._paused][::-1] if each.priority > urgent.priority]
+        return sorted(others, key=lambda each: (each.priority, each.admitted or 0.0), reverse=True)
 
     def put_back(self, sequence: Sequence) -> None:
-        """Note that a sequence that was reading its prompt waits again. What it has not read it is not charged."""
-        queue = self._queues[sequence.priority]
-        queue.charge(sequence, sequence.num_read - len(sequence.prompt_ids))
-        queue.put_back(sequence)
+        """Note that a sequence has no KV any more, and waits again."""
         for group in (self._running, self._paused):
             if sequence in group:
                 group.remove(sequence)
+        self._put_back.insert(0, sequence)
+        self._put_back.sort(key=lambda each: each.admitted or 0.0)
         sequence.state = SequenceState.WAITING
 
     def note_written(self, sequence: Sequence, num_tokens: int) -> None:
@@ -123,7 +127,8 @@ class Scheduler:
 
     def resume(self, sequence: Sequence) -> None:
         """Note that a paused sequence goes on."""
-        sequence.state = SequenceState.PREFILLING if sequence.prefilled is None else SequenceState.DECODING
+        is_read = sequence.num_read == len(sequence.prompt_ids)
+        sequence.state = SequenceState.DECODING if is_read else SequenceState.PREFILLING
         self._paused.remove(sequence)
         self._running.append(sequence)
 
@@ -133,9 +138,13 @@ class Scheduler:
             return
         sequence.state = SequenceState.ENDED
         self._queues[sequence.priority].depart(sequence)
-        for group in (self._running, self._paused):
+        for group in (self._running, self._paused, self._put_back):
             if sequence in group:
                 group.remove(sequence)
+
+    def _in_queue(self, priority: Priority) -> list[Sequence]:
+        put_back = [sequence for sequence in self._put_back if sequence.priority is priority]
+        return [*put_back, *self._queues[priority].in_order()]
 
     def _least_urgent(self) -> Sequence:
         """Of those that run; of equals the one that has started last."""

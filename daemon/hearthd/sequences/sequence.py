@@ -62,6 +62,9 @@ class Sequence:
     sampler: Sampler = field(init=False)
     answer: Answer = field(init=False)
     output_ids: list[int] = field(init=False, default_factory=list)
+    num_lost: int = field(init=False, default=0)
+    """Tokens of the answer that are to be run again, since their KV went to a more urgent one; without the last one,
+    which has not been run yet."""
     num_read: int = field(init=False, default=0)
     """Prompt tokens that need not be run any more; while it waits, as far as the cache held them when it came."""
     was_stopped: bool = field(init=False, default=False)
@@ -101,12 +104,41 @@ class Sequence:
         if self.first_token is None:
             self.first_token = now
 
+    @property
+    def next_id(self) -> int:
+        """The token of the answer that is run next."""
+        return self.output_ids[-1 - self.num_lost]
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether KV of what it has written is missing."""
+        return bool(self.output_ids) and (self.num_lost > 0 or self.num_read < len(self.prompt_ids))
+
+    def lose_kv(self, num_found: int, now: float) -> None:
+        """Note that its KV is gone. For its caller that is a pause, until all is there again that was there.
+
+        num_found: of the prompt's tokens, those that are cached now; fewer than all.
+        """
+        self.num_read = num_found
+        self.num_lost = max(len(self.output_ids) - 1, 0)
+        self.pause(now)
+
+    def note_run_again(self, now: float) -> None:
+        """Note that the next of the lost tokens was run."""
+        self.num_lost -= 1
+        self.resume(now)
+
     def pause(self, now: float) -> None:
-        """Begin a pause."""
-        self.paused = now
+        """Begin a pause, if it is in none."""
+        if self.paused is None:
+            self.paused = now
 
     def resume(self, now: float) -> None:
-        """End the pause, if it is in one."""
+        """End the pause, if it is in one, and has all that it had when that began."""
+        if not self.is_behind:
+            self._end_pause(now)
+
+    def _end_pause(self, now: float) -> None:
         if self.paused is None:
             return
         if self.prefilled is None:
@@ -120,7 +152,7 @@ class Sequence:
 
         Pauses are counted by themselves, and belong to neither phase.
         """
-        self.resume(now)
+        self._end_pause(now)
         prefill_seconds = 0.0
         if self.admitted is not None:
             end = now if self.prefilled is None else self.prefilled
