@@ -177,43 +177,71 @@ class TestRunCosts:
 
 
 class OtherBits(FakeRunner):
-    """Whose runs of several tokens give other bits in one place."""
+    """Whose runs of so many tokens give other bits in one place."""
 
-    def __init__(self, place: int) -> None:
+    def __init__(self, length: int, place: int) -> None:
         super().__init__()
-        self._place = place
+        self._length, self._place = length, place
 
     def verify(self, token_ids: np.ndarray, slot: int, num_past: int) -> np.ndarray:
         logits = super().verify(token_ids, slot, num_past)
-        if self._place < len(token_ids):
+        if len(token_ids) == self._length:
             logits[self._place, 3] = np.nextafter(logits[self._place, 3], np.inf, dtype=np.float32)
         return logits
 
 
-class OtherKV(FakeRunner):
-    """Whose runs of several tokens write other KV than steps do."""
+class OtherKV(OtherBits):
+    """Whose runs of so many tokens write other KV than steps do in one place."""
 
     def verify(self, token_ids: np.ndarray, slot: int, num_past: int) -> np.ndarray:
-        logits = super().verify(token_ids, slot, num_past)
-        self.slots[slot][num_past + 1] += 1
+        logits = FakeRunner.verify(self, token_ids, slot, num_past)
+        if len(token_ids) == self._length:
+            self.slots[slot][num_past + self._place] += 1
         return logits
+
+
+class NoKV(FakeRunner):
+    """Whose runs of several tokens leave what stands there."""
+
+    def verify(self, token_ids: np.ndarray, slot: int, num_past: int) -> np.ndarray:
+        before = list(self.slots[slot])
+        logits = super().verify(token_ids, slot, num_past)
+        self.slots[slot] = before
+        return logits
+
+
+# Every position of every run that drafts may make.
+PLACES = [(length, place) for length in LENGTHS for place in range(length)]
 
 
 class TestExactness:
     def test_a_runner_whose_runs_agree_is_exact(self) -> None:
         assert is_exact(FakeRunner(), range(20))
 
-    @pytest.mark.parametrize("place", range(5))
-    def test_one_other_bit_is_found(self, place: int) -> None:
-        assert not is_exact(OtherBits(place), range(20))
+    def test_all_lengths_that_drafts_have_are_tried_and_no_others(self) -> None:
+        runner = FakeRunner()
+        assert is_exact(runner, range(20))
+        assert runner.verified == list(LENGTHS)
 
-    def test_other_kv_is_found(self) -> None:
-        assert not is_exact(OtherKV(), range(20))
+    @pytest.mark.parametrize(("length", "place"), PLACES)
+    def test_one_other_bit_is_found(self, length: int, place: int) -> None:
+        assert not is_exact(OtherBits(length, place), range(20))
+
+    @pytest.mark.parametrize(("length", "place"), PLACES)
+    def test_other_kv_is_found(self, length: int, place: int) -> None:
+        assert not is_exact(OtherKV(length, place), range(20))
+
+    def test_kv_that_is_not_written_is_found(self) -> None:
+        assert not is_exact(NoKV(), range(20))
+
+    @pytest.mark.parametrize("context_length", [64, 24, 12])
+    def test_a_short_context_is_enough(self, context_length: int) -> None:
+        assert is_exact(FakeRunner(context_length=context_length), range(20))
 
     def test_a_processor_of_other_bits_has_no_drafts_and_says_so(self, caplog: pytest.LogCaptureFixture) -> None:
         assert drafting_for(FakeRunner(), range(20)) is not None
         assert not caplog.messages
-        assert drafting_for(OtherBits(1), range(20)) is None
+        assert drafting_for(OtherBits(2, 1), range(20)) is None
         assert caplog.messages == ["no drafts: on this processor they would change answers; nothing else is affected"]
 
     def test_a_model_without_logits_of_several_positions_is_not_tried(self) -> None:

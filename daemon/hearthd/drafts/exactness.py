@@ -12,34 +12,38 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from hearthd.kv.kv_cache import Runner
+from hearthd.drafts.run_costs import LENGTHS
+from hearthd.kv.runner_protocol import Runner
 
 __all__ = ["is_exact"]
 
 _SLOT: Final = 0
-# Two rows are the fewest that are more than one; of five a kernel that takes four at a time leaves one.
-_LENGTHS: Final = (2, 5)
 
 
 def is_exact(runner: Runner, token_ids: Sequence[int]) -> bool:
-    """Run the same tokens in steps and at once, behind a text of `token_ids`, and compare all logits.
+    """Run the same tokens in steps and at once, behind a text of `token_ids`, and compare all logits and KV.
 
-    Those of one more step depend on all KV that the run has written. Slot 0 must be free; it is written to.
+    At once in every length that drafts have, and no other. Slot 0 must be free; it is written to.
     """
-    drafted = [*token_ids, *token_ids][: max(_LENGTHS)]
-    past = len(token_ids)
-    runner.forward(np.asarray([token_ids], np.int64), _SLOT, np.zeros(1, np.int32))
+    most = LENGTHS[-1]
+    text = list(token_ids)[: max(runner.context_length - most, 1)]
+    past = len(text)
+    # What is drafted need not be likely.
+    drafted = np.asarray((text * most)[:most], np.int64)
+    runner.forward(np.asarray([text], np.int64), _SLOT, np.zeros(1, np.int32))
 
     def step(at: int) -> NDArray[np.float32]:
         """(1, V), since the runner uses its buffer again."""
-        ids, position = np.asarray([[drafted[at]]], np.int64), np.asarray([past + at], np.int32)
-        return runner.forward(ids, _SLOT, position).copy()
+        return runner.forward(drafted[None, at : at + 1], _SLOT, np.asarray([past + at], np.int32)).copy()
 
-    steps = np.concatenate([step(at) for at in range(len(drafted))])
-    for length in _LENGTHS:
-        at_once = runner.verify(np.asarray(drafted[:length], np.int64), _SLOT, past)
+    steps = np.concatenate([step(at) for at in range(most)])
+    kv_of_steps = {length: runner.read_kv(_SLOT, past, past + length) for length in LENGTHS}
+    for length in LENGTHS:
+        # What steps have written must not pass for the run's.
+        runner.write_kv(_SLOT, past, bytes(length * runner.kv_token_bytes), 0)
+        at_once = runner.verify(drafted[:length], _SLOT, past)
         if not np.array_equal(at_once, steps[:length]):
             return False
-        if length < len(drafted) and not np.array_equal(step(length)[0], steps[length]):
+        if runner.read_kv(_SLOT, past, past + length) != kv_of_steps[length]:
             return False
     return True
