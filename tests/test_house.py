@@ -29,6 +29,7 @@ LAYERS = (
     {"hearthd.models.residents"},
     {"hearthd.models.entry"},
     {"hearthd.inference.worker"},
+    {"hearthd.inference.inference_thread"},
     {"hearthd.generation.engine"},
     {"hearthd.generation.decode_step", "hearthd.generation.placing", "hearthd.generation.prompt_step"},
     {

@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -26,14 +27,20 @@ from hearthd.priority import Priority
 from hearthd.sequences.events import Delta, Event, Finished, FinishReason, Queued
 from hearthd.sequences.sampling import SamplingParams
 from hearthd.sequences.sequence import Sequence
-from serving import PROOF_FORWARDS, asynchronous, make_model, make_runner
+from serving import PROOF_FORWARDS, asynchronous, make_model, make_runner, make_tokenizer
 
 
 @asynccontextmanager
 async def working(
-    runner: FakeRunner, *, max_queued: int = 2, backlog: int = 2**20, load: Callable[[], Model] | None = None
+    runner: FakeRunner,
+    *,
+    max_queued: int = 2,
+    backlog: int = 2**20,
+    load: Callable[[], Model] | None = None,
+    baton: Baton | None = None,
 ) -> AsyncIterator[Worker]:
-    worker = Worker(load or (lambda: make_model(runner)), max_queued=max_queued, stream_backlog_bytes=backlog)
+    load = load or (lambda: make_model(runner))
+    worker = Worker(load, max_queued=max_queued, stream_backlog_bytes=backlog, baton=baton)
     runner.allow(PROOF_FORWARDS)
     await worker.start()
     try:
@@ -440,45 +447,170 @@ async def test_a_ping_crosses_the_queue_and_waits_for_a_stuck_run() -> None:
             await ping
 
 
+# Other models, and who comes while something is read.
+
+
+class OtherModel:
+    """The thread of another model, which does nothing but ask."""
+
+    def wake(self) -> None:
+        pass
+
+    def make_way(self, priority: Priority) -> None:
+        pass
+
+
 @asynchronous
 async def test_what_nobody_waits_for_gives_way_to_other_models_and_is_done_after_them() -> None:
     # An answer of such a runner is read again while nobody is asked.
-    runner, baton, other = make_runner(min_run=2), Baton(), object()
-    worker = Worker(lambda: make_model(runner), max_queued=2, stream_backlog_bytes=2**20, baton=baton)
-    await worker.start()
-    baton.note(other, is_busy=True)
-    with worker.admit() as chat:
-        chat.submit(sequence(max_tokens=8))
-        assert isinstance([event async for event in chat][-1], Finished)
-    for _ in range(3):
-        await worker.ping()
-    num_forwards = runner.num_forwards
-    assert worker.model.engine.has_work
-    assert worker.model.engine.has_others(Priority.NORMAL)
-    baton.note(other, is_busy=False)
-    await asyncio.to_thread(runner.wait_for_forwards, num_forwards + 1)
-    worker.stop()
-    await worker.wait_until_gone()
+    runner, baton, other = make_runner(min_run=2), Baton(), OtherModel()
+    async with working(runner, baton=baton) as worker:
+        # Somebody waits for the other one, which takes no step.
+        assert baton.ask(other, Priority.BACKGROUND)
+        baton.leave(other, Priority.BACKGROUND)
+        with worker.admit() as chat:
+            chat.submit(sequence(max_tokens=8))
+            assert isinstance([event async for event in chat][-1], Finished)
+        for _ in range(3):
+            await worker.ping()
+        num_forwards = runner.num_forwards
+        assert worker.model.engine.has_work
+        assert [worker.model.engine.has_others(priority) for priority in Priority] == [False, False, True]
+        baton.leave(other)
+        await asyncio.to_thread(runner.wait_for_forwards, num_forwards + 1)
 
 
 @asynchronous
-async def test_other_models_know_while_somebody_waits_for_this_one() -> None:
-    runner, baton, other = make_runner(is_gated=True), Baton(), object()
-    runner.allow(PROOF_FORWARDS)
-    worker = Worker(lambda: make_model(runner), max_queued=2, stream_backlog_bytes=2**20, baton=baton)
-    await worker.start()
-    assert not baton.has_others(other)
-    with worker.admit() as chat:
-        chat.submit(sequence())
-        await begun(runner, 1)
-        assert baton.has_others(other)
-        runner.open_gate()
-        assert isinstance([event async for event in chat][-1], Finished)
-    await worker.ping()
-    await worker.ping()
-    assert not baton.has_others(other)
-    worker.stop()
-    await worker.wait_until_gone()
+async def test_other_models_know_how_urgent_it_is() -> None:
+    runner, baton, other = make_runner(is_gated=True), Baton(), OtherModel()
+    async with working(runner, baton=baton) as worker:
+        assert not baton.has_others(other, Priority.BACKGROUND)
+        with worker.admit() as chat, worker.admit() as urgent:
+            chat.submit(sequence())
+            await begun(runner, 1)
+            assert not baton.has_others(other, Priority.INTERACTIVE)
+            assert baton.has_others(other, Priority.NORMAL)
+            urgent.submit(sequence(priority=Priority.INTERACTIVE))
+            runner.allow()
+            await begun(runner, 2)
+            assert baton.has_others(other, Priority.INTERACTIVE)
+            runner.open_gate()
+            for each in (chat, urgent):
+                assert isinstance([event async for event in each][-1], Finished)
+        await worker.ping()
+        await worker.ping()
+        assert not baton.has_others(other, Priority.BACKGROUND)
+
+
+@asynchronous
+async def test_who_waits_for_its_turn_hears_what_it_is_told() -> None:
+    runner, baton, other = make_runner(), Baton(), OtherModel()
+    async with working(runner, baton=baton) as worker:
+        assert baton.ask(other, Priority.NORMAL)
+        with worker.admit() as chat:
+            chat.submit(sequence())
+            # Its turn does not come, and yet the watchdog learns that it lives, and whoever leaves is gone at once.
+            await worker.ping()
+            assert worker.model.engine.num_waiting == 1
+        await worker.ping()
+        assert (worker.model.engine.num_waiting, runner.num_forwards) == (0, PROOF_FORWARDS)
+        baton.leave(other)
+
+
+def patient_model(runner: FakeRunner) -> Model:
+    """A model that reads 64 tokens of a prompt at a time while nobody waits, and 16 while somebody does."""
+    # By a clock that stands still everything is infinitely fast.
+    engine = Engine(
+        runner, make_tokenizer(), prefill_chunk=16, solo_prefill_chunk=64, max_stall_seconds=16e-9, clock=lambda: 1.0
+    )
+    return replace(make_model(runner), engine=engine)
+
+
+def lengths(runner: FakeRunner) -> list[int]:
+    """Return how many tokens the runs since the proof had."""
+    return [length for _, _, length in runner.calls[PROOF_FORWARDS:]]
+
+
+@asynchronous
+async def test_who_comes_while_an_old_answer_is_read_waits_for_none_of_it() -> None:
+    runner = make_runner(min_run=2, is_gated=True)
+    async with working(runner) as worker:
+        with worker.admit() as chat:
+            chat.submit(sequence(max_tokens=8))
+            runner.allow(8)
+            assert isinstance([event async for event in chat][-1], Finished)
+        await begun(runner, 9)  # nobody asks for it, and it does not pass the gate
+        with worker.admit(Priority.BACKGROUND) as newcomer:
+            newcomer.submit(sequence(30, cache_identity="other", priority=Priority.BACKGROUND))
+            await begun(runner, 10)
+            assert lengths(runner)[9:] == [16]
+            runner.open_gate()
+            assert isinstance([event async for event in newcomer][-1], Finished)
+        # What was stopped is read afterwards.
+        await begun(runner, 9 + 2 + 3 + 1)
+
+
+@asynchronous
+async def test_a_ping_leaves_what_is_read_alone() -> None:
+    runner = make_runner(min_run=2, is_gated=True)
+    async with working(runner) as worker:
+        with worker.admit() as chat:
+            chat.submit(sequence(max_tokens=8))
+            runner.allow(8)
+            assert isinstance([event async for event in chat][-1], Finished)
+        await begun(runner, 9)
+        ping = asyncio.create_task(worker.ping())
+        await asyncio.sleep(0)
+        runner.allow()
+        await ping
+        for _ in range(3):
+            await worker.ping()
+        # It was not run again.
+        assert len(lengths(runner)) == 9
+        assert not worker.model.engine.has_work
+
+
+@asynchronous
+@pytest.mark.parametrize("priority", [Priority.INTERACTIVE, Priority.NORMAL, Priority.BACKGROUND])
+async def test_a_long_run_of_a_prompt_is_stopped_for_who_is_more_urgent_and_for_nobody_else(priority: Priority) -> None:
+    runner = make_runner(is_gated=True)
+    async with working(runner, load=lambda: patient_model(runner)) as worker:
+        with worker.admit() as reading, worker.admit() as newcomer:
+            reading.submit(sequence(200))
+            await begun(runner, 1)
+            newcomer.submit(sequence(10, cache_identity="other", priority=priority, max_tokens=1))
+            is_stopped = priority < Priority.NORMAL
+            if is_stopped:
+                await begun(runner, 2)  # though nothing passes the gate
+                assert lengths(runner) == [64, 10]
+            runner.open_gate()
+            for chat in (reading, newcomer):
+                assert isinstance([event async for event in chat][-1], Finished)
+    # What was stopped is read again.
+    assert sum(length for length in lengths(runner) if length > 1) == 200 + 10 + 64 * is_stopped
+
+
+@asynchronous
+async def test_a_prompt_that_was_stopped_goes_on_in_short_runs_which_are_not_stopped() -> None:
+    runner = make_runner(is_gated=True)
+    async with working(runner, load=lambda: patient_model(runner)) as worker:
+        with worker.admit() as reading:
+            reading.submit(sequence(200, max_tokens=1))
+            await begun(runner, 1)
+            for count in range(1, 6):
+                with worker.admit() as newcomer:
+                    newcomer.submit(
+                        sequence(10, cache_identity=f"{count}", priority=Priority.INTERACTIVE, max_tokens=1)
+                    )
+                    runner.allow(1 if count == 1 else 2)
+                    assert isinstance([event async for event in newcomer][-1], Finished)
+                await begun(runner, 2 * count + 1)
+            # Each came in the middle of a run, and only the first has stopped it.
+            assert lengths(runner) == [64, *[10, 16] * 5]
+            runner.open_gate()
+            events = [event async for event in reading]
+        assert isinstance(events[-1], Finished)
+        assert sum(length for length in lengths(runner) if length != 10) == 64 + 200
 
 
 @asynchronous

@@ -1,6 +1,6 @@
 """A thread's name as the kernel knows it: `top -H` and `ps -T` show which one works.
 
-Called by `worker`, and by the threads that the inference thread begins, which would have its name.
+Called by `inference_thread`, and by the threads that the inference thread begins, which would have its name.
 """
 
 from contextlib import suppress

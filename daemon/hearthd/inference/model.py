@@ -6,6 +6,7 @@
 
 import ctypes
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
@@ -124,11 +125,11 @@ def _open_prefixes(
     return StoredPrefixes(store, runner, min_tokens=config.cache.min_tokens)
 
 
-def prove(model: Model, turn: AbstractContextManager[None] | None = None) -> None:
+def prove(model: Model, turn: Callable[[], AbstractContextManager[None]] = nullcontext) -> None:
     """Let the engine generate two real tokens. Whatever it raises means that it cannot serve.
 
     Two, because the first comes from reading a prompt, which is another kernel than writing.
-    turn: taken for each step, where other models run beside this one.
+    turn: entered for each step, where other models run beside this one.
     """
     sequence = Sequence(
         request_id="start-up",
@@ -139,7 +140,7 @@ def prove(model: Model, turn: AbstractContextManager[None] | None = None) -> Non
     )
     model.engine.add(sequence)
     while model.engine.has_work:
-        with turn or nullcontext():
+        with turn():
             events = model.engine.step()
         for _, event in events:
             if isinstance(event, Failed):

@@ -1,47 +1,39 @@
-"""The inference thread, and the books of who waits for it.
+"""One model as the event loop sees it: who is admitted, who waits for an answer, and what becomes of them.
 
-One thread owns the model: it loads it, proves it, and then runs step after step. The event loop decides at once who is
-admitted; sequences cross to the thread through a queue, between two steps, and events come back by
-`call_soon_threadsafe`, one call for each step. Whoever leaves (cancelled, too late, gone, too slow) is taken out of the
-engine before its next step; if its prompt is being read at that moment, that run is stopped in the middle.
+The loop decides at once who is admitted. Sequences cross to the inference thread between two of its steps, and events
+come back. Whoever leaves (cancelled, too late, gone, too slow) is taken out of the engine before its next step; if its
+prompt is being read at that moment, that run is stopped in the middle. So is a run that a newcomer need not wait for.
 
-Knows no gRPC. Called by `services` (chats) and `server` (life).
+Knows no gRPC. Called by `services` (chats) and `models` (life).
 """
 
 import asyncio
 import enum
-import queue
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from typing import Final
 
 from hearthd.board.governor import FULL, Throttle
-from hearthd.errors import DeadlineTooShortError, EngineCrashedError, HearthdError, NotServingError, QueueFullError
+from hearthd.errors import DeadlineTooShortError, EngineCrashedError, NotServingError, QueueFullError
 from hearthd.generation.engine import Engine
 from hearthd.inference.admission import last_of_longest, retry_seconds, rivals_of
 from hearthd.inference.baton import Baton
 from hearthd.inference.counts import Counts
-from hearthd.inference.model import Model, prove
-from hearthd.inference.restraint import Restraint
+from hearthd.inference.inference_thread import InferenceThread
+from hearthd.inference.model import Model
 from hearthd.inference.stream import ChatStream
 from hearthd.kv.shared import SharedPrompts
-from hearthd.logs import log_incident
 from hearthd.priority import Priority
-from hearthd.sequences.events import Delta, Event, Failed, Finished
+from hearthd.sequences.events import Event, Failed, Finished
 from hearthd.sequences.sequence import Sequence
-from hearthd.thread_name import name_this_thread
 
 __all__ = ["State", "Worker"]
 
-# Until a chat that left in the middle of its prompt is out of the engine.
+# Until the thread has heard what a run is stopped for.
 _STOP_AGAIN_SECONDS: Final = 0.05
-# A thread whose work can wait looks so often whether the others are done.
-_GIVE_WAY_SECONDS: Final = 0.1
-# For what is on its way to the disk at the end; `server` waits a little longer for the thread.
-_CLOSE_SECONDS: Final = 0.8
-# The engine outlives a failed run; one that fails run after run is broken, and a new process may not be.
-_MAX_FAILURES_IN_A_ROW: Final = 8
 
 
 class State(enum.Enum):
@@ -55,7 +47,7 @@ class State(enum.Enum):
 
 
 class Worker:
-    """The inference thread as the event loop sees it. All methods belong to the loop that called `start`."""
+    """A model, its thread and its chats. All methods belong to the loop that called `start`."""
 
     def __init__(
         self,
@@ -67,36 +59,25 @@ class Worker:
         throttle: Callable[[], Throttle] = lambda: FULL,
     ) -> None:
         """load: called in the inference thread. baton: held for each step; None if no other model is served."""
-        self._load = load
-        self._baton = baton or Baton()
-        self._throttle = throttle
+        self._thread = InferenceThread(load, baton=baton or Baton(), throttle=throttle, deliver=self._deliver)
         self._max_queued = max_queued
         self._stream_backlog_bytes = stream_backlog_bytes
-        self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name="inference", daemon=True)
         # In the order in which they have come.
         self._chats: dict[ChatStream, None] = {}
         self._streams: dict[Sequence, ChatStream] = {}
         self._no_chats = asyncio.Event()
         self._no_chats.set()
         self._model: Model | None = None
-        self._must_stop = False
-        self._num_failures = 0
         self.state = State.LOADING
         self.counts = Counts()
 
     async def start(self) -> Model:
         """Load and prove the model. Raises whatever that raises; the thread has ended then."""
         self._loop = asyncio.get_running_loop()
-        self._loaded: asyncio.Future[Model] = self._loop.create_future()
-        self._ended: asyncio.Future[None] = self._loop.create_future()
-        for future in (self._loaded, self._ended):
-            # asyncio complains of an error that nobody has asked for; a daemon that is told to stop does not ask.
-            future.add_done_callback(lambda done: done.exception())
-        self._thread.start()
-        model = await asyncio.shield(self._loaded)
-        # It would keep the model for ever.
-        del self._loaded
+        loaded, self._ended = self._thread.start()
+        # Before anybody else hears of it.
+        self._ended.add_done_callback(self._end)
+        model = await asyncio.shield(loaded)
         self._model = model
         if self.state is State.LOADING:
             self.state = State.SERVING
@@ -142,7 +123,7 @@ class Worker:
         """
         model = self.model
         if self.state is not State.SERVING:
-            raise NotServingError("the daemon is shutting down; try again in a few seconds, or ask another one")
+            raise _shutting_down()
         limit = model.engine.num_slots + self._max_queued
         rivals = rivals_of(priority, self._chats)
         if len(rivals) >= limit:
@@ -168,9 +149,11 @@ class Worker:
         crossed = self._loop.create_future()
 
         def answer() -> None:
-            self._call_loop(lambda: None if crossed.done() else crossed.set_result(None))
+            with suppress(RuntimeError):  # the loop is closed
+                self._loop.call_soon_threadsafe(lambda: None if crossed.done() else crossed.set_result(None))
 
-        self._commands.put(answer)
+        # It stops no run: what is read while nobody asks would never be done.
+        self._thread.tell(answer)
         await crossed
 
     def change_limits(self, *, max_queued: int, default_max_tokens: int) -> None:
@@ -182,7 +165,8 @@ class Worker:
 
     def share_prompts(self, shared: SharedPrompts) -> None:
         """Share these beginnings of prompts, and no others."""
-        self._commands.put(lambda: self._engine.share_prompts(shared))
+        share = partial(self.model.engine.share_prompts, shared)
+        self._tell(share, partial(self._thread.make_way, Priority.BACKGROUND))
 
     def begin_drain(self) -> None:
         """Admit no more chats."""
@@ -205,24 +189,21 @@ class Worker:
 
     async def wait_until_gone(self) -> None:
         """Return when the thread has ended, however it did, or if it never began."""
-        if self._thread.ident is not None:
+        if self._thread.has_begun:
             await asyncio.wait((self._ended,))
 
     def stop(self) -> None:
         """Let the thread end after the step that runs now; stop a run in the middle."""
-        self._must_stop = True
-        self._commands.put(lambda: None)
-        if self._model is not None:
-            self._model.runner.terminate()
+        self._thread.stop()
 
     # On the loop.
 
     def _submit(self, chat: ChatStream, sequence: Sequence) -> None:
         if self.state is State.ENDED:
-            chat.fail(NotServingError("the daemon is shutting down; try again in a few seconds, or ask another one"))
+            chat.fail(_shutting_down())
             return
         self._streams[sequence] = chat
-        self._commands.put(lambda: self._add(sequence))
+        self._tell(partial(self._thread.add, sequence), partial(self._thread.make_way, sequence.priority))
 
     def _leave(self, chat: ChatStream) -> None:
         if chat.finished is not None:
@@ -253,27 +234,32 @@ class Worker:
         if sequence is None or self._streams.pop(sequence, None) is None or self._model is None:
             return
         model = self._model
-        is_removed = threading.Event()
 
-        def remove() -> None:
-            model.engine.remove(sequence)
-            is_removed.set()
+        def stop_reading() -> None:
+            if model.engine.prefilling is sequence:
+                model.runner.terminate()
 
-        self._commands.put(remove)
-        self._stop_reading(model, sequence, is_removed)
+        self._tell(partial(model.engine.remove, sequence), stop_reading)
 
-    def _stop_reading(self, model: Model, sequence: Sequence, is_removed: threading.Event) -> None:
-        """Stop the run that reads a prompt for nobody, which takes half a second of a board's time.
+    def _tell(self, command: Callable[[], None], hurry: Callable[[], None]) -> None:
+        """Give the thread a command. hurry: stops the run that it need not wait for, which takes up to a second.
 
         More than once: just before a run begins there is nothing to be stopped [M: so it was for 9 cancels of 50].
         Should the run have ended meanwhile, another one is stopped, and the engine runs that again.
         """
-        if is_removed.is_set() or self.state is State.ENDED:
-            return
-        if model.engine.prefilling is sequence:
-            model.runner.terminate()
-        again = (model, sequence, is_removed)
-        self._loop.call_later(_STOP_AGAIN_SECONDS, self._stop_reading, *again)
+        is_taken = threading.Event()
+
+        def take() -> None:
+            command()
+            is_taken.set()
+
+        def hurry_until_taken() -> None:
+            if not is_taken.is_set() and self.state is not State.ENDED:
+                hurry()
+                self._loop.call_later(_STOP_AGAIN_SECONDS, hurry_until_taken)
+
+        self._thread.tell(take)
+        hurry_until_taken()
 
     def _deliver(self, events: list[tuple[Sequence, Event]]) -> None:
         for sequence, event in events:
@@ -286,109 +272,15 @@ class Worker:
             elif chat.has_ended:  # too slow
                 self._remove(chat)
 
-    def _end(self, error: EngineCrashedError | None) -> None:
+    def _end(self, ended: "asyncio.Future[None]") -> None:
         self.state = State.ENDED
+        crash = ended.exception()
         for chat in list(self._chats):
-            chat.fail(error or NotServingError("the daemon is shutting down; try again in a few seconds"))
+            chat.fail(crash if isinstance(crash, EngineCrashedError) else _shutting_down())
         self._streams.clear()
         # Its memory goes back to the system with the last reference to it.
         self._model = None
-        if error is None:
-            self._ended.set_result(None)
-        else:
-            self._ended.set_exception(error)
 
-    # In the inference thread.
 
-    def _run(self) -> None:
-        try:
-            model = self._load()
-            prove(model, self._baton)
-        except BaseException as error:  # noqa: BLE001 - whatever it is, `start` must not wait for ever
-            self._call_loop(lambda error=error: self._fail_to_load(error))  # type: ignore[misc]
-            return
-        self._engine = model.engine
-        self._engine.has_others = lambda _: self._baton.has_others(self)
-        if self._engine.stored:
-            self._engine.stored.on_room = lambda: self._commands.put(lambda: None)
-        # After loading: ONNX Runtime's own threads would have inherited the name.
-        name_this_thread(self._thread.name)
-        restraint = Restraint(model, self._throttle)
-        self._call_loop(lambda: self._loaded.set_result(model))
-        try:
-            while not self._must_stop:
-                self._step(restraint)
-            self._engine.close(_CLOSE_SECONDS)
-        except BaseException as error:  # noqa: BLE001 - nobody may wait for a dead thread
-            crash = EngineCrashedError(log_incident("the inference thread crashed", error))
-            self._call_loop(lambda: self._end(crash))
-        else:
-            self._call_loop(lambda: self._end(None))
-        finally:
-            self._baton.note(self, is_busy=False)
-            del self._engine
-
-    def _step(self, restraint: Restraint) -> None:
-        self._take_commands()
-        self._baton.note(self, is_busy=self._is_asked)
-        if self._must_stop or not self._engine.has_work or self._gives_way:
-            return
-        with self._baton, restraint:
-            if self._must_stop:  # while others had their turns
-                return
-            events = self._engine.step()
-        self._baton.note(self, is_busy=self._is_asked)
-        self._judge(events)
-        if events:
-            self._call_loop(lambda: self._deliver(events))
-
-    def _judge(self, events: list[tuple[Sequence, Event]]) -> None:
-        """Raise the error of an engine that does nothing but fail."""
-        if any(isinstance(event, Delta | Finished) for _, event in events):
-            self._num_failures = 0
-            return
-        errors = [event.error for _, event in events if isinstance(event, Failed)]
-        errors = [error for error in errors if not isinstance(error, HearthdError)]
-        # A run that fails fails all the answers of its batch, and counts once.
-        if errors:
-            self._num_failures += 1
-            if self._num_failures >= _MAX_FAILURES_IN_A_ROW:
-                raise errors[0]
-
-    @property
-    def _is_asked(self) -> bool:
-        engine = self._engine
-        return engine.num_running + engine.num_paused + engine.num_waiting > 0
-
-    @property
-    def _gives_way(self) -> bool:
-        """Whether nobody waits for what there is to do here, and somebody does for another model."""
-        return not self._is_asked and self._baton.has_others(self)
-
-    def _take_commands(self) -> None:
-        """Run what the loop has asked for; wait for something to be asked if there is nothing to do."""
-        is_idle = not self._engine.has_work
-        try:
-            self._commands.get(block=is_idle or self._gives_way, timeout=None if is_idle else _GIVE_WAY_SECONDS)()
-            while True:
-                self._commands.get_nowait()()
-        except queue.Empty:
-            pass
-
-    def _add(self, sequence: Sequence) -> None:
-        try:
-            self._engine.add(sequence)
-        except HearthdError as error:
-            failed = Failed(error)
-            self._call_loop(lambda: self._deliver([(sequence, failed)]))
-
-    def _call_loop(self, callback: Callable[[], object]) -> None:
-        try:
-            self._loop.call_soon_threadsafe(callback)
-        except RuntimeError:  # the loop is closed: the daemon has gone on without this thread
-            self._must_stop = True
-
-    def _fail_to_load(self, error: BaseException) -> None:
-        self.state = State.ENDED
-        self._loaded.set_exception(error)
-        self._ended.set_result(None)
+def _shutting_down() -> NotServingError:
+    return NotServingError("the daemon is shutting down; try again in a few seconds, or ask another one")
