@@ -1,6 +1,6 @@
 """Addresses of a daemon: read what a person writes, and find the one to use when nobody wrote any.
 
-Knows nothing of gRPC but how it spells a target. Called by `_settings`.
+Knows nothing of gRPC but how it spells a target. Called by `_settings`, and by `_whereabouts`, which asks who answers.
 """
 
 import ipaddress
@@ -93,19 +93,29 @@ def _is_loopback_name(text: str, host: str) -> bool:
 
 
 def default_address(environ: Mapping[str, str]) -> str:
-    """HEARTH_ADDRESS, else the Unix socket of this user's or the system's daemon, else loopback.
+    """HEARTH_ADDRESS, else the likeliest place of this machine."""
+    return environ.get("HEARTH_ADDRESS") or local_addresses(environ)[0]
+
+
+def local_addresses(environ: Mapping[str, str]) -> list[str]:
+    """Where a daemon of this machine may be: the Unix socket of this user's or the system's, and loopback.
 
     A socket that this user may not write to is another group's: the daemon's loopback address is for everybody.
     """
-    if address := environ.get("HEARTH_ADDRESS"):
-        return address
+    sockets = [path for path in _sockets(environ) if os.access(path, os.W_OK)]
+    return [*(f"unix://{path}" for path in sockets), f"127.0.0.1:{DEFAULT_PORT}"]
+
+
+def closed_socket(environ: Mapping[str, str]) -> str | None:
+    """The path of a daemon's socket that is there and that this user may not write to; None if there is none."""
+    return next((path for path in _sockets(environ) if not os.access(path, os.W_OK)), None)
+
+
+def _sockets(environ: Mapping[str, str]) -> list[str]:
     candidates = [SYSTEM_SOCKET]
     if (runtime := environ.get("XDG_RUNTIME_DIR", "")).startswith("/"):
         candidates.insert(0, f"{runtime}/hearth/hearthd.sock")
-    for path in candidates:
-        if _is_socket(path) and os.access(path, os.W_OK):
-            return f"unix://{path}"
-    return f"127.0.0.1:{DEFAULT_PORT}"
+    return [path for path in candidates if _is_socket(path)]
 
 
 def _is_socket(path: str) -> bool:

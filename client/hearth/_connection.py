@@ -1,4 +1,5 @@
-"""The channel of a client, and where it leads: for a paired daemon that is looked up first, and again when it is gone.
+"""The channel of a client, and where it leads: unless an address was named, that is looked up first, and again whenever
+the daemon is not there.
 
 Says what a failed call means, too, which for a paired daemon is another thing.
 
@@ -10,14 +11,22 @@ import math
 import os
 import threading
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
-from hearth._address import parse_address
+from hearth._address import default_address, parse_address
 from hearth._channel import open_async_channel, open_channel
 from hearth._errors import AuthenticationError, ConnectError, HearthError
 from hearth._settings import Settings
 from hearth._translate import RpcFailure, translate
-from hearth._whereabouts import find_address
+from hearth._whereabouts import advise, find_address, find_local
+
+
+class _Found(NamedTuple):
+    """What came of a look."""
+
+    address: str
+    advice: str
+    """What may help if the daemon is not there; empty if somebody answers there."""
 
 
 class _Whereabouts:
@@ -25,7 +34,9 @@ class _Whereabouts:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.must_look = settings.paired is not None
+        self._can_move = settings.paired is not None or settings.is_default
+        self.must_look = self._can_move
+        self._advice = ""
         self._opened: Any = None
 
     @property
@@ -34,13 +45,17 @@ class _Whereabouts:
         return self.settings.address.text
 
     def note(self, failure: HearthError) -> None:
-        """Hear of a failed attempt: a paired daemon that cannot be reached may be elsewhere by now."""
-        if self.settings.paired is not None and isinstance(failure, ConnectError):
+        """Hear of a failed attempt: a daemon that cannot be reached may be elsewhere by now."""
+        if self._can_move and isinstance(failure, ConnectError):
             self.must_look = True
 
     def explain(self, failure: RpcFailure) -> HearthError:
         """The error of a failed call. What a daemon says of tokens is for programmers; a paired device has a person."""
         error = translate(failure, self.address)
+        if isinstance(error, ConnectError) and self._advice:
+            said, advice = str(error), self._advice
+            joined = f"{said} {advice[0].upper()}{advice[1:]}" if said.endswith("?") else f"{said}; {advice}"
+            return ConnectError(joined, is_transient=error.is_transient)
         if self.settings.paired is None or not isinstance(error, AuthenticationError):
             return error
         return AuthenticationError(
@@ -48,16 +63,22 @@ class _Whereabouts:
             "expired; to be let in again, on the board: sudo hearthd pair NAME, and here: hearth pair CODE"
         )
 
-    def look(self, seconds: float | None) -> Settings:
-        """Ask where the daemon is; blocks."""
-        assert self.settings.paired is not None
-        found = find_address(self.settings.paired, math.inf if seconds is None else seconds, os.environ)
-        return replace(self.settings, address=parse_address(found))
+    def look(self, seconds: float | None) -> _Found:
+        """Ask where the daemon is; blocks. If it is nowhere: the likeliest place, so that a call says what is wrong."""
+        paired = self.settings.paired
+        if paired is None:
+            found, likeliest = find_local(os.environ), default_address(os.environ)
+        else:
+            found = find_address(paired, math.inf if seconds is None else seconds, os.environ)
+            likeliest = paired.addresses[0]
+        return _Found(found or likeliest, "" if found else advise(paired, os.environ))
 
-    def move(self, settings: Settings) -> None:
+    def move(self, found: _Found) -> None:
         """Go by what `look` found. Streams that still run keep the channel that they have."""
-        if settings.address != self.settings.address:
-            self.settings, self._opened = settings, None
+        if found.address != self.address:
+            self.settings = replace(self.settings, address=parse_address(found.address))
+            self._opened = None
+        self._advice = found.advice
         self.must_look = False
 
 
@@ -69,7 +90,7 @@ class Connection(_Whereabouts):
         self._lock = threading.Lock()
 
     def channel(self, seconds: float | None) -> Any:
-        """The channel to call on. `seconds`: how long a paired daemon may be looked for."""
+        """The channel to call on. `seconds`: how long the daemon may be looked for."""
         with self._lock:
             if self.must_look:
                 self.move(self.look(seconds))

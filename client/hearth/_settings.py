@@ -50,6 +50,8 @@ class Settings:
     """The name to look for in the daemon's certificate; None: the host of the address."""
     paired: PairedDaemon | None = None
     """Whose address this is, so that it may be looked for elsewhere."""
+    is_default: bool = False
+    """Nobody said where the daemon is, so that it may be looked for elsewhere on this machine."""
     own: OwnCertificate | None = field(default=None, repr=False)
     """What says to the daemon who calls, where it asks for a certificate."""
 
@@ -95,6 +97,7 @@ def read_settings(address: str | None, options: ClientOptions, environ: Mapping[
         ca=ca,
         server_name=paired.server_name if paired else None,
         paired=paired,
+        is_default=paired is None and address is None and not _names_a_place(options, environ),
         own=own,
         **cast(dict[str, int], numbers),
     )
@@ -132,6 +135,13 @@ def _choose_paired(address: str | None, options: ClientOptions, environ: Mapping
             "daemon=), or an address; one that is no more: hearth pair --forget NAME"
         )
     return daemons.read(names[0]) if names else None
+
+
+def _names_a_place(options: ClientOptions, environ: Mapping[str, str]) -> bool:
+    """Whether something beside the argument says where the daemon is: an address, or TLS, which no socket has."""
+    tls = ("ca", "cert", "key")
+    named = [options.get(name) for name in tls] + [environ.get(f"HEARTH_{name.upper()}") for name in (*tls, "address")]
+    return any(named)
 
 
 def _read_ca(address: Address, options: ClientOptions, environ: Mapping[str, str]) -> bytes | None:

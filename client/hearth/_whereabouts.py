@@ -1,18 +1,25 @@
-"""Where a paired daemon is now: at a stored address, or, if the network can be asked, at another one.
+"""Where the daemon is now.
 
-An address counts only if the daemon's own certificate is shown there: another machine may have taken the address over.
+A paired one is at a stored address, or, if the network can be asked, at another one. An address counts only if the
+daemon's own certificate is shown there: another machine may have taken the address over. Where nobody is paired and
+nobody named an address, it is wherever somebody listens on this machine.
+
 Blocks; `Client` and `AsyncClient` call it before a channel is opened, the latter in a thread; `_pairing` to know a
 daemon again whose certificate has changed.
 """
 
 import contextlib
 import logging
+import os
 import queue
+import socket
+import stat
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
+from hearth._address import closed_socket, local_addresses
 from hearth._certificate import fetch_certificate, fingerprint
 from hearth._discovery import FoundDaemon, can_discover, discover
 from hearth._errors import ConfigurationError, ConnectError
@@ -22,10 +29,11 @@ _logger = logging.getLogger("hearth")
 
 _STORED_SECONDS = 3.0
 _DISCOVER_SECONDS = 4.0
+_LOCAL_SECONDS = 0.5
 
 
-def find_address(daemon: PairedDaemon, seconds: float, environ: Mapping[str, str]) -> str:
-    """The address to use; if none answers, the likeliest one, so that the call says what is wrong with it.
+def find_address(daemon: PairedDaemon, seconds: float, environ: Mapping[str, str]) -> str | None:
+    """The address to use; None if none answers.
 
     Raises ConnectError if only machines with other certificates answer.
     """
@@ -42,7 +50,47 @@ def find_address(daemon: PairedDaemon, seconds: float, environ: Mapping[str, str
             f"is another machine, or the daemon's certificate was renewed; then pair again (hearthd pair, hearth pair)",
             is_transient=False,
         )
-    return found or daemon.addresses[0]
+    return found
+
+
+def find_local(environ: Mapping[str, str]) -> str | None:
+    """The first place of this machine where somebody listens; None if nobody does anywhere."""
+    return next((address for address in local_addresses(environ) if _is_listened_on(address)), None)
+
+
+def advise(daemon: PairedDaemon | None, environ: Mapping[str, str]) -> str:
+    """What may help a person whose daemon is found nowhere; empty if nothing is known."""
+    if daemon is not None:
+        # Never by itself: it is another one than this user chose, with another model and other rules.
+        local = find_local(environ)
+        return f"a daemon answers on this machine; to ask that one: --address {local}" if local else ""
+    if path := closed_socket(environ):
+        with contextlib.suppress(OSError, KeyError):
+            # Where there are Unix sockets, there are groups.
+            import grp
+
+            found = os.stat(path)
+            if found.st_mode & stat.S_IWGRP:
+                group = grp.getgrgid(found.st_gid).gr_name
+                return f'{path} is there for its group: sudo usermod -aG {group} "$USER", then log in again'
+        return f"{path} is there, and this user may not open it"
+    return "on another machine: hearth pair CODE, or --address"
+
+
+def _is_listened_on(address: str) -> bool:
+    path = address.removeprefix("unix://")
+    host, _, port = address.rpartition(":")
+    family, where = (socket.AF_UNIX, path) if path != address else (socket.AF_INET, (host, int(port)))
+    with socket.socket(family) as probe:
+        probe.settimeout(_LOCAL_SECONDS)
+        try:
+            probe.connect(where)
+        except BlockingIOError:
+            # Its line of those who connect is full.
+            return True
+        except OSError:
+            return False
+    return True
 
 
 def has_other_certificate(daemon: PairedDaemon, mark: str) -> bool:
