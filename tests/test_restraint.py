@@ -17,6 +17,7 @@ from fakes import FakeRunner
 from hearth.v1 import status_pb2, status_pb2_grpc
 from hearthd.board.governor import FULL, Throttle
 from hearthd.board.thermal import BoardReading, Sensors
+from hearthd.errors import ShortOfMemoryError
 from hearthd.inference.restraint import Restraint
 from hearthd.server import Server
 from serving import (
@@ -70,6 +71,36 @@ def test_a_graph_that_takes_long_to_load_keeps_its_threads() -> None:
     steps.step(0.05)
     steps.step(0.0)
     assert (steps.runner.thread_changes, steps.pauses) == ([], [0.05])
+
+
+def test_threads_that_cannot_be_had_are_told_once_and_tried_again_later(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    steps = Steps()
+    change_threads, num_tried = steps.runner.change_threads, 0
+
+    def fail(_: int) -> None:
+        nonlocal num_tried
+        num_tried += 1
+        raise ShortOfMemoryError("canary")
+
+    monkeypatch.setattr(steps.runner, "change_threads", fail)
+    steps.throttle = Throttle(2)
+    for _ in range(180):
+        steps.step(1.0)
+    assert num_tried == 3
+    told = [record.message for record in caplog.records]
+    assert [message.partition(", incident")[0] for message in told] == [
+        "the model cannot be loaded for 2 threads; tried again later"
+    ]
+    assert "canary" not in caplog.text
+    monkeypatch.setattr(steps.runner, "change_threads", change_threads)
+    for _ in range(60):
+        steps.step(1.0)
+    assert steps.runner.thread_changes == [2]
+    steps.throttle = FULL
+    steps.step(1.0)
+    assert steps.runner.thread_changes == [2, 4]
 
 
 def test_a_step_owes_a_pause_of_its_own_length_and_a_long_one_pays_in_parts() -> None:

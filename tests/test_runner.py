@@ -12,10 +12,11 @@ from decoders import CONTEXT, scales_of, tiny_checkpoint, tiny_runner
 from hearthd.build.decoder.architecture import DecoderSpec
 from hearthd.build.decoder.matmuls import matmul_names
 from hearthd.build.decoder.recipe import MatMulForm, MatMulRecipe, Recipe
-from hearthd.errors import BundleError
+from hearthd.errors import BundleError, ShortOfMemoryError
 from hearthd.kv.kv_cache import RunTerminated
 from hearthd.runtime.kv_buffers import KVSlots, PromptBuffers
 from hearthd.runtime.runner import DecoderShape, OnnxRunner
+from hearthd.runtime.session import open_session
 
 PROMPTS = ([5, 9, 200, 31, 77, 12, 40], [8, 3], [60, 61, 62, 63, 64, 65, 66, 67, 68, 69, 70, 71, 72])
 
@@ -301,3 +302,33 @@ def test_kv_slots_cost_memory_only_as_far_as_they_are_filled() -> None:
     assert resident_bytes() - before < 8 * 2**20
     assert slots.arrays[31][0, 2, 0, 63] == 1
     assert not slots.arrays[0][1].any()
+
+
+@pytest.mark.parametrize("lost", [False, True], ids=["the old graph comes back", "and the old graph is gone, too"])
+def test_threads_that_cannot_be_had_leave_a_runner_that_works(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, lost: bool
+) -> None:
+    checkpoint = tiny_checkpoint(tmp_path)
+    runner = tiny_runner(tmp_path / "graph", checkpoint, Recipe.reference())
+    expected, before = prefill(runner, 0, LONG), runner.num_threads
+    refused = {before, before + 1} if lost else {before + 1}
+
+    def open_unless_refused(path: Path, num_threads: int, **options: bool) -> object:
+        if num_threads in refused:
+            raise ShortOfMemoryError("there is not enough memory")
+        return open_session(path, num_threads, **options)
+
+    monkeypatch.setattr("hearthd.runtime.runner.open_session", open_unless_refused)
+    with pytest.raises(ShortOfMemoryError):
+        runner.change_threads(before + 1)
+    assert runner.num_threads == before
+    if lost:
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match="cannot be loaded again"):
+                prefill(runner, 0, LONG)
+        refused.clear()
+    np.testing.assert_array_equal(prefill(runner, 0, LONG), expected)
+    refused.clear()
+    runner.change_threads(before + 1)
+    assert runner.num_threads == before + 1
+    np.testing.assert_array_equal(prefill(runner, 0, LONG), expected)

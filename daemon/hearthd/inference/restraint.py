@@ -20,6 +20,7 @@ from typing import Final
 
 from hearthd.board.governor import FULL, Throttle
 from hearthd.inference.model import Model
+from hearthd.logs import log_incident
 
 __all__ = ["Restraint"]
 
@@ -30,6 +31,8 @@ _MAX_PAUSE_SECONDS: Final = 0.2
 _MAX_DEBT_SECONDS: Final = 2.0
 # To change the number of threads loads the graph again. While that lasts nobody gets a token, and the watchdog nothing.
 _MAX_LOAD_SECONDS: Final = 5.0
+# After that has failed, most likely for want of memory.
+_TRY_AGAIN_SECONDS: Final = 60.0
 
 
 class Restraint:
@@ -51,6 +54,9 @@ class Restraint:
         self._sleep = sleep
         self._obeyed = FULL
         self._num_threads = model.runner.num_threads
+        # When to do that; None if there is nothing to do.
+        self._change_at: float | None = None
+        self._has_failed = False
         self._owed = 0.0
         self._began = 0.0
 
@@ -58,6 +64,8 @@ class Restraint:
         throttle = self._throttle()
         if throttle != self._obeyed:
             self._obey(throttle)
+        if self._change_at is not None and self._clock() >= self._change_at:
+            self._change_threads()
         if pause := min(self._owed, _MAX_PAUSE_SECONDS):
             self._owed -= pause
             self._sleep(pause)
@@ -73,8 +81,22 @@ class Restraint:
     def _obey(self, throttle: Throttle) -> None:
         self._obeyed = throttle
         self._engine.limit_running(throttle.max_running(self._engine.num_slots))
-        num_threads = throttle.num_threads(self._num_threads)
-        if num_threads != self._runner.num_threads and self._runner.load_seconds <= _MAX_LOAD_SECONDS:
-            started = self._clock()
+        self._change_at = self._clock()
+
+    def _change_threads(self) -> None:
+        """Compute with as many threads as are allowed now; if that cannot be, as before, and try again later."""
+        self._change_at = None
+        num_threads = self._obeyed.num_threads(self._num_threads)
+        if num_threads == self._runner.num_threads or self._runner.load_seconds > _MAX_LOAD_SECONDS:
+            return
+        started = self._clock()
+        try:
             self._runner.change_threads(num_threads)
+        except Exception as error:  # noqa: BLE001 - the model answers all the same
+            self._change_at = self._clock() + _TRY_AGAIN_SECONDS
+            if not self._has_failed:
+                log_incident(f"the model cannot be loaded for {num_threads} threads; tried again later", error)
+            self._has_failed = True
+        else:
+            self._has_failed = False
             _logger.info("computing with %d threads; the change took %.1f s", num_threads, self._clock() - started)

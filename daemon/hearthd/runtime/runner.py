@@ -9,6 +9,7 @@ from __future__ import annotations
 import platform
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -65,13 +66,14 @@ class OnnxRunner:
         self._has_neighbours = has_neighbours
         self.num_threads = num_threads
         started = time.monotonic()
-        self._session = open_session(model_path, num_threads, has_neighbours=has_neighbours)
+        session = open_session(model_path, num_threads, has_neighbours=has_neighbours)
+        self._session: ort.InferenceSession | None = session
         self.load_seconds = time.monotonic() - started
         self.num_slots = num_slots
         self.vocab_size = shape.vocab_size
         self.preset_tokens = preset_tokens
         self._preset = preset
-        inputs = {value.name for value in self._session.get_inputs()}
+        inputs = {value.name for value in session.get_inputs()}
         has_int8_cache = "is_prompt" in inputs
         # Graphs of bundles of manifest schema 2 have no such input.
         self._has_num_logits = "num_logits" in inputs
@@ -227,7 +229,7 @@ class OnnxRunner:
 
     def _slot_binding(self, first_slot: int, length: int, logits: NDArray[np.float32]) -> Binding:
         """Return new buffers for runs over the slots' own KV. logits: as those of `Binding`."""
-        binding = Binding(self._session, length, logits)
+        binding = Binding(self._opened(), length, logits)
         # A view of a contiguous run of slots: no copy, and any such run can be a batch.
         rows = [array[first_slot : first_slot + len(logits)] for array in self._slots.arrays]
         if self._prompt is None:
@@ -256,7 +258,7 @@ class OnnxRunner:
         """Return the buffers for a chunk of a prompt, of whatever slot."""
         binding = self._prompt_bindings.pop(length, None)
         if binding is None:
-            binding = Binding(self._session, length, self._new_logits(1))
+            binding = Binding(self._opened(), length, self._new_logits(1))
             _, kv_heads, _, head_dim = prompt.arrays[0].shape
             unused = [np.zeros((1, kv_heads, 0, head_dim), np.int8)] * len(prompt.arrays)
             binding.new = tuple(np.zeros((1, kv_heads, length, head_dim), np.int8) for _ in prompt.arrays)
@@ -272,7 +274,7 @@ class OnnxRunner:
         with self._lock:
             self._running = run_options
         try:
-            self._session.run_with_iobinding(binding.io, run_options)
+            self._opened().run_with_iobinding(binding.io, run_options)
         except Exception as error:
             if run_options.terminate:
                 raise RunTerminated from error
@@ -284,13 +286,33 @@ class OnnxRunner:
     def change_threads(self, num_threads: int) -> None:
         """Compute with so many threads from the next run on. KV stays, and no bit of any answer depends on it.
 
-        Loads the graph again, which takes its time. The old one goes first: a small board has no room for both.
+        Loads the graph again, which takes its time. The old one goes first: a small board has no room for both. If that
+        fails, the number stays what it was, and the error is raised. Should the old graph not come back either, each
+        run tries it again, and fails as long as that does.
         """
         for bindings in (self._bindings, self._prompt_bindings, self._verify_bindings):
             bindings.clear()
-        del self._session
-        self._session = open_session(self._model_path, num_threads, has_neighbours=self._has_neighbours)
+        self._session = None
+        try:
+            self._session = self._open_session(num_threads)
+        except Exception:
+            with suppress(Exception):
+                self._session = self._open_session(self.num_threads)
+            raise
         self.num_threads = num_threads
+
+    def _open_session(self, num_threads: int) -> ort.InferenceSession:
+        return open_session(self._model_path, num_threads, has_neighbours=self._has_neighbours)
+
+    def _opened(self) -> ort.InferenceSession:
+        """Return the session, which `change_threads` may have lost for want of memory."""
+        if self._session is None:
+            try:
+                self._session = self._open_session(self.num_threads)
+            except Exception as error:
+                # Not one of the errors that blame a request: who fails again and again is started anew.
+                raise RuntimeError("the graph that was given up cannot be loaded again") from error
+        return self._session
 
     def terminate(self) -> None:
         """Stop the run in progress, if there is one. Any thread."""
