@@ -124,9 +124,11 @@ async def chat(worker: Worker, length: int = 4, max_tokens: int = 6) -> str:
         return "".join([event.text async for event in stream if isinstance(event, Delta)])
 
 
-async def ask(pool: ModelPool, name: str, length: int = 4, max_tokens: int = 6) -> str:
+async def ask(
+    pool: ModelPool, name: str, length: int = 4, max_tokens: int = 6, *, seconds_left: float | None = None
+) -> str:
     """Ask one model, as the chat service does."""
-    async with pool.using(entry(pool, name)) as worker:
+    async with pool.using(entry(pool, name), seconds_left=seconds_left) as worker:
         assert worker.model.name == name
         return await chat(worker, length, max_tokens)
 

@@ -2,12 +2,20 @@
 
 import asyncio
 import random
+import time
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from hearthd.errors import BundleError, ConfigError, EngineCrashedError, NotServingError, QueueFullError
+from hearthd.errors import (
+    BundleError,
+    ConfigError,
+    DeadlineTooShortError,
+    EngineCrashedError,
+    NotServingError,
+    QueueFullError,
+)
 from hearthd.inference.worker import State
 from hearthd.models.entry import Failure, ModelState
 from hearthd.models.pool import ModelPool
@@ -222,6 +230,45 @@ async def test_the_wait_for_a_model_is_bounded(tmp_path: Path) -> None:
         is_open.set()
         await until(pool, lambda: states(pool)["other"] is ModelState.LOADED)
         assert await ask(pool, "other")
+
+
+@asynchronous
+async def test_a_deadline_before_the_load_would_be_done_is_refused_at_once(tmp_path: Path) -> None:
+    async with pooling(several_config(tmp_path, "other", "new", idle_seconds=0.01)) as (pool, shelf):
+        # A default model of 2,000 bytes was loaded in 4 s.
+        pool._residents._seconds_per_byte = 4.0 / 2000
+        with pytest.raises(DeadlineTooShortError) as caught:
+            async with pool.using(entry(pool, "other"), seconds_left=3.9):
+                pass
+        assert str(caught.value) == (
+            "other has to be loaded first, which takes about 4.0 s, and the deadline is in 3.9 s: give more time, or "
+            "ask a model that is loaded; `hearth models` lists them"
+        )
+        assert shelf.loads == [NAME]
+        # Nobody who has the time, or no deadline, is sent away, nor anybody whose model is there.
+        async with (
+            pool.using(entry(pool, "other"), seconds_left=4.1),
+            pool.using(entry(pool, "other"), seconds_left=0.1),
+        ):
+            pass
+        async with pool.using(entry(pool, "new")):
+            pass
+        await until(pool, lambda: states(pool)["other"] is ModelState.LOADABLE)
+        # What its own last load has taken is better known.
+        entry(pool, "other").load_seconds = 9.0
+        with pytest.raises(DeadlineTooShortError, match=r"takes about 9\.0 s"):
+            async with pool.using(entry(pool, "other"), seconds_left=8.0):
+                pass
+        # And what has passed of a load that goes on, is not waited for.
+        is_open = shelf.close("other")
+        waiting = asyncio.create_task(ask(pool, "other"))
+        await until(pool, lambda: entry(pool, "other").loading_since is not None)
+        entry(pool, "other").loading_since = time.monotonic() - 2.0
+        in_time = asyncio.create_task(ask(pool, "other", seconds_left=7.5))
+        with pytest.raises(DeadlineTooShortError, match=r"takes about [67]\.\d s"):
+            await ask(pool, "other", seconds_left=6.0)
+        is_open.set()
+        assert await waiting == await in_time
 
 
 @asynchronous

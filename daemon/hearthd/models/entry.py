@@ -47,6 +47,8 @@ class Entry:
         self.last_used = 0.0
         self.load_seconds: float | None = None
         """What its last load took."""
+        self.loading_since: float | None = None
+        """When the load that goes on has begun, monotonic."""
         self.num_loads = 0
         """Since the daemon's start."""
         self.failure: Failure | None = None

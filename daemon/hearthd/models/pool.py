@@ -19,7 +19,7 @@ from typing import Final
 
 from hearthd.board.governor import FULL, Throttle
 from hearthd.configuration.config import Config, ModelOptions
-from hearthd.errors import ConfigError, HearthdError, NotServingError, QueueFullError
+from hearthd.errors import ConfigError, DeadlineTooShortError, HearthdError, NotServingError, QueueFullError
 from hearthd.inference.counts import Counts
 from hearthd.inference.model import Model
 from hearthd.inference.worker import State, Worker
@@ -122,15 +122,20 @@ class ModelPool:
 
     @asynccontextmanager
     async def using(
-        self, entry: Entry, tell: Callable[[Queued], Awaitable[None]] | None = None
+        self,
+        entry: Entry,
+        tell: Callable[[Queued], Awaitable[None]] | None = None,
+        seconds_left: float | None = None,
     ) -> AsyncIterator[Worker]:
         """Have a model: loaded, and not unloaded before the block ends.
 
-        tell: hears once, if it is not loaded yet, of the wait.
-        Raises NotServingError if it cannot be loaded, or not in time, QueueFullError if too many wait for that.
+        tell: hears once, if it is not loaded yet, of the wait. seconds_left: until the caller's deadline.
+        Raises NotServingError if it cannot be loaded, or not in time, QueueFullError if too many wait for that,
+        DeadlineTooShortError if it would not be loaded before the deadline.
         """
         self.require_loaded()
         if not entry.is_usable:
+            self._check_deadline(entry, seconds_left)
             await self._wait_until_usable(entry, tell)
         worker = entry.worker
         assert worker is not None
@@ -144,6 +149,15 @@ class ModelPool:
             entry.last_used = time.monotonic()
             if not entry.num_users:
                 self._residents.rest(entry)
+
+    def _check_deadline(self, entry: Entry, seconds_left: float | None) -> None:
+        seconds = self._residents.seconds_until_loaded(entry)
+        if seconds_left is not None and seconds is not None and seconds > seconds_left:
+            raise DeadlineTooShortError(
+                f"{entry.name} has to be loaded first, which takes about {seconds:.1f} s, and the deadline is in "
+                f"{max(seconds_left, 0.0):.1f} s: give more time, or ask a model that is loaded; `hearth models` lists "
+                "them"
+            )
 
     async def _wait_until_usable(self, entry: Entry, tell: Callable[[Queued], Awaitable[None]] | None) -> None:
         known, seconds = entry.failure, self._config.models.max_wait_seconds

@@ -70,6 +70,8 @@ class Residents:
         self._changed = changed
         self._baton = Baton()
         self._throttle = throttle
+        # The fastest load of any model so far.
+        self._seconds_per_byte: float | None = None
         self._turn = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -111,7 +113,8 @@ class Residents:
 
     async def load(self, entry: Entry) -> Model:
         """Load and prove a model. Raises whatever that raises."""
-        before, started = self.config, time.monotonic()
+        before = self.config
+        entry.loading_since = started = time.monotonic()
         config = before.for_model(entry.name)
         _logger.info("loading %s", entry.name)
         worker = Worker(
@@ -127,6 +130,8 @@ class Residents:
         except Exception:
             self.alive.remove(worker)
             raise
+        finally:
+            entry.loading_since = None
         entry.facts, entry.worker, entry.failure = facts_of(model, entry.memory_bytes), worker, None
         entry.num_loads += 1
         self.entries.append(entry)
@@ -139,6 +144,9 @@ class Residents:
             worker.begin_drain()
         self._spawn(self._watch(worker))
         entry.load_seconds = time.monotonic() - started
+        if model.size_bytes:
+            pace = entry.load_seconds / model.size_bytes
+            self._seconds_per_byte = min(pace, self._seconds_per_byte or pace)
         _logger.info(
             "serving %s: %d slots, context %d, %d waiting at most; loaded in %.1f s",
             model.name,
@@ -149,6 +157,20 @@ class Residents:
         )
         self.rest(entry)
         return model
+
+    def seconds_until_loaded(self, entry: Entry) -> float | None:
+        """Return when a model that is not in memory would be there if its load began now, or goes on; None: unknown.
+
+        As long as its last load; if there was none, by its size, at the pace of the fastest load so far. Who is loaded
+        before it, or has to leave for it, is not counted.
+        """
+        seconds = entry.load_seconds
+        if seconds is None and entry.facts is not None and self._seconds_per_byte is not None:
+            seconds = entry.facts.size_bytes * self._seconds_per_byte
+        if seconds is None or entry.worker is not None:
+            return None
+        since = entry.loading_since
+        return seconds if since is None else max(seconds - (time.monotonic() - since), 0.0)
 
     def share_prompts(self, worker: Worker) -> None:
         """Let a model share the beginnings of prompts that the configuration in force says, and no others."""

@@ -67,7 +67,7 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
             async def tell(queued: Queued) -> None:
                 await context.write(to_chat_response(queued, request.request_id, entry.name))
 
-            async with self._models.using(entry, tell) as worker:
+            async with self._models.using(entry, tell, context.time_remaining()) as worker:
                 await self._answer(request, context, worker, meter, arrived)
 
     async def _answer(

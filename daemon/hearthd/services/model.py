@@ -61,10 +61,11 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
     async def CountTokens(  # noqa: N802
         self,
         request: model_pb2.CountTokensRequest,
-        context: grpc.aio.ServicerContext,  # noqa: ARG002
+        context: grpc.aio.ServicerContext,
     ) -> model_pb2.CountTokensResponse:
         """Count the tokens of a text or a conversation."""
-        async with self._models.using(find_model(self._models, request.model)) as worker:
+        entry = find_model(self._models, request.model)
+        async with self._models.using(entry, seconds_left=context.time_remaining()) as worker:
             return await self._count(request, worker.model)
 
     async def _count(self, request: model_pb2.CountTokensRequest, model: Model) -> model_pb2.CountTokensResponse:
