@@ -61,8 +61,8 @@ class Machine(FakeRunner):
 def on_machine(num_slots: int = 4, num_paused: int = 0, **options: Any) -> tuple[Bench, Machine]:
     """Return a bench that reads 400 tokens a second and writes 50, and has done both."""
     clock = Clock()
-    pace = {"prompt_seconds": 0.0025, "decode_seconds": 0.02} | {
-        name: options.pop(name) for name in ("prompt_seconds", "decode_seconds") if name in options
+    pace: dict[str, Any] = {"prompt_seconds": 0.0025, "decode_seconds": 0.02} | {
+        name: options.pop(name) for name in ("prompt_seconds", "decode_seconds", "kv_budget") if name in options
     }
     machine = Machine(clock, num_slots=num_slots + num_paused, **pace)
     settings = {"prefill_chunk": 64, "solo_prefill_chunk": 256} | options
@@ -759,3 +759,77 @@ class TestEstimates:
         assert isinstance(told, Queued)
         # Both prompts are read, and the second answer has one token of four.
         assert told.expected_wait_seconds == pytest.approx(3 * 0.02)
+
+
+class TestEstimatesOfMemory:
+    """Places are free all the time."""
+
+    BUDGET = KVBudget(64, 30, 0)
+
+    def test_who_waits_for_memory_hears_when_there_will_be_some(self) -> None:
+        bench, _ = on_machine(kv_budget=self.BUDGET)
+        usual = replace(GREEDY, max_tokens=1000)
+        running = bench.add([1] * 40, usual)  # 17 blocks
+        bench.step()
+        waiting = bench.add([2] * 40, usual)
+        behind = bench.add([3] * 40, SHORT)  # 1 block, but nobody overtakes
+        bench.step()
+        # Answers had 10 tokens so far; this one has 1 of them.
+        assert bench.of(waiting) == [Queued(0, pytest.approx(9 * 0.02))]
+        assert bench.of(behind) == [Queued(1, pytest.approx(9 * 0.02))]
+        assert bench.engine.num_running == 1
+        bench.engine.remove(running)
+
+    def test_the_estimate_comes_true_where_answers_are_as_long_as_before(self) -> None:
+        bench, _ = on_machine(kv_budget=KVBudget(64, 11, 4))
+        usual = replace(GREEDY, max_tokens=10)
+        sequences = [bench.add([number] * 100, usual) for number in range(4)]  # 2 blocks, and 8 while it is read
+        began = bench.clock.now
+        bench.finish()
+        for sequence in sequences[1:]:
+            told = bench.of(sequence)[0]
+            assert isinstance(told, Queued)
+            assert sequence.admitted is not None
+            assert sequence.admitted - began == pytest.approx(told.expected_wait_seconds, rel=0.1)
+
+    def test_a_deadline_before_which_memory_is_not_free_is_refused_at_once(self) -> None:
+        bench, _ = on_machine(kv_budget=self.BUDGET)
+        usual = replace(GREEDY, max_tokens=1000)
+        bench.add([1] * 40, usual)
+        bench.step()
+        now = bench.clock.now
+        with pytest.raises(DeadlineTooShortError) as caught:
+            bench.add([2] * 200, usual, deadline=now + 0.6)
+        assert str(caught.value) == (
+            "the answer would begin in about 0.7 s (0.2 s in the queue, 0.5 s for 200 tokens of the prompt), and the "
+            "deadline is in 0.6 s: give more time, or send a shorter or more urgent request"
+        )
+        # There is memory for a shorter one, and a more urgent one takes the other's.
+        bench.add([2] * 200, SHORT, deadline=now + 0.6)
+        bench.add([2] * 200, usual, deadline=now + 0.6, priority=INTERACTIVE)
+
+    def test_the_reading_of_anothers_prompt_is_waited_for(self) -> None:
+        bench, _ = on_machine(kv_budget=KVBudget(64, 36, 4))
+        bench.add([1] * 400, LONG)  # 7 blocks, and 28 while it is read
+        bench.step()
+        waiting = bench.add([2] * 100, SHORT)  # 2
+        bench.step()
+        # 256 tokens were read before, and as many as fit 0.1 s are in each step since nobody decodes.
+        (told,) = bench.of(waiting)
+        assert isinstance(told, Queued)
+        assert told.expected_wait_seconds == pytest.approx(144 * 0.0025)
+
+    def test_who_gave_its_memory_has_its_tokens_to_run_again(self) -> None:
+        bench, _ = on_machine(num_slots=1, num_paused=1, kv_budget=self.BUDGET)
+        writing = bench.add([1] * 40, replace(GREEDY, max_tokens=1000))
+        bench.step(5)
+        bench.add([2] * 40, replace(GREEDY, max_tokens=1000), priority=INTERACTIVE)
+        bench.step()
+        assert writing.is_behind
+        last = bench.add([3] * 40, SHORT)
+        bench.step()
+        (told,) = bench.of(last)
+        assert isinstance(told, Queued)
+        num_unread = 40 - writing.num_read
+        # Of the urgent one 9 tokens are to come; then the prompt again, 4 tokens again, and 5 of 10 that are new.
+        assert told.expected_wait_seconds == pytest.approx(9 * 0.02 + num_unread * 0.0025 + (4 + 5) * 0.02)
