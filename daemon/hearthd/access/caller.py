@@ -46,6 +46,28 @@ class Caller:
         assert priority is not None
         return priority
 
+    def choose_max_tokens(self, max_tokens: int, *, is_asked: bool) -> int:
+        """Return the most tokens of an answer, of what a request asks for or gets by default.
+
+        Raises NotPermittedError if it asks for more than the role may: what was asked for is never cut short silently.
+        """
+        most = self.rights.max_tokens or max_tokens
+        if is_asked and max_tokens > most:
+            raise NotPermittedError(
+                f"role {self.role} may ask for at most {most} tokens of an answer (max_tokens of the role), and "
+                f"sampling.max_tokens is {max_tokens}; give {most} or less, or leave it out"
+            )
+        return min(max_tokens, most)
+
+    def require_prompt(self, num_tokens: int) -> None:
+        """Raise NotPermittedError if the role may not send a prompt of so many tokens."""
+        most = self.rights.max_prompt_tokens
+        if most and num_tokens > most:
+            raise NotPermittedError(
+                f"role {self.role} may send at most {most} tokens of prompt (max_prompt_tokens of the role), and this "
+                f"one has {num_tokens}; send fewer or shorter messages"
+            )
+
 
 # Set for one call: gRPC runs interceptors and handler of a call in one task, and each call in a task of its own.
 _current: Final[contextvars.ContextVar[Caller]] = contextvars.ContextVar("caller")

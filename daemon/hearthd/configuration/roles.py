@@ -66,6 +66,10 @@ class Role:
     tokens_per_minute: Annotated[int, Whole(0, 10**9)] = 0
     tokens_per_day: Annotated[int, Whole(0, 10**12)] = 0
     max_concurrent_chats: Annotated[int, Whole(0, 1024)] = 0
+    max_prompt_tokens: Annotated[int, Whole(0, 131072)] = 0
+    """Of one request, as `usage.prompt_tokens` counts them."""
+    max_tokens: Annotated[int, Whole(0, 131072)] = 0
+    """The longest answer that a request may ask for."""
     max_priority: Annotated[str, Word(PRIORITIES)] = Priority.INTERACTIVE.word
     """The most urgent one that a caller may ask for."""
     default_priority: Annotated[str, Word(PRIORITIES)] = Priority.NORMAL.word

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import time
+from dataclasses import replace
 
 import grpc
 
@@ -82,6 +83,8 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
         call = read_chat(request, model, self.limits.max_messages)
         caller = current_caller()
         priority = caller.choose_priority(call.priority)
+        max_tokens = caller.choose_max_tokens(call.params.max_tokens, is_asked=call.sets_max_tokens)
+        call = replace(call, params=replace(call.params, max_tokens=max_tokens))
         rules = self._policy.current.for_role(caller.role)
         if rules.has_output_rules and call.params.top_logprobs is not None:
             raise InvalidRequestError(
@@ -89,11 +92,13 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
                 "is set; this daemon's policy screens answers, and they would tell what it hides",
             )
         screen = rules.screen_answer()
+        # Before the text is looked at, which costs most of all that comes before the model.
         with worker.admit(priority, caller.account) as chat:
             try:
                 prompt_ids, num_first = await self._tokenising.run(
                     caller.account, encoding_with_beginning(model, rules, call.messages)
                 )
+                caller.require_prompt(len(prompt_ids))
                 seconds_left = context.time_remaining()
                 chat.submit(
                     Sequence(
