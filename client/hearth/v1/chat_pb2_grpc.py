@@ -106,9 +106,10 @@ class ChatServiceServicer(object):
         Nothing is ever cut short silently.
         NOT_FOUND           there is no model of that name.
         PERMISSION_DENIED   the caller's role may not use the model, whether or not there is one of that name, or may not
-        ask for that priority. Or: a rule of the owner's policy forbids what was sent, or what the
-        model was about to write; then what came before stays said. Details: google.rpc.ErrorInfo,
-        reason POLICY_RULE, with the rule's name. To send the same again does not help.
+        ask for that priority, or for an answer or send a prompt of so many tokens. Or: a rule of the
+        owner's policy forbids what was sent, or what the model was about to write; then what came
+        before stays said. Details: google.rpc.ErrorInfo, reason POLICY_RULE, with the rule's name.
+        To send the same again does not help.
         RESOURCE_EXHAUSTED  the queue is full of requests that are as urgent or more; this can be said to one that waits,
         when another caller comes who has fewer here. Details: google.rpc.RetryInfo; trailer
         `grpc-retry-pushback-ms` holds the same delay. Or: the caller has used up its role's
