@@ -41,7 +41,7 @@ LAYERS = (
         "hearthd.generation.drafting",
     },
     {"hearthd.scheduling.scheduler"},
-    {"hearthd.scheduling.fair_queue", "hearthd.scheduling.pace"},
+    {"hearthd.scheduling.demand", "hearthd.scheduling.fair_queue", "hearthd.scheduling.pace"},
     {"hearthd.runtime.runner", "hearthd.kv.kv_cache", "hearthd.sequences.sampling", "hearthd.text.tokenizer"},
     {"hearthd.bundles.bundle"},
 )
