@@ -253,6 +253,8 @@ async def test_a_deadline_before_the_load_would_be_done_is_refused_at_once(tmp_p
             pass
         async with pool.using(entry(pool, "new")):
             pass
+        for _ in range(2):
+            await shelf.wait_for_load()
         await until(pool, lambda: states(pool)["other"] is ModelState.LOADABLE)
         # What its own last load has taken is better known.
         entry(pool, "other").load_seconds = 9.0
@@ -262,7 +264,7 @@ async def test_a_deadline_before_the_load_would_be_done_is_refused_at_once(tmp_p
         # And what has passed of a load that goes on, is not waited for.
         is_open = shelf.close("other")
         waiting = asyncio.create_task(ask(pool, "other"))
-        await until(pool, lambda: entry(pool, "other").loading_since is not None)
+        await shelf.wait_for_load()
         entry(pool, "other").loading_since = time.monotonic() - 2.0
         in_time = asyncio.create_task(ask(pool, "other", seconds_left=7.5))
         with pytest.raises(DeadlineTooShortError, match=r"takes about [67]\.\d s"):

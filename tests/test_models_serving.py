@@ -88,6 +88,22 @@ async def test_who_waits_for_a_model_to_be_loaded_hears_so(tmp_path: Path) -> No
 
 
 @asynchronous
+async def test_a_deadline_before_the_model_would_be_loaded_is_refused_at_once(tmp_path: Path) -> None:
+    async with daemon(several_config(tmp_path, "other")) as (channel, shelf, server):
+        entry(server._parts.models, "other").load_seconds = 3600.0
+        count = model_pb2.CountTokensRequest(model="other", text="hello")
+        for call in (
+            answer(channel, chat_request(model="other"), timeout=60.0),
+            model_pb2_grpc.ModelServiceStub(channel).CountTokens(count, timeout=60.0),
+        ):
+            error = await refusal(call)
+            assert error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+            assert "other has to be loaded first, which takes about 3600.0 s" in error.details()
+        assert shelf.loads == [NAME]
+        assert await answer(channel, chat_request(model="other"))
+
+
+@asynchronous
 async def test_models_are_listed_and_described_without_being_loaded(tmp_path: Path) -> None:
     shelf = Shelf()
     shelf.failing["broken's bundle"] = BundleError("gone")

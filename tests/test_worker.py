@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from fakes import FakeRunner
+from fakes import FakeRunner, scripted
 from hearthd.errors import (
     BundleError,
     DeadlineTooShortError,
@@ -22,6 +22,7 @@ from hearthd.errors import (
 from hearthd.generation.engine import Engine
 from hearthd.inference.baton import Baton
 from hearthd.inference.model import Model
+from hearthd.inference.stream import ChatStream
 from hearthd.inference.worker import State, Worker
 from hearthd.priority import Priority
 from hearthd.sequences.events import Delta, Event, Finished, FinishReason, Queued
@@ -611,6 +612,70 @@ async def test_a_prompt_that_was_stopped_goes_on_in_short_runs_which_are_not_sto
             events = [event async for event in reading]
         assert isinstance(events[-1], Finished)
         assert sum(length for length in lengths(runner) if length != 10) == 64 + 200
+
+
+@asynchronous
+@pytest.mark.parametrize("is_asked", [True, False], ids=["a long run of a prompt", "what nobody waits for"])
+async def test_who_comes_for_another_model_stops_such_a_run_as_well(*, is_asked: bool) -> None:
+    baton, runner, other_runner = Baton(), make_runner(min_run=2, is_gated=True), make_runner()
+    async with (
+        working(runner, load=lambda: patient_model(runner), baton=baton) as worker,
+        working(other_runner, baton=baton) as other,
+        asyncio.TaskGroup() as tasks,
+    ):
+        with worker.admit() as chat:
+            chat.submit(sequence(200 if is_asked else 4, max_tokens=8))
+            if not is_asked:
+                runner.allow(8)
+            answer = tasks.create_task(last_event(chat))
+            await begun(runner, 1 if is_asked else 9)
+            with other.admit() as newcomer:
+                newcomer.submit(sequence(priority=Priority.INTERACTIVE))
+                # Nothing passes the gate of the first model.
+                assert isinstance(await last_event(newcomer), Finished)
+            await begun(runner, 2 if is_asked else 10)
+            assert lengths(runner)[-2:] == ([64, 16] if is_asked else [7, 7])
+            runner.open_gate()
+            assert isinstance(await answer, Finished)
+
+
+async def last_event(chat: ChatStream) -> Event:
+    return [event async for event in chat][-1]
+
+
+@asynchronous
+async def test_a_less_urgent_model_takes_one_step_after_25() -> None:
+    baton, holder, steps = Baton(), OtherModel(), list[str]()
+    has_begun = False
+
+    def counting(name: str) -> FakeRunner:
+        def logits_after(history: Any) -> Any:
+            # The interpreter lets a step of no length go before the other one's asking.
+            until = time.monotonic() + 10
+            while has_begun and name == "u" and not baton._line and time.monotonic() < until:
+                time.sleep(0)
+            steps.append(name)
+            return logits(history)
+
+        runner = make_runner()
+        logits = scripted(runner.vocab_size, 4, [65])
+        runner.logits_after = logits_after
+        return runner
+
+    async with working(counting("u"), baton=baton) as urgent, working(counting("l"), baton=baton) as less:
+        assert baton.ask(holder, Priority.INTERACTIVE)
+        steps.clear()
+        has_begun = True
+        with urgent.admit() as first, less.admit() as second:
+            first.submit(sequence(max_tokens=60, priority=Priority.NORMAL))
+            second.submit(sequence(max_tokens=60, priority=Priority.BACKGROUND))
+            while len(baton._line) < 2:
+                await asyncio.gather(urgent.ping(), less.ping())
+            baton.leave(holder)
+            for chat in (first, second):
+                assert isinstance(await last_event(chat), Finished)
+    assert [len(turn) for turn in "".join(steps).rstrip("l").split("l")][1:] == [25, 11]
+    assert steps.count("l") == 60
 
 
 @asynchronous
