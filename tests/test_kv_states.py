@@ -28,7 +28,7 @@ from hearthd.kv.disk_writes import DiskWrites
 from hearthd.kv.kv_cache import KVCache, RunTerminated
 from hearthd.kv.loading import Loading
 from hearthd.kv.prefix_file import file_size
-from hearthd.kv.prefix_store import PrefixStore
+from hearthd.kv.prefix_store import PrefixStore, StoredPrefix
 from hearthd.kv.shared import SharedPrompts
 from hearthd.kv.stored_prefixes import StoredPrefixes
 
@@ -100,6 +100,11 @@ class Disk:
 
 def paced(disk: Disk) -> type[Loading]:
     class PacedLoading(Loading):
+        def __init__(self, store: PrefixStore, prefix: StoredPrefix) -> None:
+            super().__init__(store, prefix)
+            # All of it fits between the threads: what is found out of a file is found out now, in every run.
+            self._thread.join(30)
+
         def take(self, wait_seconds: float) -> Iterator[bytes]:
             while disk.num_chunks > 0 and self.result is None:
                 disk.num_chunks -= 1
