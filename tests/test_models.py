@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import threading
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -22,6 +23,7 @@ from hearthd.models.pool import ModelPool
 from hearthd.models.room import choose_leaving
 from hearthd.scheduling.chunks import ChunkSizes
 from hearthd.scheduling.pace import Pace
+from hearthd.sequences.events import Queued
 from serving import NAME, asynchronous
 from several_models import MODEL_BYTES, Shelf, ask, chat, entry, pooling, sequence, several_config, until
 
@@ -419,6 +421,55 @@ async def test_a_model_stays_when_nobody_waits_for_its_room_any_more(tmp_path: P
             answer = await chat(worker)
         assert await ask(pool, "a") == answer
         assert shelf.loads == [NAME, "a"]
+
+
+@asynchronous
+async def test_a_model_that_is_asked_to_stay_is_not_loaded_again(tmp_path: Path) -> None:
+    async with pooling(several_config(tmp_path, "a", "b", max_bytes=2 * MODEL_BYTES)) as (pool, shelf):
+        is_told, go_on = asyncio.Event(), asyncio.Event()
+
+        async def tell(_: Queued) -> None:
+            is_told.set()
+            await go_on.wait()
+
+        async def ask_slowly() -> None:
+            async with pool.using(entry(pool, "a"), tell):
+                pass
+
+        async with pool.using(entry(pool, "a")):
+            other = asyncio.create_task(ask(pool, "b"))
+            await until(pool, lambda: entry(pool, "a").is_leaving)
+            waiting = [asyncio.create_task(ask_slowly()), asyncio.create_task(ask(pool, "a"))]
+            await until(pool, lambda: entry(pool, "a").bringing is not None)
+            await is_told.wait()
+            other.cancel()
+            assert await waiting[1]
+            # Its turn to be loaded comes while one still waits, and there is nothing to load.
+            await until(pool, lambda: entry(pool, "a").bringing is None)
+            assert entry(pool, "a").is_usable
+            go_on.set()
+            await waiting[0]
+        assert shelf.loads == [NAME, "a"]
+
+
+@asynchronous
+async def test_a_model_counts_as_gone_when_its_memory_is_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    collecting, go_on = threading.Event(), threading.Event()
+
+    def collect() -> None:
+        collecting.set()
+        assert go_on.wait(30)
+
+    monkeypatch.setattr("hearthd.models.residents._collect", collect)
+    async with pooling(several_config(tmp_path, "a", "b", max_bytes=2 * MODEL_BYTES)) as (pool, shelf):
+        await ask(pool, "a")
+        waiting = asyncio.create_task(ask(pool, "b"))
+        assert await asyncio.to_thread(collecting.wait, 30)
+        await pool.ping()
+        assert (shelf.loads, len(pool.workers)) == ([NAME, "a"], 2)
+        go_on.set()
+        assert await waiting
+        assert shelf.loads == [NAME, "a", "b"]
 
 
 @asynchronous

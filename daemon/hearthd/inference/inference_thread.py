@@ -106,12 +106,21 @@ class InferenceThread:
     # In the thread.
 
     def _run(self) -> None:
+        crash = self._load_and_serve()
+        # Last of all: whoever hears of it finds that nothing here holds the model any more.
+        if crash is None:
+            self._call_loop(self._ended.set_result, None)
+        else:
+            self._call_loop(self._ended.set_exception, crash)
+
+    def _load_and_serve(self) -> EngineCrashedError | None:
+        """Return what ended the thread; None if it was told to end, or has nothing to serve."""
         try:
             model = self._load()
             prove(model, self._turn_of_proof)
         except BaseException as error:  # noqa: BLE001 - whatever it is, nobody may wait for ever
-            self._call_loop(self._note_failed_load, error)
-            return
+            self._call_loop(self._loaded.set_exception, error)
+            return None
         finally:
             self._baton.leave(self)
         self._model = model
@@ -121,11 +130,9 @@ class InferenceThread:
         try:
             self._serve(model)
         except BaseException as error:  # noqa: BLE001 - nobody may wait for a dead thread
-            self._call_loop(
-                self._ended.set_exception, EngineCrashedError(log_incident("the inference thread crashed", error))
-            )
+            return EngineCrashedError(log_incident("the inference thread crashed", error))
         else:
-            self._call_loop(self._ended.set_result, None)
+            return None
         finally:
             self._baton.leave(self)
             # Its memory goes back to the system with the last reference to it.
@@ -201,16 +208,12 @@ class InferenceThread:
         except RuntimeError:  # the loop is closed: the daemon has gone on without this thread
             self._must_stop = True
 
-    # On the loop, as the thread asks for it.
+    # On the loop.
 
     def _note_loaded(self, model: Model) -> None:
         self._loaded.set_result(model)
         # It would keep the model for ever.
         del self._loaded
-
-    def _note_failed_load(self, error: BaseException) -> None:
-        self._loaded.set_exception(error)
-        self._ended.set_result(None)
 
 
 def _nothing() -> None:

@@ -86,13 +86,14 @@ class Residents:
         try:
             # A load needs more memory than what it leaves, and all cores.
             async with self._turn:
-                while entry.worker is not None and self._is_wanted(entry):
-                    self.part_with(entry)  # it is leaving: it must have gone before it can come again
+                # One that is leaving must have gone before it can come again; it may also have been asked to stay.
+                while entry.worker is not None and self._is_missing(entry):
+                    self.part_with(entry)
                     await self._changed.wait()
-                if self._is_wanted(entry):
+                if self._is_missing(entry):
                     await self.look_at(entry)
                     await self._make_room(entry)
-                if self._is_wanted(entry):
+                if self._is_missing(entry):
                     await self.load(entry)
                     if entry.is_removed:
                         self.part_with(entry)
@@ -102,6 +103,9 @@ class Residents:
         finally:
             entry.bringing = None
             self._changed.ring()
+
+    def _is_missing(self, entry: Entry) -> bool:
+        return self._is_wanted(entry) and not entry.is_usable
 
     def _is_wanted(self, entry: Entry) -> bool:
         return not self.is_closed and not entry.is_removed and (entry.num_waiting > 0 or entry.keep)
@@ -239,10 +243,11 @@ class Residents:
         while self._is_wanted(entry) and entry.memory_bytes + sum(each.memory_bytes for each in self.entries) > limit:
             leaving = choose_leaving(other for other in self.entries if not other.is_kept)
             assert leaving is not None, "what is kept leaves room"
+            was_leaving = leaving.is_leaving
             self.part_with(leaving)
             while leaving.worker is not None and self._is_wanted(entry):
                 await self._changed.wait()
-            if leaving.worker is not None and not leaving.is_removed:
+            if leaving.worker is not None and not was_leaving:
                 leaving.is_leaving = False  # nobody waits for its room any more
                 self._changed.ring()
 
@@ -275,12 +280,13 @@ class Residents:
                 return
             worker.stop()
             await worker.wait_until_gone()
+            # In a thread: a collection takes as long as many tokens, and so does giving memory back. Nobody gets the
+            # room before.
+            await asyncio.to_thread(_collect)
             self.alive.remove(worker)
             self.entries.remove(entry)
             self.retired += worker.counts
             entry.worker = None
-            # In a thread: a collection takes as long as many tokens, and so does giving memory back.
-            await asyncio.to_thread(_collect)
             _logger.info("%s is unloaded", entry.name)
         finally:
             entry.parting, entry.is_leaving = None, False
