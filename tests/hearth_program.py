@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import select
+import struct
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
@@ -71,6 +74,10 @@ class Terminal:
         self.process.kill()
         self.process.wait()
         os.close(self._main)
+
+    def resize(self, *, lines: int, columns: int) -> None:
+        """Make the window another size, which the program hears of."""
+        fcntl.ioctl(self._main, termios.TIOCSWINSZ, struct.pack("HHHH", lines, columns, 0, 0))
 
     def type(self, text: str) -> None:
         os.write(self._main, text.encode())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -143,7 +144,58 @@ def test_on_a_terminal_it_stands_in_one_place_and_ends_with_ctrl_c(tmp_path: Pat
         terminal.type("\x03")
         assert terminal.wait() == 130
     assert "Traceback" not in terminal.shown
-    assert terminal.shown.rstrip("^C").endswith("\n\x1b[J")
+    # Below the last screen, and what the terminal made of Ctrl-C, the shell has a line of its own.
+    assert terminal.shown.endswith("\n\x1b[J^C\n")
+
+
+def test_a_terminal_of_another_size_is_drawn_anew_at_once(tmp_path: Path) -> None:
+    # The next look is an hour away.
+    words = ("status", "--watch", "--interval", "3600", "--address", address_of(tmp_path))
+    with daemon_at(tmp_path), program.Terminal(*words, TERM="xterm") as terminal:
+        terminal.resize(lines=24, columns=80)
+        terminal.expect("tokens  800 read")
+        terminal.resize(lines=4, columns=20)
+        terminal.expect("\x1b[H\x1b[2J")
+        terminal.expect("\rdaemon  hearthd 1.2.\x1b[K\n\rstate   serving\x1b[K\n\rmodel   tiny\x1b[K\n\x1b[J")
+        terminal.type("\x03")
+        assert terminal.wait() == 130
+
+
+def test_ctrl_c_does_not_wait_for_a_daemon_that_hangs(tmp_path: Path) -> None:
+    hangs, may_go_on = threading.Event(), threading.Event()
+
+    def hang(_: grpc.ServicerContext) -> None:
+        hangs.set()
+        may_go_on.wait(60)
+
+    with (
+        daemon_at(tmp_path) as daemon,
+        program.Terminal(
+            "status", *INTERVAL, "--timeout", "inf", "--address", address_of(tmp_path), TERM="xterm"
+        ) as terminal,
+    ):
+        try:
+            terminal.expect("tokens  800 read")
+            daemon.small_call = hang
+            assert hangs.wait(20)
+            # No second one, and no time-out: `wait` gives up before the call would.
+            terminal.type("\x03")
+            assert terminal.wait() == 130
+        finally:
+            may_go_on.set()
+    assert "Traceback" not in terminal.shown
+
+
+def test_a_pipe_that_nobody_reads_any_more_ends_it(tmp_path: Path) -> None:
+    with daemon_at(tmp_path), piped("--address", address_of(tmp_path)) as process:
+        assert process.stdout
+        assert b"serving" in process.stdout.readline()
+        process.stdout.close()
+        assert process.wait(20) == 141
+        assert process.stderr
+        assert process.stderr.read() == b""
+        # For `communicate`.
+        process.stdout = None
 
 
 def test_a_terminal_that_cannot_move_its_cursor_gets_lines(tmp_path: Path) -> None:

@@ -36,6 +36,7 @@ class Screen:
         self._is_plain = bool(os.environ.get("NO_COLOR")) or os.environ.get("TERM", "dumb") == "dumb"
         self._at_line_start = True
         self._num_redrawn = 0
+        self._redrawn_size: os.terminal_size | None = None
 
     def write(self, text: str) -> None:
         """Write a piece of an answer at once. A pipe or a file gets the very text."""
@@ -48,6 +49,11 @@ class Screen:
         """Begin a new line unless that is where the text is."""
         if not self._at_line_start:
             self.write("\n")
+
+    def end_interrupted(self) -> None:
+        """Begin a new line after a Ctrl-C, which a terminal echoes."""
+        self.write("\n" if self._is_terminal else "")
+        self.end_line()
 
     def note(self, text: str) -> None:
         """Tell the person at the terminal; nobody if stderr is none."""
@@ -72,6 +78,10 @@ class Screen:
         """Write lines over those of the last time. What the terminal has no room for is left out."""
         shown = [neutralise_line(line)[: size.columns] for line in lines[: max(size.lines - 1, 1)]]
         up = f"\x1b[{self._num_redrawn}A" if self._num_redrawn else ""
+        if self._redrawn_size not in (None, size):
+            # Many terminals have wrapped the lines anew: nobody knows where they begin.
+            up = "\x1b[H\x1b[2J"
+        self._redrawn_size = size
         # Each line is cleared behind its end, then all below the last.
         self._out.write(up + "".join(f"\r{line}\x1b[K\n" for line in shown) + "\x1b[J")
         self._out.flush()
