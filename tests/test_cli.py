@@ -213,20 +213,6 @@ def test_a_broken_pipe_is_quiet(daemon: peer.ScriptedDaemon) -> None:
     assert process.returncode == 141
 
 
-def test_a_full_disk_is_one_line(daemon: peer.ScriptedDaemon) -> None:
-    with open("/dev/full", "wb") as full:
-        done = subprocess.run(
-            program.command("ask", "--address", daemon.address, "?"),
-            stdin=subprocess.DEVNULL,
-            stdout=full,
-            stderr=subprocess.PIPE,
-            env=program.environment(),
-            timeout=60,
-        )
-    assert done.returncode == 1
-    assert done.stderr == b"hearth: [Errno 28] No space left on device\n"
-
-
 def test_what_stdout_cannot_show_becomes_a_question_mark(daemon: peer.ScriptedDaemon) -> None:
     daemon.script = peer.say("café 🔥 ok")
     done = program.run("ask", "--address", daemon.address, "?", PYTHONIOENCODING="latin-1")

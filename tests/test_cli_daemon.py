@@ -291,7 +291,7 @@ EXTRA = ("onnxruntime", "tokenizers", "numpy", "jinja2", "grpc_health", "grpc_re
     [
         (["--version"], EXTRA, "gguf|jinja2|numpy|onnx|tokenizers"),
         (["model", "list"], EXTRA, "gguf|jinja2|numpy|onnx|tokenizers"),
-        (["serve"], EXTRA, "grpc_health"),
+        (["serve"], EXTRA, "grpc_health|numpy"),
         (["serve"], ("onnxruntime",), "onnxruntime"),
         (["check-config"], ("numpy",), "numpy"),
     ],

@@ -5,6 +5,8 @@ output is gone. An error is one line on stderr. gRPC is imported only when a com
 `hearth --help` is quick on a board.
 """
 
+import argparse
+import errno
 import io
 import os
 import sys
@@ -24,11 +26,11 @@ EXIT_BROKEN_PIPE = 141
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program. Returns its exit code; argparse raises SystemExit after --help and on wrong usage."""
     _open_standard_streams()
-    arguments = make_parser().parse_args(argv)
     # A program's log, unlike a library's, is its own to silence: gRPC's would stand between an answer's lines. gRPC
     # reads this when it is imported.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     try:
+        arguments = _parse(argv)
         # `ask` is the module hearth.cli.ask, and so on: one command, one module.
         code: int = import_module(f"hearth.cli.{arguments.command}").run(arguments)
         sys.stdout.flush()
@@ -45,9 +47,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_ERROR
     except OSError as error:
         _drop_output()
-        _report(error)
+        # What a write to an open file raises names none.
+        is_output = error.errno in (errno.ENOSPC, errno.EDQUOT) and not error.filename
+        _report(HearthError(f"the output cannot be written: {error.strerror}") if is_output else error)
         return EXIT_ERROR
     return code
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    try:
+        return make_parser().parse_args(argv)
+    except SystemExit:
+        # The text of --help may still be on its way, to where it cannot be written.
+        sys.stdout.flush()
+        raise
 
 
 def _report(error: Exception) -> None:

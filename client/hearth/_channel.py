@@ -27,9 +27,9 @@ def channel_options(settings: Settings) -> list[tuple[str, int | str]]:
         ("grpc.http2.ping_timeout_ms", max(1, keepalive_ms // 2)),
         ("grpc.http2.max_pings_without_data", 0),
         # A daemon that is being started is reached soon after it listens. The second is also the longest that one
-        # attempt to connect may take.
+        # attempt to connect may take: less than a small call has, so that a silent peer is told from a slow answer.
         ("grpc.initial_reconnect_backoff_ms", 100),
-        ("grpc.min_reconnect_backoff_ms", keepalive_ms),
+        ("grpc.min_reconnect_backoff_ms", max(1, keepalive_ms * 3 // 4)),
         ("grpc.max_reconnect_backoff_ms", 1000),
         # http_proxy would carry even calls to 127.0.0.1, and their token, through the proxy.
         ("grpc.enable_http_proxy", 0),

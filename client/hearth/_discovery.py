@@ -4,6 +4,7 @@ That package is an extra: `pip install 'hearth-chat[discover]'`. What is found s
 connects must compare the certificate. Called by `_whereabouts` and the command `discover`.
 """
 
+import ipaddress
 import queue
 import re
 import time
@@ -52,6 +53,12 @@ def discover(
             "looking for daemons needs the package zeroconf on this device: pip install 'hearth-chat[discover]'; and "
             f"{ANNOUNCING}; or name the daemon with --address"
         )
+    for interface in interfaces:
+        if not _is_ipv4(interface):
+            raise ConfigurationError(
+                f"interface {interface[:80]!r} is no address as this machine has them, 192.168.1.7 for example; see: "
+                "ip -4 address"
+            )
     import zeroconf
 
     names: queue.SimpleQueue[str] = queue.SimpleQueue()
@@ -87,6 +94,14 @@ def discover(
     finally:
         network.close()
     return list(found.values())
+
+
+def _is_ipv4(text: str) -> bool:
+    try:
+        ipaddress.IPv4Address(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _read(name: str, info: Any) -> FoundDaemon:

@@ -73,8 +73,12 @@ _REASONS = (
         "certificate of its callers (then name yours and its key)",
         True,
     ),
-    _Reason(r"before receiving SETTINGS", "it takes connections and stays silent", True),
-    _Reason(r"timed out|timeout was reached", "it does not answer", True),
+    _Reason(
+        r"before receiving SETTINGS",
+        "it takes connections and stays silent; if it is hearthd, restart it: sudo systemctl restart hearthd",
+        True,
+    ),
+    _Reason(r"timed out|timeout was reached", "it does not answer; is it switched on, and in this network?", True),
 )
 _NO_CONNECTION = re.compile(r"(?i)failed to connect|errors resolving|DNS resolution failed|name resolution")
 _CONNECTION_LOST = re.compile(

@@ -15,6 +15,7 @@ Errors are one line on standard error. Imports of gRPC and of the model's parts 
 
 import argparse
 import asyncio
+import errno
 import logging
 import os
 import sys
@@ -73,14 +74,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # gRPC's core writes to standard error by itself; what matters of it comes back as an error.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     try:
-        parsed = _parser(words).parse_args(words)
-        command: Callable[[argparse.Namespace], int | None] = parsed.run
-        return command(parsed) or EXIT_OK
+        try:
+            parsed = _parser(words).parse_args(words)
+            command: Callable[[argparse.Namespace], int | None] = parsed.run
+            return command(parsed) or EXIT_OK
+        finally:
+            # Here, where somebody can say that it cannot be written; --help ends by SystemExit.
+            if sys.stdout:
+                sys.stdout.flush()
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        # Whoever read our output has seen enough. Python would complain once more while it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()  # whoever read it has seen enough
+        return EXIT_FAILED
+    except OSError as error:
+        # What a write to an open file raises names none; anything else is a fault.
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT) or error.filename:
+            raise
+        _drop_output()
+        print(f"hearthd: the output cannot be written: {error.strerror}", file=sys.stderr)
         return EXIT_FAILED
     except HearthdError as error:
         return _fail(error)
@@ -89,6 +101,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if missing is None:
             raise
         return _fail(missing)
+
+
+def _drop_output() -> None:
+    """Let go of what could not be written: Python would try, and complain, once more at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _fail(error: HearthdError) -> int:

@@ -174,7 +174,7 @@ def _add_pair_options(command: argparse.ArgumentParser) -> None:
 
 def _add_discover_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
-        "--seconds", type=_seconds, default=3.0, metavar="SECONDS", help="how long to listen; 3 if not given"
+        "--seconds", type=_seconds_of_an_hour, default=3.0, metavar="SECONDS", help="how long to listen; 3 if not given"
     )
     command.add_argument(
         "--interface",
@@ -221,6 +221,12 @@ def _seconds(text: str) -> float:
     return seconds
 
 
+def _seconds_of_an_hour(text: str) -> float:
+    if (seconds := _seconds(text)) > 3600:
+        raise argparse.ArgumentTypeError(f"{text} is over an hour, 3600 seconds")
+    return seconds
+
+
 def _seconds_or_0(text: str) -> float:
     seconds = float(text)
     if not 0 <= seconds < math.inf:
@@ -229,7 +235,7 @@ def _seconds_or_0(text: str) -> float:
 
 
 # argparse names the type in its message when float() refuses the text.
-_seconds.__name__ = _seconds_or_0.__name__ = "number of seconds"
+_seconds.__name__ = _seconds_or_0.__name__ = _seconds_of_an_hour.__name__ = "number of seconds"
 
 
 class _Version(argparse.Action):
