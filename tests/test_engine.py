@@ -144,7 +144,7 @@ shared_beginnings = st.sampled_from([(), (1, 2, 3), (1, 2, 3, 4, 5, 6, 7, 8, 9, 
 
 
 class TestInterleaved:
-    @settings(max_examples=400, deadline=None)
+    @settings(max_examples=500, deadline=None)
     @given(data=st.data())
     def test_any_mix_gives_each_its_solo_answer(self, data: st.DataObject) -> None:
         """Sequences come and go at any step, pause each other, take each other's memory, share prefixes, runs are
@@ -168,7 +168,7 @@ class TestInterleaved:
         removed: list[Sequence] = []
         late: list[Sequence] = []
         past: list[tuple[int, ...]] = []
-        actions = data.draw(st.lists(st.sampled_from("aaasssssssrtcdl"), max_size=60))
+        actions = data.draw(st.lists(st.sampled_from("aaasssssssrtcdl"), min_size=20, max_size=80))
         for action in actions:
             if action in "ac":  # c: go on with an earlier conversation
                 beginning = data.draw(shared_beginnings if action == "a" or not past else st.sampled_from(past))

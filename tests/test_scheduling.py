@@ -1,5 +1,6 @@
 """Who runs and who waits: priorities, pauses that change nothing, turns between accounts, stalls, and estimates."""
 
+import random
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +14,7 @@ from engine_bench import END, GREEDY, VOCAB, Bench, Clock, decoded, solo
 from fakes import FakeRunner, scripted
 from hearthd.errors import DeadlineTooShortError
 from hearthd.generation.drafting import Drafting
-from hearthd.generation.engine import Finished, FinishReason, Queued, Sequence
+from hearthd.generation.engine import Finished, FinishReason, Queued, RunTerminated, Sequence
 from hearthd.kv.budget import KVBudget
 from hearthd.priority import Priority
 from hearthd.sequences.sequence import SequenceState
@@ -261,6 +262,21 @@ def short_of_memory(num_blocks: int = 36, prompt_factor: int = 4, **options: Any
     budget = KVBudget(64, num_blocks, prompt_factor)
     runner = FakeRunner(num_slots=8, context_length=1024, kv_budget=budget, **options)
     return Bench(runner=runner, num_slots=4, prefill_chunk=64)
+
+
+def note_answers_put_back(bench: Bench) -> list[Sequence]:
+    """Return a list that grows with each answer that gives its memory to another request."""
+    given: list[Sequence] = []
+    scheduler = bench.engine._scheduler
+    put_back = scheduler.put_back
+
+    def noted(sequence: Sequence) -> None:
+        if sequence.output_ids:
+            given.append(sequence)
+        put_back(sequence)
+
+    scheduler.put_back = noted  # type: ignore[method-assign]
+    return given
 
 
 class TestMemory:
@@ -541,6 +557,46 @@ class TestAnswersThatGiveTheirMemory:
             SequenceState.DECODING,
             SequenceState.DECODING,
         ]
+
+    def test_any_mix_in_little_memory_gives_each_its_solo_answer(self) -> None:
+        """Answers of all priorities, most of them longer than the time until the next request, from 80 seeds."""
+        num_given = num_given_again = 0
+        for seed in range(80):
+            chance = random.Random(seed)
+            factor = chance.choice((0, 4))
+            runner = FakeRunner(
+                num_slots=8,
+                context_length=64,
+                min_run=chance.choice((1, 2)),
+                kv_budget=KVBudget(4, 16 * (1 + factor) + chance.randrange(8), factor),
+            )
+            drafting = Drafting(context_length=64) if chance.random() < 0.5 else None
+            bench = Bench(runner=runner, num_slots=chance.randint(2, 4), prefill_chunk=5, drafting=drafting)
+            given = note_answers_put_back(bench)
+            alive: list[Sequence] = []
+            for _ in range(15):
+                priority = chance.choice(list(Priority))
+                # Who is urgent is done soon, so that others get to write.
+                length = chance.randint(1, 4) if priority is INTERACTIVE else chance.randint(20, 45)
+                params = replace(GREEDY, max_tokens=length, temperature=chance.choice((0.0, 1.0)), seed=seed)
+                num_prompt = chance.randint(30, 55) if priority is INTERACTIVE else chance.randint(1, 15)
+                prompt = [chance.randrange(50) for _ in range(num_prompt)]
+                alive.append(bench.add(prompt, params, priority=priority))
+                for _ in range(chance.randint(2, 30)):
+                    runner.fail_next = RunTerminated() if chance.random() < 0.1 else None
+                    bench.step()
+                    runner.fail_next = None
+                if chance.random() < 0.1:
+                    bench.engine.remove(alive.pop(chance.randrange(len(alive))))
+            bench.finish()
+            for sequence in alive:
+                expected = solo(sequence.prompt_ids, sequence.params, context_length=64)
+                assert sequence.output_ids == expected
+                assert bench.text(sequence) == decoded([each for each in expected if each != END])
+            num_given += len(given)
+            num_given_again += len(given) - len(set(given))
+        assert num_given > 100
+        assert num_given_again > 20
 
 
 class TestTurns:
