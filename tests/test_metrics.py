@@ -356,14 +356,18 @@ def test_a_machine_without_sensors_has_no_figures_of_them() -> None:
 
 
 def known_names() -> set[str]:
-    """Every metric as Prometheus stores it, with all that a board can have."""
+    return set(known_types())
+
+
+def known_types() -> dict[str, str]:
+    """Every metric as Prometheus stores it, with its type, and with all that a board can have."""
     registry = CollectorRegistry()
     Figures(registry)
     board = status_pb2.BoardStatus(temperature_celsius=1, has_flags=True)
     full = status_pb2.GetStatusResponse(max_kv_bytes=1, board=board)
     registry.register(LiveFigures(lambda: full, lambda: 0))
     return {
-        f"{family.name}_total" if family.type == "counter" else family.name
+        f"{family.name}_total" if family.type == "counter" else family.name: family.type
         for family in text_string_to_metric_families(generate_latest(registry).decode())
         # The daemon switches these off, for the whole process.
         if not family.name.endswith("_created")
@@ -376,6 +380,14 @@ def test_the_document_describes_every_metric_and_no_other() -> None:
         name for row in text.splitlines() if row.startswith("| `") for name in re.findall(r"`(hearth_\w+)`", row)
     }
     assert described == known_names()
+
+
+def test_the_document_says_of_which_type_each_metric_is() -> None:
+    rows = [row.split(" | ") for row in (ROOT / "docs/observability.md").read_text(encoding="utf-8").splitlines()]
+    described = {
+        name: row[1] for row in rows if row[0].startswith("| `") for name in re.findall(r"`(hearth_\w+)`", row[0])
+    }
+    assert described == known_types()
 
 
 @pytest.mark.parametrize("file", ["docs/observability.md", "deploy/prometheus/alerts.yml"])
