@@ -519,7 +519,7 @@ async def test_a_ping_waits_for_every_loaded_model_and_for_none_that_has_left(tm
         await until(pool, lambda: pool.num_chats)
         runner = shelf.runners["other"]
         await asyncio.to_thread(runner.wait_for_forwards, 4)
-        # Its run is stuck, with the baton: nobody answers.
+        # Its run is stuck, with the baton: it does not answer.
         ping = asyncio.create_task(pool.ping())
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.05):

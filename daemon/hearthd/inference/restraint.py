@@ -1,6 +1,6 @@
 """How one inference thread obeys the governor: fewer chats at once, fewer threads, pauses. Around each step.
 
-    with baton, restraint:
+    with restraint:  # once the baton is there
         engine.step()
 
 The pause that a step owes is made before the next one, so that what it wrote is told without delay. While the baton is
@@ -9,7 +9,7 @@ last; the rest is paid later, so that a cancelled chat never waits for long.
 
 No answer changes: neither company nor the number of threads changes a bit of it (tests/test_real_threads.py).
 
-Owned by `worker`, of the inference thread alone. Knows the engine and the runner of its model.
+Owned by `inference_thread`, of that thread alone. Knows the engine and the runner of its model.
 """
 
 import logging
@@ -54,7 +54,7 @@ class Restraint:
         self._sleep = sleep
         self._obeyed = FULL
         self._num_threads = model.runner.num_threads
-        # When to do that; None if there is nothing to do.
+        # When to set the number of threads that is allowed; None if that is done.
         self._change_at: float | None = None
         self._has_failed = False
         self._owed = 0.0
