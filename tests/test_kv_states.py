@@ -77,6 +77,8 @@ class Held:
     identity: str
     audience: str
     num_tokens: int
+    shared: SharedPrompts
+    """When it came."""
     is_fetched: bool = False
     tokens: list[int] = field(default_factory=list)
 
@@ -212,7 +214,7 @@ class Cache(RuleBasedStateMachine):
         if num_tokens > self.runner.context_length:
             return
         num_found = self.cache.num_found(whole, identity, audience)
-        self.check_may_find(num_found, whole, identity, audience)
+        self.check_may_find(num_found, whole, identity, audience, self.shared)
         has_room = self.cache.has_room_for(num_tokens, len(whole))
         place = self.cache.acquire(whole, identity, num_tokens, len(system) if has_first else 0, audience)
         assert has_room == (place is not None)
@@ -222,8 +224,8 @@ class Cache(RuleBasedStateMachine):
         assert place.slot not in self.held
         assert place.num_cached in (0, place.num_past)
         assert place.num_past <= max(len(whole) - self.runner.min_run, 0)
-        self.check_may_find(place.num_past, whole, identity, audience)
-        held = Held(whole, identity, audience, num_tokens, tokens=whole[: place.num_past])
+        self.check_may_find(place.num_past, whole, identity, audience, self.shared)
+        held = Held(whole, identity, audience, num_tokens, self.shared, tokens=whole[: place.num_past])
         self.held[place.slot] = held
         self.note_known(held)
         self.get_to(place.slot, stage, most, fault)
@@ -261,15 +263,16 @@ class Cache(RuleBasedStateMachine):
         self.cache.release(number)
         del self.held[number]
 
-    def check_may_find(self, num_tokens: int, prompt: list[int], identity: str, audience: str) -> None:
+    def check_may_find(
+        self, num_tokens: int, prompt: list[int], identity: str, audience: str, shared: SharedPrompts
+    ) -> None:
         """Prove that what is found was this identity's, or is shared with it as a whole, or comes with the model."""
         found = prompt[:num_tokens]
         if any(known[:num_tokens] == found for known in self.known.get((self.model, identity), ())):
             return
         if num_tokens <= len(self.runner.preset_tokens):
             return
-        shared = self.shared.by_audience
-        mine = shared.get(audience, shared.get("", []))
+        mine = shared.by_audience.get(audience, shared.by_audience.get("", []))
         assert any(prompt[: len(each)] == each and num_tokens <= len(each) for each in mine)
 
     def note_known(self, held: Held) -> None:
@@ -283,7 +286,7 @@ class Cache(RuleBasedStateMachine):
         fetched = self.cache.fetch(number, 0.0)
         held.is_fetched = fetched is not None
         if fetched:
-            self.check_may_find(fetched, held.prompt, held.identity, held.audience)
+            self.check_may_find(fetched, held.prompt, held.identity, held.audience, held.shared)
             assert len(held.tokens) < fetched <= max(len(held.prompt) - self.runner.min_run, 0)
             held.tokens = held.prompt[:fetched]
             self.note_known(held)
@@ -458,4 +461,4 @@ class Cache(RuleBasedStateMachine):
 
 
 TestCache = Cache.TestCase
-TestCache.settings = settings(max_examples=150, stateful_step_count=60)
+TestCache.settings = settings(max_examples=200, stateful_step_count=60)
