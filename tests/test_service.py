@@ -89,6 +89,15 @@ def conversation(*turns: tuple[int, str]) -> chat_pb2.ChatRequest:
     return chat_pb2.ChatRequest(messages=[chat_pb2.Message(role=role, content=text) for role, text in turns])
 
 
+async def until_there(channel: grpc.aio.Channel, num_chats: int) -> None:
+    """Return when so many chats are admitted: while the gate is shut, none of them ends before the last has come."""
+    service = status_pb2_grpc.StatusServiceStub(channel)
+    while True:
+        status = await service.GetStatus(hearth_status_pb2.GetStatusRequest())
+        if status.running_count + status.queued_count == num_chats:
+            return
+
+
 async def let_pass_until(runner: FakeRunner, awaited: Any) -> Any:
     """Let a gated runner do one forward after the other until something has happened."""
     task = asyncio.ensure_future(awaited)
@@ -155,6 +164,7 @@ async def test_waiting_chats_hear_their_places_first(tmp_path: Path) -> None:
         first = start_chat(channel, chat_request(max_tokens=200))
         await asyncio.to_thread(runner.wait_for_forwards, PROOF_FORWARDS + 1)
         second = aiter(start_chat(channel, chat_request()))
+        await until_there(channel, 2)
         assert (await let_pass_until(runner, anext(second))).queued.position == 0
         runner.open_gate()
         for responses in (first, second):
@@ -345,6 +355,7 @@ async def test_a_full_queue_is_told_at_once_in_both_languages(tmp_path: Path) ->
     runner = make_runner(is_gated=True)
     async with daemon(tmp_path, runner) as (channel, _):
         streams = [aiter(start_chat(channel, chat_request(max_tokens=200))) for _ in range(4)]
+        await until_there(channel, 4)
         # Two run, which gives each a first delta, and two hear that they wait.
         first = await let_pass_until(runner, asyncio.gather(*map(anext, streams)))
         assert sorted(response.WhichOneof("event") for response in first) == ["delta", "delta", "queued", "queued"]
@@ -375,6 +386,7 @@ async def test_an_urgent_chat_is_put_before_one_that_came_earlier(tmp_path: Path
             request = chat_request(max_tokens=2)
             request.priority = priority
             calls.append(start_chat(channel, request))
+            await until_there(channel, len(calls))
             assert (await let_pass_until(runner, calls[-1].read())).queued.position == 0
         assert (await calls[1].read()).queued.position == 1
         runner.open_gate()
