@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -166,6 +167,8 @@ class Cache(RuleBasedStateMachine):
             max_bytes=MAX_BYTES, margin_bytes=0, writes=writes, clock=lambda: self.now,
         )  # fmt: skip
         self.stored = StoredPrefixes(store, self.runner, min_tokens=64)
+        self.moved = threading.Event()
+        self.stored.on_room = self.moved.set
         self.cache = KVCache(self.runner, self.stored)
         self.cache.share(self.shared)
         self.held: dict[int, Held] = {}
@@ -354,14 +357,20 @@ class Cache(RuleBasedStateMachine):
         self.cache.note_read(number, len(chunk))
 
     def save(self) -> None:
-        """Wait for the writing thread where it has all that it needs, or cannot go on."""
+        """Wait until the writing thread has done all that it can: the same calls give the same files."""
         before = self.stored._outgoing
+        num_given = 0 if before is None else before.saving.num_given
+        self.moved.clear()
         self.cache.save_some()
         out = self.stored._outgoing
         if before is not None and before is not out:
             before.saving.wait(30)
-        if out is not None and (self.disk.is_full or out.saving.num_given == out.saving.prefix.num_tokens):
+        if out is None:
+            return
+        if self.disk.is_full or out.saving.num_given == out.saving.prefix.num_tokens:
             out.saving.wait(30)
+        elif out is not before or out.saving.num_given > num_given:
+            assert self.moved.wait(30)
 
     # What happens around.
 
