@@ -5,12 +5,15 @@
 Prints a line each interval and a summary. Ends with 1 if anything went wrong: an error that was not asked for, a daemon
 that did not come to rest, descriptors or threads that stayed, a silence after which systemd's watchdog would have ended
 it, or a resident set that grew more than 1 % over the last half (of a run of 10 minutes or more: the first minutes fill
-buffers for the first time). Leaves nothing behind.
+buffers for the first time). It is measured while nobody calls, without the KV that the daemon's own budget counts: in
+mid-work it moves by a tenth and more with what is being read, which would hide the growth that is looked for. Leaves
+nothing behind.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import random
 import socket
@@ -20,11 +23,15 @@ import tempfile
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import grpc
+
 from hearth import Client
+from hearth.v1 import status_pb2, status_pb2_grpc
 from hearthd.access.tokens import create_token
 from soak_chats import VISITS, Place, fill_the_context
 from tls_files import make_tls_files
@@ -44,6 +51,10 @@ WATCHDOG_SECONDS = 30.0
 class Sample:
     seconds: float
     resident_mb: float
+    kv_mb: float
+    """Of it, by the daemon's budget: whatever is worth keeping, up to a limit."""
+    peak_mb: float
+    """The most that was ever resident."""
     num_descriptors: int
     num_threads: int
 
@@ -79,6 +90,40 @@ class LifeSigns:
                     self.longest_seconds = max(self.longest_seconds, now - last)
                     self.number += 1
                 last = now
+
+
+class Door:
+    """Callers come in while it is open. Any thread."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._is_open = True
+        self._num_inside = 0
+
+    @contextlib.contextmanager
+    def inside(self) -> Iterator[None]:
+        with self._changed:
+            self._changed.wait_for(lambda: self._is_open)
+            self._num_inside += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._num_inside -= 1
+                self._changed.notify_all()
+
+    @contextlib.contextmanager
+    def shut(self) -> Iterator[None]:
+        """Nobody is inside, nobody comes in."""
+        with self._changed:
+            self._is_open = False
+            self._changed.wait_for(lambda: not self._num_inside)
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._is_open = True
+                self._changed.notify_all()
 
 
 class Tally:
@@ -133,25 +178,42 @@ def start_daemon(directory: Path, place: Place, model: Path, threads: int, signs
         )
 
 
-def measure(pid: int, begin: float) -> Sample:
+def rest(socket_path: Path) -> int:
+    """Wait until no chat is left; the bytes of KV that are in use then."""
+    with grpc.insecure_channel(f"unix://{socket_path}") as channel:
+        service = status_pb2_grpc.StatusServiceStub(channel)
+        deadline = time.monotonic() + REST_SECONDS
+        while True:
+            status = service.GetStatus(status_pb2.GetStatusRequest(), wait_for_ready=True, timeout=REST_SECONDS)
+            if not status.running_count + status.queued_count or time.monotonic() > deadline:
+                return int(status.kv_bytes)
+
+
+def measure(pid: int, socket_path: Path, begin: float) -> Sample:
     proc = Path(f"/proc/{pid}")
+    kv_bytes = rest(socket_path)
+    lines = dict(line.split(":", 1) for line in (proc / "status").read_text().splitlines())
+    peak_kb = int(lines["VmHWM"].removesuffix("kB"))
     resident = int((proc / "statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
     return Sample(
         time.monotonic() - begin,
         resident / 1e6,
+        kv_bytes / 1e6,
+        peak_kb * 1024 / 1e6,
         len(os.listdir(proc / "fd")),
         len(os.listdir(proc / "task")),
     )
 
 
-def visit(place: Place, tally: Tally, seed: str, pause: float) -> None:
+def visit(place: Place, door: Door, tally: Tally, seed: str, pause: float) -> None:
     """One caller, until the end."""
     chance = random.Random(seed)
     kinds, weights = zip(*VISITS, strict=True)
     while not place.stop.is_set():
         [kind] = chance.choices(kinds, weights)
         try:
-            kind(place, chance)
+            with door.inside():
+                kind(place, chance)
         except Exception as error:  # noqa: BLE001 - whatever it is, the summary tells it
             tally.add(kind.__name__, error)
         else:
@@ -160,24 +222,25 @@ def visit(place: Place, tally: Tally, seed: str, pause: float) -> None:
 
 
 def growth_percent(samples: list[Sample]) -> float:
-    """Growth over the last half by a straight line through its samples, so that no single one decides."""
+    """Growth over the last half, without KV, by a straight line through its samples, so that no single one decides."""
     last = [sample for sample in samples if sample.seconds >= samples[-1].seconds / 2]
     mean_seconds = sum(sample.seconds for sample in last) / len(last)
     mean_mb = sum(sample.resident_mb for sample in last) / len(last)
+    mean_own_mb = sum(sample.resident_mb - sample.kv_mb for sample in last) / len(last)
     spread = sum((sample.seconds - mean_seconds) ** 2 for sample in last)
     if not spread:
         return 0.0
-    slope = sum((s.seconds - mean_seconds) * (s.resident_mb - mean_mb) for s in last) / spread
+    slope = sum((s.seconds - mean_seconds) * (s.resident_mb - s.kv_mb - mean_own_mb) for s in last) / spread
     return 100 * slope * (last[-1].seconds - last[0].seconds) / mean_mb
 
 
-def come_to_rest(place: Place, pid: int, before: Sample, begin: float) -> list[str]:
+def come_to_rest(place: Place, pid: int, socket_path: Path, before: Sample, begin: float) -> list[str]:
     """Wait until nothing of the callers is left in the daemon; what is left all the same."""
     deadline = time.monotonic() + REST_SECONDS
     while True:
         with place.connect() as client:
             status = client.status()
-        now = measure(pid, begin)
+        now = measure(pid, socket_path, begin)
         left = {
             "chats": status.num_running + status.num_queued,
             # The one connection that asks is there in both counts.
@@ -204,31 +267,34 @@ def soak(options: argparse.Namespace, directory: Path, signs: LifeSigns) -> int:
         stop=threading.Event(),
     )
     daemon = start_daemon(directory, place, options.model, options.threads, signs)
-    tally = Tally()
+    socket_path = directory / "s"
+    door, tally = Door(), Tally()
     callers: list[threading.Thread] = []
     try:
         with place.connect() as client:
             client.count_tokens("Waits until the daemon serves.")
         fill_slots(place)
         begin = time.monotonic()
-        samples = [measure(daemon.pid, begin)]
+        samples = [measure(daemon.pid, socket_path, begin)]
         callers = [
-            threading.Thread(target=visit, args=(place, tally, f"{options.seed}/{number}", options.pause))
+            threading.Thread(target=visit, args=(place, door, tally, f"{options.seed}/{number}", options.pause))
             for number in range(options.callers)
         ]
         for caller in callers:
             caller.start()
-        watch(options, daemon, samples, tally, begin)
+        watch(options, daemon, socket_path, samples, door, tally, begin)
         place.stop.set()
         for caller in callers:
             caller.join(60)
-        problems = come_to_rest(place, daemon.pid, samples[0], begin) if daemon.poll() is None else []
-        with Client(f"unix://{directory}/s") as client:
+        problems = []
+        if daemon.poll() is None:
+            problems += come_to_rest(place, daemon.pid, socket_path, samples[0], begin)
+        with Client(f"unix://{socket_path}") as client:
             status = client.status()
         daemon.terminate()
         if (code := daemon.wait(30)) != 0:
             problems.append(f"the daemon ended with {code}")
-        if (directory / "s").exists():
+        if socket_path.exists():
             problems.append("the socket was left behind")
         problems += [f"{count} x {what}" for what, count in tally.errors.items()]
         print(f"\n{signs.number} signs of life, {signs.longest_seconds:.1f} s apart at most")
@@ -256,14 +322,20 @@ def fill_slots(place: Place) -> None:
 
 
 def watch(
-    options: argparse.Namespace, daemon: subprocess.Popen[bytes], samples: list[Sample], tally: Tally, begin: float
+    options: argparse.Namespace,
+    daemon: subprocess.Popen[bytes],
+    socket_path: Path,
+    samples: list[Sample],
+    door: Door,
+    tally: Tally,
+    begin: float,
 ) -> None:
-    print("minutes  resident MB  descriptors  threads  visits  errors", flush=True)
+    print("minutes  resident MB  of it KV  descriptors  threads  visits  errors", flush=True)
     end = begin + 60 * options.minutes
     while True:
         sample = samples[-1]
         print(
-            f"{sample.seconds / 60:7.1f}  {sample.resident_mb:11.1f}  {sample.num_descriptors:11}"
+            f"{sample.seconds / 60:7.1f}  {sample.resident_mb:11.1f}  {sample.kv_mb:8.1f}  {sample.num_descriptors:11}"
             f"  {sample.num_threads:7}  {tally.visits.total():6}  {tally.errors.total():6}",
             flush=True,
         )
@@ -273,7 +345,8 @@ def watch(
         try:
             code = daemon.wait(min(options.interval, left))
         except subprocess.TimeoutExpired:
-            samples.append(measure(daemon.pid, begin))
+            with door.shut():
+                samples.append(measure(daemon.pid, socket_path, begin))
         else:
             tally.add("daemon", AssertionError(f"it ended with {code}"))
             return
@@ -297,7 +370,7 @@ def report(
     print(f"{num_prompt_tokens} tokens read, {num_completion_tokens} written in {options.minutes:g} minutes")
     print(
         f"resident {samples[0].resident_mb:.1f} MB at first, {samples[-1].resident_mb:.1f} MB at last, at most "
-        f"{max(sample.resident_mb for sample in samples):.1f}; growth over the last half {growth:+.2f} %"
+        f"{samples[-1].peak_mb:.1f} in mid-work; growth over the last half, without KV: {growth:+.2f} %"
     )
     for problem in problems:
         print(f"PROBLEM: {problem}")
