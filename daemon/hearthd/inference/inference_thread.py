@@ -1,7 +1,7 @@
 """The inference thread: it loads a model, proves it, and runs step after step, each when it has the `baton`.
 
 It is told what to do by commands, functions that it calls between two steps and while it waits for its turn. What comes
-of a step goes to the event loop by `call_soon_threadsafe`, in one call.
+of its steps goes to the event loop by its `outbox`.
 
 Knows no chats, and of asyncio only the loop and its futures. Made by `worker`, its other half.
 """
@@ -18,6 +18,7 @@ from hearthd.errors import EngineCrashedError, HearthdError
 from hearthd.generation.engine import Engine
 from hearthd.inference.baton import Baton
 from hearthd.inference.model import Model, prove
+from hearthd.inference.outbox import Outbox
 from hearthd.inference.restraint import Restraint
 from hearthd.logs import log_incident
 from hearthd.priority import Priority
@@ -46,12 +47,17 @@ class InferenceThread:
         baton: Baton,
         throttle: Callable[[], Throttle],
         deliver: Callable[[list[tuple[Sequence, Event]]], None],
+        interval_seconds: float,
     ) -> None:
-        """load: called in the thread. deliver: called on the loop, with what came of a step."""
+        """load: called in the thread. deliver: called on the loop, with what came of steps.
+
+        interval_seconds: how long further words of an answer may wait for more, to be delivered together.
+        """
         self._load = load
         self._baton = baton
         self._throttle = throttle
         self._deliver = deliver
+        self._outbox = Outbox(self._call_loop, interval_seconds)
         self._commands: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="inference", daemon=True)
         self._model: Model | None = None
@@ -75,6 +81,7 @@ class InferenceThread:
             # asyncio complains of an error that nobody has asked for; a daemon that is told to stop does not ask.
             future.add_done_callback(lambda done: done.exception())
         self._loaded, self._ended = loaded, ended
+        self._outbox.start(self._loop, self._deliver)
         self._thread.start()
         return loaded, ended
 
@@ -135,6 +142,7 @@ class InferenceThread:
             return None
         finally:
             self._baton.leave(self)
+            self._outbox.flush()
             # Its memory goes back to the system with the last reference to it.
             self._model = None
 
@@ -152,7 +160,7 @@ class InferenceThread:
                 self._baton.leave(self, engine.urgency)
                 self._judge(events)
                 if events:
-                    self._call_loop(self._deliver, events)
+                    self._outbox.send(events)
             else:
                 self._baton.leave(self)
         engine.close(_CLOSE_SECONDS)
@@ -187,7 +195,7 @@ class InferenceThread:
         try:
             self._model.engine.add(sequence)
         except HearthdError as error:
-            self._call_loop(self._deliver, [(sequence, Failed(error))])
+            self._outbox.send([(sequence, Failed(error))])
 
     def _judge(self, events: list[tuple[Sequence, Event]]) -> None:
         """Raise the error of an engine that does nothing but fail."""

@@ -55,11 +55,21 @@ class Worker:
         *,
         max_queued: int,
         stream_backlog_bytes: int,
+        stream_interval_seconds: float = 0.0,
         baton: Baton | None = None,
         throttle: Callable[[], Throttle] = lambda: FULL,
     ) -> None:
-        """load: called in the inference thread. baton: held for each step; None if no other model is served."""
-        self._thread = InferenceThread(load, baton=baton or Baton(), throttle=throttle, deliver=self._deliver)
+        """load: called in the inference thread. baton: held for each step; None if no other model is served.
+
+        stream_interval_seconds: how long further words of an answer may wait for more; 0: each token goes by itself.
+        """
+        self._thread = InferenceThread(
+            load,
+            baton=baton or Baton(),
+            throttle=throttle,
+            deliver=self._deliver,
+            interval_seconds=stream_interval_seconds,
+        )
         self._max_queued = max_queued
         self._stream_backlog_bytes = stream_backlog_bytes
         # In the order in which they have come.

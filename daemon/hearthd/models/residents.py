@@ -125,6 +125,7 @@ class Residents:
             partial(self._load, config),
             max_queued=config.limits.max_queued,
             stream_backlog_bytes=config.server.stream_backlog_bytes,
+            stream_interval_seconds=config.server.stream_interval_ms / 1000,
             baton=self._baton,
             throttle=self._throttle,
         )

@@ -67,6 +67,8 @@ class Sequence:
     which has not been run yet."""
     num_read: int = field(init=False, default=0)
     """Prompt tokens that need not be run any more; while it waits, as far as the cache held them when it came."""
+    has_spoken: bool = field(init=False, default=False)
+    """Whether words of its answer were sent."""
     was_stopped: bool = field(init=False, default=False)
     """A long run of its prompt was stopped for a more urgent request. The others are short."""
     num_cached: int = field(init=False, default=0)
