@@ -35,9 +35,15 @@ class Bench:
         return max(least, round(number * self.scale))
 
     def server(
-        self, name: str, *, callers: Sequence[str], slots: int | None = None, settings: str = ""
+        self,
+        name: str,
+        *,
+        callers: Sequence[str],
+        slots: int | None = None,
+        each_token: bool = False,
+        settings: str = "",
     ) -> HearthServer:
-        """Return a daemon for one scenario, which is not started yet."""
+        """Return a daemon for one scenario, which is not started yet. each_token: it sends each by itself."""
         return HearthServer(
             self.model,
             self.output / f"{name}.log",
@@ -46,5 +52,6 @@ class Bench:
             context_length=self.context_length,
             callers=callers,
             command=self.command,
+            each_token=each_token,
             settings=settings,
         )

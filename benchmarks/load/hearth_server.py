@@ -38,11 +38,13 @@ class HearthServer(ServerProcess):
         context_length: int = 2048,
         callers: Sequence[str] = ("caller",),
         command: Sequence[str] = COMMAND,
+        each_token: bool = False,
         settings: str = "",
     ) -> None:
         """model: an installed model's directory. callers: who get a token each.
 
-        command: what takes the configuration's path and is a daemon. settings: more of the configuration, TOML.
+        command: what takes the configuration's path and is a daemon. each_token: a message for each, as steps give
+        them. settings: more of the configuration, TOML.
         """
         super().__init__("hearthd", log)
         # A short path: that of a Unix socket has at most 107 bytes.
@@ -54,6 +56,7 @@ class HearthServer(ServerProcess):
         self._config = self._directory / "hearthd.toml"
         self._config.write_text(
             f'[server]\nunix_socket = ""\ntcp = ["{self.address}"]\nmax_connections = 256\ndrain_grace_seconds = 2\n'
+            f"{'stream_interval_ms = 0' if each_token else ''}\n"
             f'[auth]\ntoken_file = "{token_file}"\n'
             f'[model]\ndirectory = "{model.resolve().parent}"\nname = "{model.resolve().name}"\n'
             f"[engine]\nslots = {slots}\ncontext_length = {context_length}\nthreads = {threads}\n"

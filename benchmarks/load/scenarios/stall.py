@@ -26,7 +26,7 @@ _ROUNDS = 5
 async def run(bench: Bench) -> Result:
     """Let the same answer run alone, and again with a prompt of 2,000 tokens beside it."""
     ratios, figures = [], []
-    with bench.server("stall", callers=("talks", "reads")) as server:
+    with bench.server("stall", callers=("talks", "reads"), each_token=True) as server:
         talks, reads = server.caller("talks"), server.caller("reads")
         for number in range(bench.count(_ROUNDS) + 1):
             await asyncio.to_thread(server.wait_until_quiet)
