@@ -804,6 +804,47 @@ class TestEstimates:
         bench.finish()
         assert bench.finished(in_time).reason is FinishReason.LENGTH
 
+    @pytest.mark.parametrize("is_one_run", [False, True])
+    def test_a_slow_moment_of_an_idle_machine_locks_nobody_out_for_longer_than_a_minute(self, is_one_run: bool) -> None:
+        bench, machine = on_machine(num_slots=2)
+        machine.prompt_seconds = 0.4
+        bench.add([1] * (64 if is_one_run else 900), SHORT, identity="slow")
+        bench.finish()
+        machine.prompt_seconds = 0.0025
+        if not is_one_run:  # the last eight runs, and all of the last minute, were slow
+            with pytest.raises(DeadlineTooShortError):
+                bench.add([2] * 300, SHORT, deadline=bench.clock.now + 5)
+        bench.clock.now += 61
+        for number in range(3):
+            in_time = bench.add([number] * 300, SHORT, identity=f"{number}", deadline=bench.clock.now + 5)
+            bench.finish()
+            assert bench.finished(in_time).reason is FinishReason.LENGTH
+        # By what was measured just now, of which the slow run is no part any more.
+        with pytest.raises(DeadlineTooShortError, match=r"in about 2\.5 s \(0\.0 s in the queue, 2\.5 s"):
+            bench.add([5] * 1000, SHORT, deadline=bench.clock.now + 2)
+
+    def test_a_deadline_is_judged_by_the_fastest_run_of_the_last_minute(self) -> None:
+        bench, machine = on_machine()
+        machine.prompt_seconds = 0.4
+        bench.add([1] * 64, SHORT)
+        bench.finish()
+        machine.prompt_seconds = 0.0025
+        in_time = bench.add([2] * 300, SHORT, deadline=bench.clock.now + 5)
+        bench.finish()
+        assert bench.finished(in_time).reason is FinishReason.LENGTH
+
+    def test_answers_that_are_read_while_nobody_asks_are_measured_too(self) -> None:
+        bench, machine = on_machine()
+        machine.min_run = 2  # an answer's tokens are read again
+        bench.add([1], replace(GREEDY, max_tokens=200))
+        while not ends(bench)[1:]:
+            bench.step()
+        machine.prompt_seconds = 0.01
+        bench.clock.now += 61
+        bench.finish()
+        with pytest.raises(DeadlineTooShortError, match=r"10\.0 s for 1000 tokens"):
+            bench.add([2] * 1000, SHORT, deadline=bench.clock.now + 5)
+
     def test_a_place_counts_as_free_when_enough_of_the_others_have_ended(self) -> None:
         bench, _ = on_machine(num_slots=2)
         for length in (10, 4):

@@ -88,7 +88,7 @@ class Engine:
         self._runner = runner
         self._max_answer_seconds = max_answer_seconds
         self._clock = clock
-        self._pace = Pace()
+        self._pace = Pace(clock)
         self._cache = KVCache(runner, stored)
         self.stored = stored
         """Its figures are for any thread to read."""
@@ -128,7 +128,7 @@ class Engine:
         self._decode_step = DecodeStep(
             runner, self._cache, self._scheduler, self._collector, self._pace, drafting, clock
         )
-        self._idle_time = IdleTime(self._cache, runner, prefill_chunk)
+        self._idle_time = IdleTime(self._cache, runner, self._pace, prefill_chunk, clock)
 
     def step(self) -> list[tuple[Sequence, Event]]:
         """Schedule, run, collect: at most one chunk of one prompt, and one token of every sequence that decodes.

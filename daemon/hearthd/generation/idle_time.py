@@ -5,10 +5,12 @@ prefixes are stored. Whoever asks stops what is being read. Knows no sequences. 
 """
 
 import logging
+from collections.abc import Callable
 
 import numpy as np
 
 from hearthd.kv.kv_cache import KVCache, Runner, RunTerminated
+from hearthd.scheduling.pace import Pace
 
 __all__ = ["IdleTime"]
 
@@ -21,11 +23,13 @@ _DISK_SECONDS = 0.02
 class IdleTime:
     """What there is to do."""
 
-    def __init__(self, cache: KVCache, runner: Runner, chunk: int) -> None:
+    def __init__(self, cache: KVCache, runner: Runner, pace: Pace, chunk: int, clock: Callable[[], float]) -> None:
         """chunk: tokens that are read at a time."""
         self._cache = cache
         self._runner = runner
+        self._pace = pace
         self._chunk = chunk
+        self._clock = clock
         self.is_reading = False
         """Whether the model runs. For any thread to read."""
 
@@ -55,7 +59,9 @@ class IdleTime:
         past_lengths = np.array([self._cache.num_tokens(slot)], np.int32)
         self.is_reading = True
         try:
+            started = self._clock()
             self._runner.forward(np.array([chunk], np.int64), slot, past_lengths)
+            self._pace.note_prompt_run(len(chunk), self._clock() - started)
         except RunTerminated:
             raise
         except Exception as error:  # noqa: BLE001 - of nobody's answer; who asks next hears of it

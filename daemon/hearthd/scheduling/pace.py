@@ -1,9 +1,15 @@
 """How fast this machine is with this model, and how long answers are: means of what was measured last.
 
+Runs of a prompt of long ago say little of now: a board that was hot, or whose card stood still, is not for ever. Where
+there are such of the last minute, no older ones count; and by older ones alone nobody is refused, who would be the next
+measurement.
+
 Knows no sequences. Written to by `engine`; `chunks` and `waits` read it.
 """
 
+import time
 from collections import deque
+from collections.abc import Callable, Iterable
 from typing import Final
 
 __all__ = ["Pace"]
@@ -12,13 +18,17 @@ _NUM_RUNS: Final = 8
 _NUM_ANSWERS: Final = 32
 # Shorter runs say little of what a token costs: the weights are read in each of them.
 _MIN_TOKENS: Final = 16
+# What was measured before that may not hold any more.
+_RECENT_SECONDS: Final = 60.0
 
 
 class Pace:
     """The last runs, as seconds of a token. All are None before there were such."""
 
-    def __init__(self) -> None:
-        self._prompt_runs: deque[tuple[int, float]] = deque(maxlen=_NUM_RUNS)
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        # When they ended, their tokens, and their seconds.
+        self._prompt_runs: deque[tuple[float, int, float]] = deque(maxlen=_NUM_RUNS)
         self._decode_runs: deque[float] = deque(maxlen=_NUM_RUNS)
         self.num_decode_runs = 0
         """Since the start."""
@@ -27,7 +37,7 @@ class Pace:
     def note_prompt_run(self, num_tokens: int, seconds: float) -> None:
         """Remember how long a run over a prompt's tokens took."""
         if num_tokens >= _MIN_TOKENS or not self._prompt_runs:
-            self._prompt_runs.append((num_tokens, seconds))
+            self._prompt_runs.append((self._clock(), num_tokens, seconds))
 
     def note_decode_run(self, seconds: float) -> None:
         """Remember how long a run took that gave each answer a token."""
@@ -41,13 +51,19 @@ class Pace:
     @property
     def prompt_seconds(self) -> float | None:
         """Of a prompt's token."""
-        num_tokens = sum(number for number, _ in self._prompt_runs)
-        return sum(seconds for _, seconds in self._prompt_runs) / num_tokens if num_tokens else None
+        runs = self._recent() or self._prompt_runs
+        num_tokens = sum(number for _, number, _ in runs)
+        return sum(seconds for _, _, seconds in runs) / num_tokens if num_tokens else None
 
     @property
     def slowest_prompt_seconds(self) -> float | None:
         """Of a prompt's token, in the slowest of those runs."""
-        return max((seconds / number for number, seconds in self._prompt_runs), default=None)
+        return max(_of_a_token(self._recent() or self._prompt_runs), default=None)
+
+    @property
+    def fastest_prompt_seconds(self) -> float | None:
+        """Of a prompt's token, in the fastest run of the last minute; None if there was none."""
+        return min(_of_a_token(self._recent()), default=None)
 
     @property
     def decode_seconds(self) -> float | None:
@@ -58,3 +74,11 @@ class Pace:
     def answer_tokens(self) -> float | None:
         """Tokens of an answer."""
         return sum(self._answers) / len(self._answers) if self._answers else None
+
+    def _recent(self) -> list[tuple[float, int, float]]:
+        since = self._clock() - _RECENT_SECONDS
+        return [run for run in self._prompt_runs if run[0] >= since]
+
+
+def _of_a_token(runs: Iterable[tuple[float, int, float]]) -> list[float]:
+    return [seconds / number for _, number, seconds in runs]
