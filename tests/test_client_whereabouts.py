@@ -99,38 +99,90 @@ def test_a_socket_that_appears_while_it_waits_is_found(
             daemon.stop()
 
 
-def test_a_socket_of_a_dead_daemon_is_passed_over(connect: Connect, machine: Path, port: int) -> None:
-    with socket.socket(socket.AF_UNIX) as dead:
-        dead.bind(f"{machine}/user/hearth/hearthd.sock")
-    with connect(ready_timeout=0) as client, pytest.raises(hearth.ConnectError) as caught:
-        client.chat("?")
-    # The likeliest place, where nobody answers.
-    assert str(caught.value).startswith(nobody_at(f"unix://{machine}/user/hearth/hearthd.sock"))
+def only_if_named(port: int) -> str:
+    loopback = f"127.0.0.1:{port}"
+    return f"{loopback} is asked only if named, for anybody on this machine may listen there: --address {loopback}"
+
+
+def test_a_socket_of_a_dead_daemon_is_passed_over_for_another_socket(
+    connect: Connect, machine: Path, port: int
+) -> None:
+    dead = f"unix://{machine}/user/hearth/hearthd.sock"
+    with socket.socket(socket.AF_UNIX) as bound:
+        bound.bind(dead.removeprefix("unix://"))
     with (
-        peer.ScriptedDaemon(peer.say("loopback"), address=f"127.0.0.1:{port}"),
+        peer.ScriptedDaemon(peer.say("anybody"), address=f"127.0.0.1:{port}") as anybody,
         connect(ready_timeout=0) as client,
     ):
-        assert client.chat("?").text == "loopback"
+        with pytest.raises(hearth.ConnectError) as caught:
+            client.chat("?")
+        assert str(caught.value) == nobody_at(dead) + only_if_named(port)
         with peer.ScriptedDaemon(peer.say("system"), address=f"unix://{machine}/system.sock"):
-            # Nobody leaves a daemon that answers.
-            assert client.chat("?").text == "loopback"
-            with connect(ready_timeout=0) as other:
-                assert other.chat("?").text == "system"
+            assert client.chat("?").text == "system"
+        with connect(f"127.0.0.1:{port}") as other:
+            assert other.chat("?").text == "anybody"
+        assert len(anybody.requests) == 1
 
 
 def test_a_daemon_that_comes_back_elsewhere_is_found_by_a_client_that_knew_it(
     connect: Connect, machine: Path, port: int
 ) -> None:
+    system, own = f"unix://{machine}/system.sock", f"unix://{machine}/user/hearth/hearthd.sock"
     with connect() as client:
-        for place in (
-            f"unix://{machine}/system.sock",
-            f"127.0.0.1:{port}",
-            f"unix://{machine}/user/hearth/hearthd.sock",
-        ):
+        for place in (f"127.0.0.1:{port}", system, own, system):
             with peer.ScriptedDaemon(peer.say(place), address=place):
                 assert client.chat("?").text == place
             with pytest.raises(hearth.ConnectError):
                 client.status()
+
+
+def test_nobody_gets_what_is_meant_for_a_socket_by_taking_the_port_while_the_daemon_restarts(
+    connect: Connect, machine: Path, port: int
+) -> None:
+    place = f"unix://{machine}/system.sock"
+    with connect(ready_timeout=0, token="secret") as hasty, connect(token="secret") as patient:
+        with peer.ScriptedDaemon(peer.say("daemon"), address=place):
+            assert hasty.chat("?").text == patient.chat("?").text == "daemon"
+        (machine / "system.sock").unlink(missing_ok=True)
+        with peer.ScriptedDaemon(peer.say("anybody"), address=f"127.0.0.1:{port}") as anybody:
+            for call in (lambda: hasty.chat("?"), hasty.status, patient.status, lambda: hasty.chat("?")):
+                with pytest.raises(hearth.ConnectError) as caught:
+                    call()
+            said = f"cannot reach {place}: there is no such socket; is hearthd running? "
+            assert str(caught.value) == said + only_if_named(port)
+            with peer.ScriptedDaemon(peer.say("daemon again"), address=place):
+                assert patient.chat("?").text == "daemon again"
+            assert anybody.requests == []
+            assert anybody.metadata == []
+
+
+def test_loopback_is_waited_for_where_there_was_no_socket(connect: Connect, port: int, when_it_waits: Any) -> None:
+    come: list[peer.ScriptedDaemon] = []
+    when_it_waits(lambda: come.append(peer.ScriptedDaemon(peer.say("here"), address=f"127.0.0.1:{port}").start()))
+    try:
+        with connect() as client:
+            assert client.chat("?").text == "here"
+    finally:
+        for daemon in come:
+            daemon.stop()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a directory away")
+def test_a_socket_in_a_strangers_directory_is_none(connect: Connect, machine: Path) -> None:
+    """As after `su`, which keeps the other one's XDG_RUNTIME_DIR."""
+    place = machine / "user/hearth/hearthd.sock"
+    with peer.ScriptedDaemon(peer.say("somebody"), address=f"unix://{place}") as somebody:
+        with connect(ready_timeout=0) as client:
+            assert client.chat("?").text == "somebody"
+        machine.joinpath("user").chmod(0o777)
+        os.chown(place.parent, 12345, 12345)
+        with connect(ready_timeout=0) as client, pytest.raises(hearth.ConnectError):
+            client.chat("?")
+        assert len(somebody.requests) == 1
+        # What root has given away, where nobody else can put a directory: the service's own user has it.
+        machine.joinpath("user").chmod(0o755)
+        with connect(ready_timeout=0) as client:
+            assert client.chat("?").text == "somebody"
 
 
 def test_an_address_that_was_named_is_the_only_one(

@@ -98,12 +98,17 @@ def default_address(environ: Mapping[str, str]) -> str:
 
 
 def local_addresses(environ: Mapping[str, str]) -> list[str]:
-    """Where a daemon of this machine may be: the Unix socket of this user's or the system's, and loopback.
+    """Where a daemon of this machine may be: the Unix sockets of this user's and of the system's; else loopback.
 
-    A socket that this user may not write to is another group's: the daemon's loopback address is for everybody.
+    Loopback counts only where there is no socket: while a daemon that has one is away, anybody on this machine may
+    listen on the port. A socket that this user may not write to is another group's: loopback is for everybody.
     """
-    sockets = [path for path in _sockets(environ) if os.access(path, os.W_OK)]
-    return [*(f"unix://{path}" for path in sockets), f"127.0.0.1:{DEFAULT_PORT}"]
+    return [f"unix://{path}" for path in _sockets(environ) if os.access(path, os.W_OK)] or [loopback_address()]
+
+
+def loopback_address() -> str:
+    """Where a daemon listens that was told no other TCP address."""
+    return f"127.0.0.1:{DEFAULT_PORT}"
 
 
 def closed_socket(environ: Mapping[str, str]) -> str | None:
@@ -115,7 +120,7 @@ def _sockets(environ: Mapping[str, str]) -> list[str]:
     candidates = [SYSTEM_SOCKET]
     if (runtime := environ.get("XDG_RUNTIME_DIR", "")).startswith("/"):
         candidates.insert(0, f"{runtime}/hearth/hearthd.sock")
-    return [path for path in candidates if _is_socket(path)]
+    return [path for path in candidates if _is_socket(path) and _has_own_place(path)]
 
 
 def _is_socket(path: str) -> bool:
@@ -123,3 +128,17 @@ def _is_socket(path: str) -> bool:
         return stat.S_ISSOCK(os.stat(path).st_mode)
     except (OSError, ValueError):
         return False
+
+
+def _has_own_place(path: str) -> bool:
+    """Whether nobody but root, the daemon or this user could have put that socket there.
+
+    That is, its directory is root's or this user's; or whoever has it got it from root, in a directory like /run: the
+    service's own user, whose name not each machine can look up.
+    """
+    directory = os.path.dirname(path)
+    try:
+        owner, above = os.stat(directory).st_uid, os.stat(os.path.dirname(directory))
+    except OSError:
+        return False
+    return owner in (0, os.geteuid()) or (above.st_uid == 0 and not above.st_mode & (stat.S_IWGRP | stat.S_IWOTH))

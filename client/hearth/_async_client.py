@@ -34,8 +34,10 @@ class AsyncClient:
     """A connection to a daemon, made when it is first needed. Belongs to the event loop that first uses it.
 
     `address` is `unix:///path`, `host:port` or `[IPv6]:port`. None: HEARTH_ADDRESS, else the daemon that this user is
-    paired with, else the socket of this user's or the system's daemon, else 127.0.0.1:50051: of these, the first where
-    somebody listens, looked for anew whenever the daemon is not there. `options`: see `ClientOptions`.
+    paired with, else the socket of this user's or the system's daemon, the first where somebody listens, else, where
+    there is no socket, 127.0.0.1:50051. The daemon is looked for anew whenever it is not there; after a socket it
+    is looked for at sockets alone, since anybody on this machine may listen on a port that is free. `options`: see
+    `ClientOptions`.
 
     Raises ConfigurationError if any of them cannot be used. Every call may raise the other errors of this package.
     """

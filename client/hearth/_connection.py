@@ -1,6 +1,10 @@
 """The channel of a client, and where it leads: unless an address was named, that is looked up first, and again whenever
 the daemon is not there.
 
+A client for which nobody named an address, and that has once gone to a Unix socket, keeps to sockets: what it says, and
+its token, never go to the loopback address when the socket is gone, since in those seconds any user of the machine may
+listen there. One that found no socket when it began goes to loopback, until there is a socket.
+
 Says what a failed call means, too, which for a paired daemon is another thing.
 
 Two kinds, kept parallel: for threads and for asyncio. Called by `Client` and `AsyncClient`.
@@ -13,7 +17,7 @@ import threading
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from hearth._address import default_address, parse_address
+from hearth._address import local_addresses, parse_address
 from hearth._channel import open_async_channel, open_channel
 from hearth._errors import AuthenticationError, ConnectError, HearthError
 from hearth._settings import Settings
@@ -65,13 +69,14 @@ class _Whereabouts:
 
     def look(self, seconds: float | None) -> _Found:
         """Ask where the daemon is; blocks. If it is nowhere: the likeliest place, so that a call says what is wrong."""
-        paired = self.settings.paired
-        if paired is None:
-            found, likeliest = find_local(os.environ), default_address(os.environ)
-        else:
+        paired, known = self.settings.paired, self.settings.address
+        if paired is not None:
             found = find_address(paired, math.inf if seconds is None else seconds, os.environ)
             likeliest = paired.addresses[0]
-        return _Found(found or likeliest, "" if found else advise(paired, os.environ))
+        else:
+            found = find_local(os.environ, only_sockets=known.is_unix)
+            likeliest = known.text if known.is_unix else local_addresses(os.environ)[0]
+        return _Found(found or likeliest, "" if found else advise(paired, parse_address(likeliest), os.environ))
 
     def move(self, found: _Found) -> None:
         """Go by what `look` found. Streams that still run keep the channel that they have."""

@@ -2,7 +2,8 @@
 
 A paired one is at a stored address, or, if the network can be asked, at another one. An address counts only if the
 daemon's own certificate is shown there: another machine may have taken the address over. Where nobody is paired and
-nobody named an address, it is wherever somebody listens on this machine.
+nobody named an address, it is at a Unix socket of this machine, or at its loopback address if there was no socket when
+the client began: a port of loopback proves nobody's identity, and while a daemon restarts anybody may listen on it.
 
 Blocks; `Client` and `AsyncClient` call it before a channel is opened, the latter in a thread; `_pairing` to know a
 daemon again whose certificate has changed.
@@ -19,7 +20,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
-from hearth._address import closed_socket, local_addresses
+from hearth._address import Address, closed_socket, local_addresses, loopback_address
 from hearth._certificate import fetch_certificate, fingerprint
 from hearth._discovery import FoundDaemon, can_discover, discover
 from hearth._errors import ConfigurationError, ConnectError
@@ -53,13 +54,17 @@ def find_address(daemon: PairedDaemon, seconds: float, environ: Mapping[str, str
     return found
 
 
-def find_local(environ: Mapping[str, str]) -> str | None:
-    """The first place of this machine where somebody listens; None if nobody does anywhere."""
-    return next((address for address in local_addresses(environ) if _is_listened_on(address)), None)
+def find_local(environ: Mapping[str, str], *, only_sockets: bool = False) -> str | None:
+    """The first place of this machine where somebody listens; None if nobody does anywhere.
+
+    `only_sockets`: never the loopback address, which anybody may have taken who saw the socket go.
+    """
+    addresses = [each for each in local_addresses(environ) if each.startswith("unix:") or not only_sockets]
+    return next((address for address in addresses if _is_listened_on(address)), None)
 
 
-def advise(daemon: PairedDaemon | None, environ: Mapping[str, str]) -> str:
-    """What may help a person whose daemon is found nowhere; empty if nothing is known."""
+def advise(daemon: PairedDaemon | None, address: Address, environ: Mapping[str, str]) -> str:
+    """What may help a person whose daemon is not at `address` nor elsewhere; empty if nothing is known."""
     if daemon is not None:
         # Never by itself: it is another one than this user chose, with another model and other rules.
         local = find_local(environ)
@@ -74,6 +79,8 @@ def advise(daemon: PairedDaemon | None, environ: Mapping[str, str]) -> str:
                 group = grp.getgrgid(found.st_gid).gr_name
                 return f'{path} is there for its group: sudo usermod -aG {group} "$USER", then log in again'
         return f"{path} is there, and this user may not open it"
+    if address.is_unix and _is_listened_on(loopback := loopback_address()):
+        return f"{loopback} is asked only if named, for anybody on this machine may listen there: --address {loopback}"
     return "on another machine: hearth pair CODE, or --address"
 
 

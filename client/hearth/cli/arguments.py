@@ -14,9 +14,9 @@ addresses:
 
   Not given: HEARTH_ADDRESS; else the daemon that this user is paired with
   (`hearth pair`; several: --daemon NAME or HEARTH_DAEMON says which); else
-  $XDG_RUNTIME_DIR/hearth/hearthd.sock, /run/hearth/hearthd.sock or
-  127.0.0.1:50051, the first where somebody listens; while nobody does
-  (--wait), all of them are looked at again.
+  $XDG_RUNTIME_DIR/hearth/hearthd.sock or /run/hearth/hearthd.sock, the
+  first where somebody listens, looked at again while nobody does (--wait);
+  else, where there is no such socket, 127.0.0.1:50051.
 
 environment:
   HEARTH_ADDRESS      where the daemon is
