@@ -323,7 +323,8 @@ async def test_a_model_that_is_loaded_too_late_is_ended_with_the_others(tmp_path
         is_open.set()
         await pool.wait_until_gone()
         assert pool.state is State.ENDED
-        assert [worker.state for worker in pool.workers] == [State.ENDED] * 2
+        assert [each.worker and each.worker.state for each in pool.entries] == [State.ENDED] * 2
+        assert pool.workers == []
 
 
 # Leaving.
@@ -466,7 +467,9 @@ async def test_a_model_counts_as_gone_when_its_memory_is_back(tmp_path: Path, mo
         waiting = asyncio.create_task(ask(pool, "b"))
         assert await asyncio.to_thread(collecting.wait, 30)
         await pool.ping()
-        assert (shelf.loads, len(pool.workers)) == ([NAME, "a"], 2)
+        assert (shelf.loads, states(pool)["a"]) == ([NAME, "a"], ModelState.LOADED)
+        # It has nothing more to say, and what it has counted is not lost meanwhile.
+        assert (len(pool.workers), pool.counts.finished) == (1, 1)
         go_on.set()
         assert await waiting
         assert shelf.loads == [NAME, "a", "b"]

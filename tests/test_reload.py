@@ -2,6 +2,7 @@
 
 import asyncio
 import signal
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from hearth.v1 import chat_pb2, chat_pb2_grpc, model_pb2, model_pb2_grpc, status
 from hearthd.access.tokens import create_token
 from hearthd.configuration.config import Config
 from hearthd.errors import ConfigError
+from hearthd.life.beside import beside
 from hearthd.life.reload import Outcome, Reload
 from serving import (
     PROMPT_FORWARDS,
@@ -26,6 +28,7 @@ from serving import (
     tcp_target,
     unix_target,
 )
+from several_models import Shelf, entry, several_config
 from tls_files import make_tls_files
 
 # All or nothing, by itself.
@@ -97,6 +100,53 @@ async def test_a_fault_of_ours_changes_nothing_and_quotes_nothing(
     assert "incident" in str((await reload.run()).error)
     assert reload.config == old
     assert "canary" not in caplog.text
+
+
+@asynchronous
+async def test_a_part_that_cannot_take_over_keeps_neither_the_others_nor_the_next_reload(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Faulty(Part):
+        def prepare(self, config: Config) -> Callable[[], None]:
+            taking = super().prepare(config)
+
+            def apply() -> None:
+                if self.num_prepared == 1:
+                    raise RuntimeError("canary")
+                taking()
+
+            return apply
+
+    old = make_config(tmp_path)
+    new = change(old, limits={"max_queued": 7}, log={"level": "debug"})
+    first, last = Faulty("limits.max_queued"), Part("log.level")
+    reload = Reload(old, lambda: new, (first, last))
+    outcome = await reload.run()
+    assert outcome.is_partial
+    assert outcome.error is not None
+    assert outcome.error.partition("incident ")[2].split(",")[0] in caplog.text
+    assert "canary" not in caplog.text
+    assert (first.applied, last.applied) == ([], [new])
+    assert "a part of the new configuration is not in force" in str(reload.find_problem())
+    assert (await reload.run()).error is None
+    assert (first.applied, last.applied, reload.config) == ([new], [new, new], new)
+    assert reload.find_problem() is None
+
+
+@asynchronous
+async def test_what_ends_beside_the_daemon_is_told_at_once(caplog: pytest.LogCaptureFixture) -> None:
+    async def feed() -> None:
+        raise RuntimeError("canary")
+
+    async def go_on() -> None:
+        await asyncio.Event().wait()
+
+    async with beside(feed(), go_on()):
+        for _ in range(3):  # to begin, to end, to tell
+            await asyncio.sleep(0)
+        assert "feed has ended before its time, incident " in caplog.text
+    assert "canary" not in caplog.text
+    assert "go_on" not in caplog.text
 
 
 @asynchronous
@@ -205,6 +255,44 @@ async def test_a_reload_under_load_fails_no_call(tmp_path: Path) -> None:
             assert (await server._parts.reload.run()).error is None
         texts = {text for text, _ in await asyncio.gather(*chats)}
     assert len(texts) == 1
+
+
+@pytest.mark.parametrize("leaves_after_checks", [False, True])
+@asynchronous
+async def test_a_reload_while_a_model_gives_its_memory_back_is_taken_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, leaves_after_checks: bool
+) -> None:
+    collecting, go_on = threading.Event(), threading.Event()
+
+    def collect() -> None:
+        collecting.set()
+        assert go_on.wait(30)
+
+    def read_slowly(_: Config) -> None:
+        assert collecting.wait(30)
+
+    monkeypatch.setattr("hearthd.models.residents._collect", collect)
+    if leaves_after_checks:
+        monkeypatch.setattr("hearthd.life.live_parts.read_shared_prompts", read_slowly)
+    old = several_config(tmp_path, "other", idle_seconds=600.0)
+    configs = [change(old, limits={"max_queued": number}) for number in (7, 9)]
+    shelf = Shelf()
+    async with (
+        serving(old, shelf.load, survey=shelf.survey, load_again=lambda: configs.pop(0)) as server,
+        grpc.aio.insecure_channel(unix_target(old)) as channel,
+    ):
+        await answer(channel, chat_request(model="other"))
+        pool, reload = server._parts.models, server._parts.reload
+        if leaves_after_checks:
+            reloading = asyncio.create_task(reload.run())
+        pool._residents.part_with(entry(pool, "other"))
+        assert await asyncio.to_thread(collecting.wait, 30)
+        assert entry(pool, "other").worker is not None
+        outcome = await (reloading if leaves_after_checks else reload.run())
+        assert (outcome.error, pool.max_queued, reload.config.limits.max_queued) == (None, 7, 7)
+        go_on.set()
+        assert (await reload.run()).error is None
+        assert (pool.max_queued, reload.config.limits.max_queued) == (9, 9)
 
 
 # SIGHUP, to a process.

@@ -182,6 +182,8 @@ class Server:
         serving = f"serving {self._config.model.name} on {', '.join(self.addresses)}"
         if outcome is None or not (outcome.error or outcome.need_restart):
             return serving
+        if outcome.is_partial:
+            return f"{serving}; a part of the new configuration is not in force: {outcome.error}"
         if outcome.error:
             return f"{serving}; the new configuration cannot be used, the old one stays: {outcome.error}"
         return f"{serving}; needs a restart: {', '.join(outcome.need_restart)}"

@@ -102,9 +102,15 @@ class Worker:
         return self._model
 
     @property
+    def loaded(self) -> Model | None:
+        """The model; None until it is loaded and proven, and once it has gone. Any thread may ask."""
+        return self._model
+
+    @property
     def num_slots(self) -> int:
-        """Chats that can run at once; none before the model is loaded."""
-        return 0 if self._model is None else self._model.engine.num_slots
+        """Chats that can run at once; none without a model."""
+        model = self._model
+        return 0 if model is None else model.engine.num_slots
 
     @property
     def num_chats(self) -> int:
@@ -114,7 +120,8 @@ class Worker:
     @property
     def engine(self) -> Engine | None:
         """The model's, for figures that any thread may read; None without a model."""
-        return None if self._model is None else self._model.engine
+        model = self._model
+        return None if model is None else model.engine
 
     @property
     def sequences(self) -> list[Sequence]:
@@ -167,9 +174,14 @@ class Worker:
         await crossed
 
     def change_limits(self, *, max_queued: int, default_max_tokens: int) -> None:
-        """Admit by other limits from the next chat on; those that are admitted stay. Once the model is there."""
-        model = self.model
+        """Admit by other limits from the next chat on; those that are admitted stay. Once the model is there.
+
+        Nothing if it has gone: nobody is admitted any more.
+        """
         self._max_queued = max_queued
+        model = self._model
+        if model is None:
+            return
         sampling = replace(model.default_sampling, max_tokens=default_max_tokens)
         self._model = replace(model, default_sampling=sampling)
 

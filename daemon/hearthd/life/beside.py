@@ -8,17 +8,29 @@ from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
 from typing import Any
 
+from hearthd.logs import log_incident
+
 __all__ = ["beside", "cancel", "first_of"]
 
 
 @asynccontextmanager
 async def beside(*coroutines: Coroutine[Any, Any, object]) -> AsyncIterator[None]:
-    """While the block runs, they do; with it they end. What they raise is not told."""
+    """While the block runs, they do; with it they end. What one raises goes to the journal at once, and ends it alone.
+
+    Also the one that feeds the watchdog: systemd, fed no more, ends the daemon and starts it again.
+    """
     tasks = [asyncio.create_task(each) for each in coroutines]
+    for task in tasks:
+        task.add_done_callback(_tell)
     try:
         yield
     finally:
         await cancel(*tasks)
+
+
+def _tell(task: "asyncio.Task[Any]") -> None:
+    if not task.cancelled() and (error := task.exception()) is not None:
+        log_incident(f"{getattr(task.get_coro(), '__qualname__', 'a task')} has ended before its time", error)
 
 
 async def first_of(*coroutines: Coroutine[Any, Any, object], timeout: float | None = None) -> bool:  # noqa: ASYNC109

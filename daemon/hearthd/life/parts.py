@@ -139,11 +139,14 @@ class Parts:
         return Troubles([*problems, self._find_prefix_problem], written)
 
     def _find_prefix_problem(self) -> str | None:
-        engines = [worker.engine for worker in self.models.workers if worker.engine]
+        engines = [engine for worker in self.models.workers if (engine := worker.engine)]
         return next((problem for each in engines if each.stored and (problem := each.stored.store.problem)), None)
 
     def _check_prompts(self, policy: Policy) -> None:
-        for model in [worker.model for worker in self.models.workers]:
+        # In another thread than the models', which come and go meanwhile.
+        for model in [worker.loaded for worker in self.models.workers]:
+            if model is None:
+                continue
             policy.check_prompts(partial(_num_tokens, model), model.engine.context_length)
 
 

@@ -3,7 +3,8 @@
 A part of the daemon that can change is a `Reloadable`. It names its keys, and `prepare(config)` works out what their
 new values mean: it may read files, it raises ConfigError for what cannot be used, and it changes nothing. What it
 returns is called once every part has prepared, on the event loop and without a pause between the parts; it makes the
-change and cannot fail. So no call ever sees half of a new configuration, and a broken one leaves the old in force.
+change and must not fail. So no call ever sees half of a new configuration, and a broken one leaves the old in force.
+Should a part fail all the same, the others change, the journal gets an incident, and the next reload tries again.
 `live_parts` has the parts; to make another key changeable is to write one more, and no line here.
 
 Keys of no part need a restart. They keep their values, and what the parts prepare for is the mixture that will be in
@@ -27,7 +28,7 @@ __all__ = ["Apply", "Outcome", "Reload", "Reloadable"]
 _logger = logging.getLogger(__name__)
 
 Apply = Callable[[], object]
-"""Makes a change that was prepared. Cannot fail."""
+"""Makes a change that was prepared. Must not fail."""
 # Sections of sections: all roles are one key here, and so are all models, but for the default one.
 _ROLES: Final = "roles"
 _MODELS: Final = "models"
@@ -48,9 +49,11 @@ class Reloadable(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What came of a reload. error: why nothing changed, one line; None if the configuration was taken over."""
+    """What came of a reload. error: what went wrong, one line; None if the configuration was taken over."""
 
     error: str | None = None
+    is_partial: bool = False
+    """Whether the new configuration is in force in spite of an error, but for a part that failed: a fault of ours."""
     changed: tuple[str, ...] = ()
     """Keys with another value than before."""
     need_restart: tuple[str, ...] = ()
@@ -72,22 +75,23 @@ class Reload:
         self._load = load
         self._parts = parts
         self._check = check
-        self._is_refused = False
+        self._outcome = Outcome()
         self._live = frozenset().union(*(part.keys for part in parts))
         unknown = self._live - {*settings(config), _ROLES, _MODELS}
         assert not unknown, f"no such keys: {unknown}"
 
     def find_problem(self) -> str | None:
         """Return that the configuration in force is not the file's, and what helps; None if it is. Names no path."""
-        if not self._is_refused:
+        if self._outcome.error is None:
             return None
+        if self._outcome.is_partial:
+            return "a part of the new configuration is not in force; the journal says why, another reload tries again"
         return "the new configuration is not used, the old one stays in force; `hearthd check-config` says why"
 
     async def run(self) -> Outcome:
         """Read, prepare, apply; tell the journal what came of it. One call at a time."""
-        outcome = await self._run()
-        self._is_refused = outcome.error is not None
-        return outcome
+        self._outcome = await self._run()
+        return self._outcome
 
     async def _run(self) -> Outcome:
         try:
@@ -100,20 +104,30 @@ class Reload:
             incident = log_incident("the configuration could not be read again, the old one stays in force", error)
             return Outcome(error=f"incident {incident}, see the journal")
         changed = tuple(_differing(self.config, config))
-        for apply in applies:
-            apply()
+        failed = _apply_all(applies)
         self.config = config
         need_restart = tuple(_differing(config, file))
         _logger.info("configuration read again; changed: %s", ", ".join(changed) or "nothing")
         if need_restart:
             _logger.warning("the file has other values of %s, which need a restart", ", ".join(need_restart))
-        return Outcome(changed=changed, need_restart=need_restart)
+        return Outcome(error=failed, is_partial=failed is not None, changed=changed, need_restart=need_restart)
 
     def _prepare(self) -> tuple[Config, Config, list[Apply]]:
         file = self._load()
         mixed = _mix(self.config, file, self._live)
         self._check(mixed)
         return mixed, file, [part.prepare(mixed) for part in self._parts]
+
+
+def _apply_all(applies: Iterable[Apply]) -> str | None:
+    """Make all changes; return what is told of those that failed, which keep none of the others from being made."""
+    incidents = []
+    for apply in applies:
+        try:
+            apply()
+        except Exception as error:  # noqa: BLE001 - a fault of ours; the others' changes belong together
+            incidents.append(log_incident("a part of the daemon could not take the new configuration", error))
+    return f"incident {', '.join(incidents)}, see the journal" if incidents else None
 
 
 def _mix(old: Config, new: Config, live: Iterable[str]) -> Config:

@@ -71,8 +71,11 @@ class ModelPool:
 
     @property
     def workers(self) -> list[Worker]:
-        """The inference threads of the models that are loaded."""
-        return [entry.worker for entry in self._residents.entries if entry.worker is not None]
+        """The inference threads of the models that are loaded, and of those that leave for as long as they are there.
+
+        The last thing of a model that leaves is its memory's return: then its thread has no model any more.
+        """
+        return [worker for worker in self._threads if worker.loaded is not None]
 
     @property
     def num_chats(self) -> int:
@@ -98,7 +101,11 @@ class ModelPool:
     @property
     def counts(self) -> Counts:
         """Of all models since the start."""
-        return sum((worker.counts for worker in self.workers), self._residents.retired)
+        return sum((worker.counts for worker in self._threads), self._residents.retired)
+
+    @property
+    def _threads(self) -> list[Worker]:
+        return [entry.worker for entry in self._residents.entries if entry.worker is not None]
 
     def health(self) -> dict[str, bool]:
         """Return for each model whether a chat with it can begin, though it may have to be loaded first."""
