@@ -18,6 +18,7 @@ from hearthd.kv.prefix_file import DamagedPrefixError, file_size, written
 from hearthd.kv.prefix_store import PrefixStore, StoredPrefix
 from hearthd.kv.shared import SharedPrompts
 from hearthd.kv.slot import Slot
+from hearthd.kv.stored_prefixes import PUBLIC
 from hearthd.sequences.sequence import SequenceState
 from prefix_daemon import MB, SYSTEM, Daemon, asked, chunks_of, open_store
 
@@ -362,6 +363,82 @@ class TestHangingDisk:
         gate.set()
         daemon.run()
         assert first.num_cached == 150
+
+
+class TestNoThreads:
+    """Where the system gives no further thread, all goes on without the disk."""
+
+    @pytest.fixture
+    def forbid(self, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+        start = threading.Thread.start
+
+        def forbid(name: str) -> None:
+            def refuse(thread: threading.Thread) -> None:
+                if thread.name == name:
+                    raise RuntimeError("can't start new thread")
+                start(thread)
+
+            monkeypatch.setattr(threading.Thread, "start", refuse)
+
+        return forbid
+
+    def test_for_reading(
+        self, tmp_path: Path, forbid: Callable[[str], None], monkeypatch: pytest.MonkeyPatch,
+        caplog: pytest.LogCaptureFixture,
+    ) -> None:  # fmt: skip
+        Daemon(tmp_path).store_system()
+        daemon = Daemon(tmp_path, num_slots=2)
+        forbid("prefix-read")
+        for last in range(4):
+            daemon.run(asked([*SYSTEM, last, 8, 7]), asked([last] * 30, num_first=0, identity="b"))
+        assert not any(slot.is_held for slot in daemon.engine._cache._slots)
+        told = [record.getMessage() for record in caplog.records]
+        assert told == [
+            "prompts' beginnings are neither stored nor loaded for want of a thread: can't start new thread"
+        ]
+        monkeypatch.undo()
+        daemon.run(*(asked([7 - last] * 200, num_first=0, identity="b") for last in range(2)))
+        sequence = asked([*SYSTEM, 5, 8, 7])
+        daemon.run(sequence)
+        assert (sequence.num_cached, daemon.store.num_hits) == (150, 1)
+
+    def test_for_reading_what_the_owner_shares(self, tmp_path: Path, forbid: Callable[[str], None]) -> None:
+        stored(open_store(tmp_path), SYSTEM, identity=PUBLIC)
+        daemon = Daemon(tmp_path)
+        forbid("prefix-read")
+        daemon.engine.share_prompts(SharedPrompts.for_everybody([SYSTEM]))
+        daemon.run()
+        sequence = asked([*SYSTEM, 1, 2, 3])
+        daemon.run(sequence)
+        assert sequence.num_cached == 150
+
+    def test_for_writing(
+        self, tmp_path: Path, forbid: Callable[[str], None], monkeypatch: pytest.MonkeyPatch,
+        caplog: pytest.LogCaptureFixture,
+    ) -> None:  # fmt: skip
+        daemon = Daemon(tmp_path)
+        forbid("prefix-write")
+        daemon.store_system()
+        daemon.store_system("b")
+        assert (daemon.store.num_saved, len(caplog.records)) == (0, 1)
+        monkeypatch.undo()
+        daemon.run(asked([*SYSTEM, 5, 8, 7]))
+        assert daemon.store.num_saved == 1
+
+    def test_whatever_goes_wrong_in_the_books_of_the_disk_the_slot_is_free_again(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        daemon = Daemon(tmp_path, num_slots=2)
+
+        def fail(*_: object) -> None:
+            raise MemoryError
+
+        monkeypatch.setattr(daemon.store, "find", fail)
+        cache = daemon.engine._cache
+        for _ in range(3):
+            with pytest.raises(MemoryError):
+                cache.acquire([1, 2, 3], "a", 10)
+        assert not any(slot.is_held for slot in cache._slots)
 
 
 class TestEngine:

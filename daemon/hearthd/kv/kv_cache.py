@@ -97,14 +97,19 @@ class KVCache:
         num_tokens: int,
         num_first: int = 0,
         audience: str = EVERYBODY_ELSE,
+        *,
+        is_new: bool = True,
     ) -> Place | None:
         """Take an idle slot, with as much of the prompt's KV in it as can be had without computing.
 
         num_tokens: prompt and answer at most; memory for them is set aside. num_first: the prompt's tokens up to the
         end of its first message, where that is worth remembering. audience: what is shared with it can be had, besides
-        the identity's own. More may come from the disk: see `fetch`. At least `Runner.min_run` tokens of the prompt are
-        left to run, if it has as many. None if no slot or not enough memory is left beside those that are held. What
-        the runner's context_length allows always fits when nothing is held.
+        the identity's own. is_new: whether the prompt comes now, and is not that of a sequence which lost its KV: this
+        is no further hit, and was not sent twice.
+
+        More may come from the disk: see `fetch`. At least `Runner.min_run` tokens of the prompt are left to run, if it
+        has as many. None if no slot or not enough memory is left beside those that are held. What the runner's
+        context_length allows always fits when nothing is held.
         """
         prompt = list(prompt_ids)
         num_public = self._num_public(prompt, identity, audience)
@@ -143,9 +148,14 @@ class KVCache:
         target.is_held = True
         target.num_reserved = num_reserved
         target.prompt_length = len(prompt)
-        self.num_hits += source is not None
         if self._stored is not None:
-            self._stored.look_for(target, prompt, self._reusable(prompt))
+            try:
+                self._stored.look_for(target, prompt, self._reusable(prompt), is_new=is_new)
+            except Exception:
+                # Nobody else knows of the slot yet.
+                self.release(choice.target)
+                raise
+        self.num_hits += is_new and source is not None
         return Place(choice.target, num_past, source.num_tokens if source else 0)
 
     def has_room_for(

@@ -7,11 +7,13 @@ the disk. Knows slots' books and the runner's KV; no files. Called by `kv_cache`
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Final
+from functools import partial
+from typing import Final, TypeVar
 
 from hearthd.kv.loading import Loading
 from hearthd.kv.prefix_file import CHUNK
@@ -22,6 +24,10 @@ from hearthd.kv.slot import Slot
 from hearthd.thread_name import name_this_thread
 
 __all__ = ["PUBLIC", "StoredPrefixes"]
+
+_logger = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
 
 # A writing thread tells that it has ended a moment before it has.
 _LOOK_SECONDS: Final = 0.05
@@ -60,6 +66,8 @@ class StoredPrefixes:
         self._wanted: list[Slot] = []
         # Keys of first messages, whether they have come more than once; the last to come at the end.
         self._seen: dict[bytes, bool] = {}
+        # Whether the last thread that was wanted could not be had.
+        self._lacks_threads = False
         self.on_room: Callable[[], None] = lambda: None
         """Called in another thread when `has_work` may have become true."""
 
@@ -70,15 +78,22 @@ class StoredPrefixes:
         found = self.store.find(prompt, [(identity, most), (PUBLIC, min(num_public, most))], CHUNK)
         return 0 if found is None else found.num_tokens
 
-    def look_for(self, slot: Slot, prompt: Sequence[int], most: int) -> None:
-        """Begin to load the longest prefix of a prompt, of `most` tokens at most, if that is more than is there."""
+    def look_for(self, slot: Slot, prompt: Sequence[int], most: int, *, is_new: bool = True) -> None:
+        """Begin to load the longest prefix of a prompt, of `most` tokens at most, if that is more than is there.
+
+        is_new: whether the prompt has come now, and not before.
+        """
         self.drop(slot)
-        self._note_seen(slot, prompt)
+        if is_new:
+            self._note_seen(slot, prompt)
         num_past = len(slot.tokens)
         identities = [(slot.identity, most), (PUBLIC, min(slot.num_public, most))]
         found = self.store.find(prompt, identities, num_past + CHUNK)
-        if found is not None:
-            self._incoming[slot] = _Incoming(Loading(self.store, found), list(prompt[: found.num_tokens]), num_past)
+        if found is None:
+            return
+        loading = self._start(partial(Loading, self.store, found))
+        if loading is not None:
+            self._incoming[slot] = _Incoming(loading, list(prompt[: found.num_tokens]), num_past)
 
     def fetch(self, slot: Slot, number: int, wait_seconds: float) -> int | None:
         """Write what has come for a slot to its KV; wait so long for more if there is nothing.
@@ -188,9 +203,24 @@ class StoredPrefixes:
         while self._wanted:
             slot = self._wanted.pop(0)
             prefix = self._prefix_of(slot)
-            if prefix is not None:
-                return _Outgoing(Saving(self.store, prefix, self._tell_room), slot, slot.num_cuts)
+            if prefix is None:
+                continue
+            saving = self._start(partial(Saving, self.store, prefix, self._tell_room))
+            if saving is not None:
+                return _Outgoing(saving, slot, slot.num_cuts)
         return None
+
+    def _start(self, make: Callable[[], _T]) -> _T | None:
+        """Make what has a thread of its own; None if the system gives no thread, and the disk is done without."""
+        try:
+            made = make()
+        except RuntimeError as error:
+            if not self._lacks_threads:
+                _logger.warning("prompts' beginnings are neither stored nor loaded for want of a thread: %s", error)
+            self._lacks_threads = True
+            return None
+        self._lacks_threads = False
+        return made
 
     def _note_seen(self, slot: Slot, prompt: Sequence[int]) -> None:
         """Note that a prompt's first message has come, and that what the disk has of it is of use, loaded or not."""
