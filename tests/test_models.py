@@ -5,10 +5,12 @@ import random
 import threading
 import time
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from hearthd.configuration.config import ModelOptions
 from hearthd.errors import (
     BundleError,
     ConfigError,
@@ -422,6 +424,58 @@ async def test_a_model_stays_when_nobody_waits_for_its_room_any_more(tmp_path: P
             answer = await chat(worker)
         assert await ask(pool, "a") == answer
         assert shelf.loads == [NAME, "a"]
+
+
+@pytest.mark.parametrize("is_removed", [True, False])
+@asynchronous
+async def test_a_model_that_a_reload_lets_go_does_not_stay_when_nobody_waits_for_its_room(
+    tmp_path: Path, is_removed: bool
+) -> None:
+    config = several_config(tmp_path, "a", "b", max_bytes=2 * MODEL_BYTES, slots=2)
+    options = {**config.model_options, "a": ModelOptions(slots=1)}
+    if is_removed:
+        del options["a"]
+    async with pooling(config) as (pool, shelf):
+        a = entry(pool, "a")
+        async with pool.using(a):
+            wanting = asyncio.create_task(ask(pool, "b"))
+            await until(pool, lambda: a.is_leaving)
+            pool.change_models(replace(config, model_options=options))
+            wanting.cancel()
+            await until(pool, lambda: entry(pool, "b").bringing is None)
+            assert a.is_leaving
+        await until(pool, lambda: a.worker is None)
+        if not is_removed:
+            async with pool.using(entry(pool, "a")) as worker:
+                assert worker.num_slots == 1
+            assert shelf.loads == [NAME, "a", "a"]
+
+
+@asynchronous
+async def test_nobody_is_admitted_to_a_model_whose_thread_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    closing, go_on = threading.Event(), threading.Event()
+
+    def close(_: float) -> None:
+        closing.set()
+        assert go_on.wait(30)
+
+    async with pooling(several_config(tmp_path, "a", "b", max_bytes=2 * MODEL_BYTES)) as (pool, shelf):
+        async with pool.using(entry(pool, "a")) as worker:
+            answer = await chat(worker)
+            # A disk that takes its time over what is on its way there.
+            monkeypatch.setattr(worker.model.engine, "close", close)
+        wanting = asyncio.create_task(ask(pool, "b"))
+        assert await asyncio.to_thread(closing.wait, 30)
+        wanting.cancel()
+        await until(pool, lambda: entry(pool, "b").bringing is None)
+        assert not entry(pool, "a").is_usable
+        with pytest.raises(NotServingError):
+            worker.admit()
+        waiting = asyncio.create_task(ask(pool, "a"))
+        await until(pool, lambda: entry(pool, "a").num_waiting)
+        go_on.set()
+        assert await waiting == answer
+        assert shelf.loads == [NAME, "a", "a"]
 
 
 @asynchronous

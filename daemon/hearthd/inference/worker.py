@@ -88,7 +88,9 @@ class Worker:
         # Before anybody else hears of it.
         self._ended.add_done_callback(self._end)
         model = await asyncio.shield(loaded)
-        self._model = model
+        # It may have been told to stop meanwhile, and have ended before this is heard of.
+        if self.state is not State.ENDED:
+            self._model = model
         if self.state is State.LOADING:
             self.state = State.SERVING
         return model
@@ -105,6 +107,11 @@ class Worker:
     def loaded(self) -> Model | None:
         """The model; None until it is loaded and proven, and once it has gone. Any thread may ask."""
         return self._model
+
+    @property
+    def is_admitting(self) -> bool:
+        """Whether chats are admitted."""
+        return self.state is State.SERVING
 
     @property
     def num_slots(self) -> int:
@@ -215,7 +222,8 @@ class Worker:
             await asyncio.wait((self._ended,))
 
     def stop(self) -> None:
-        """Let the thread end after the step that runs now; stop a run in the middle."""
+        """Let the thread end after the step that runs now; stop a run in the middle. Nobody is admitted any more."""
+        self.begin_drain()
         self._thread.stop()
 
     # On the loop.

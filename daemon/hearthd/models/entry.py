@@ -4,7 +4,7 @@ import asyncio
 import enum
 from dataclasses import dataclass
 
-from hearthd.inference.worker import State, Worker
+from hearthd.inference.worker import Worker
 from hearthd.models.facts import ModelFacts
 
 __all__ = ["Entry", "Failure", "ModelState"]
@@ -54,6 +54,8 @@ class Entry:
         self.failure: Failure | None = None
         self.is_leaving = False
         """Nobody new may use it: it goes when those who do have done."""
+        self.must_go = False
+        """It leaves in any case, not only as long as another one waits for its room."""
         self.is_removed = False
         """It is not configured any more."""
         self.bringing: asyncio.Task[None] | None = None
@@ -73,7 +75,7 @@ class Entry:
     @property
     def is_usable(self) -> bool:
         """Whether a chat can be admitted."""
-        return self.worker is not None and not self.is_leaving and self.worker.state is State.SERVING
+        return self.worker is not None and not self.is_leaving and self.worker.is_admitting
 
     @property
     def state(self) -> ModelState:

@@ -234,7 +234,7 @@ class ModelPool:
         self._entries = {name: before.get(name) or _entry(new, name) for name in new.model_names}
         for name in before.keys() - self._entries.keys():
             before[name].is_removed = True
-            self._residents.part_with(before[name])
+            self._residents.dismiss(before[name])
         for name, entry in self._entries.items():
             if entry is self.default:
                 continue

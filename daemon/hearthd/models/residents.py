@@ -96,7 +96,7 @@ class Residents:
                 if self._is_missing(entry):
                     await self.load(entry)
                     if entry.is_removed:
-                        self.part_with(entry)
+                        self.dismiss(entry)
         except Exception as error:  # noqa: BLE001 - whatever it is, those who wait must hear of it
             self.note_failure(entry, error)
             await asyncio.to_thread(_collect)
@@ -214,8 +214,7 @@ class Residents:
     def renew(self, entry: Entry) -> None:
         """Find out what is known of a model that is new, or configured otherwise; let what is loaded of it go."""
         entry.failure = None
-        if entry.worker is not None:
-            self.part_with(entry)
+        self.dismiss(entry)
         self._spawn(self._renew(entry))
 
     async def _renew(self, entry: Entry) -> None:
@@ -248,8 +247,9 @@ class Residents:
             self.part_with(leaving)
             while leaving.worker is not None and self._is_wanted(entry):
                 await self._changed.wait()
-            if leaving.worker is not None and not was_leaving:
-                leaving.is_leaving = False  # nobody waits for its room any more
+            # Nobody waits for its room any more. What has been told to end ends.
+            if not was_leaving and not leaving.must_go and leaving.worker is not None and leaving.worker.is_admitting:
+                leaving.is_leaving = False
                 self._changed.ring()
 
     # Going.
@@ -273,6 +273,11 @@ class Residents:
         if entry.parting is None and entry.worker is not None:
             entry.parting = self._spawn(self._unload(entry, entry.worker))
 
+    def dismiss(self, entry: Entry) -> None:
+        """Let a model go, if it is there, as `part_with`; nothing lets it stay."""
+        entry.must_go = entry.worker is not None
+        self.part_with(entry)
+
     async def _unload(self, entry: Entry, worker: Worker) -> None:
         try:
             while entry.num_users and entry.is_leaving:
@@ -290,7 +295,7 @@ class Residents:
             entry.worker = None
             _logger.info("%s is unloaded", entry.name)
         finally:
-            entry.parting, entry.is_leaving = None, False
+            entry.parting, entry.is_leaving, entry.must_go = None, False, False
             self._changed.ring()
 
     # Ending.
