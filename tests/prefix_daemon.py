@@ -7,6 +7,7 @@ from pathlib import Path
 import tiny_tokenizers as tiny
 from fakes import FakeRunner, expected_tokens
 from hearthd.generation.engine import Engine, Failed, Sequence
+from hearthd.kv.budget import KVBudget
 from hearthd.kv.disk_writes import DiskWrites
 from hearthd.kv.prefix_file import CHUNK
 from hearthd.kv.prefix_store import PrefixStore
@@ -55,8 +56,9 @@ class Daemon:
         min_run: int = 2,
         num_slots: int = 3,
         writes: DiskWrites | None = None,
+        kv_budget: KVBudget | None = None,
     ) -> None:
-        self.runner = FakeRunner(num_slots=num_slots, min_run=min_run)
+        self.runner = FakeRunner(num_slots=num_slots, min_run=min_run, kv_budget=kv_budget)
         self.prefixes = StoredPrefixes(open_store(directory, writes=writes), self.runner, min_tokens=min_tokens)
         self.engine = Engine(self.runner, TOKENIZER, prefill_chunk=16, stored=self.prefixes)
         self.moved = threading.Event()

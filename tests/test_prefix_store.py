@@ -4,6 +4,7 @@ import hashlib
 import os
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hearthd.kv import loading, prefix_store
+from hearthd.kv.budget import KVBudget
 from hearthd.kv.disk_writes import DiskWrites
 from hearthd.kv.loading import Loading
 from hearthd.kv.prefix_file import DamagedPrefixError, file_size, written
@@ -19,7 +21,8 @@ from hearthd.kv.prefix_store import PrefixStore, StoredPrefix
 from hearthd.kv.shared import SharedPrompts
 from hearthd.kv.slot import Slot
 from hearthd.kv.stored_prefixes import PUBLIC
-from hearthd.sequences.sequence import SequenceState
+from hearthd.priority import Priority
+from hearthd.sequences.sequence import Sequence, SequenceState
 from prefix_daemon import MB, SYSTEM, Daemon, asked, chunks_of, open_store
 
 
@@ -655,6 +658,59 @@ class TestSharedPrompts:
         daemon.engine.add(sequence)
         daemon.engine.step()
         assert sequence.output_ids
+
+
+class TestWhoIsPutBack:
+    """Its KV went to a more urgent request, and it begins again."""
+
+    def put_back(self, daemon: Daemon) -> Sequence:
+        """Return a sequence that was, while its answer was written; nothing of what it had is left in memory."""
+        slow = asked([*SYSTEM, 251, 7, 3])
+        daemon.engine.add(slow)
+        while len(slow.output_ids) < 2:
+            daemon.engine.step()
+        urgent = asked([8] * 240, num_first=0, identity="b")
+        urgent.priority = Priority.INTERACTIVE
+        # Nothing of it is read again afterwards, which would take memory, too.
+        urgent.params = replace(urgent.params, max_tokens=1)
+        daemon.engine.add(urgent)
+        while urgent.state is not SequenceState.ENDED:
+            daemon.engine.step()
+        assert slow.state is SequenceState.WAITING
+        return slow
+
+    # Of 4 tokens; reading takes 4 times as many: the urgent one needs all but a few.
+    BUDGET = KVBudget(4, 62 * 5, 4)
+
+    def test_what_came_from_the_disk_at_first_stays_its_usage_whatever_is_there_now(self, tmp_path: Path) -> None:
+        Daemon(tmp_path).store_system()
+        daemon = Daemon(tmp_path, kv_budget=self.BUDGET)
+        slow = self.put_back(daemon)
+        assert (slow.num_cached, slow.num_from_disk) == (150, 150)
+        only_file(tmp_path).unlink()
+        while slow.state is not SequenceState.ENDED:
+            daemon.engine.step()
+            assert (slow.num_cached, slow.num_from_disk) == (150, 150)
+
+    def test_what_comes_from_the_disk_the_second_time_is_no_usage(self, tmp_path: Path) -> None:
+        daemon = Daemon(tmp_path, kv_budget=self.BUDGET)
+        slow = self.put_back(daemon)
+        stored(daemon.store, SYSTEM)
+        daemon.run()
+        assert slow.state is SequenceState.ENDED
+        assert daemon.store.num_hits == 1
+        assert (slow.num_cached, slow.num_from_disk) == (0, 0)
+
+    @pytest.mark.parametrize("came_before", [False, True])
+    def test_its_system_prompt_is_stored_if_it_had_come_before_and_only_then(
+        self, tmp_path: Path, *, came_before: bool
+    ) -> None:
+        daemon = Daemon(tmp_path, kv_budget=self.BUDGET)
+        if came_before:
+            daemon.run(asked([*SYSTEM, 251, 1, 3]))
+        self.put_back(daemon)
+        daemon.run()
+        assert daemon.store.num_saved == came_before
 
 
 def test_a_file_is_written_piece_by_piece() -> None:

@@ -307,6 +307,23 @@ class TestMemory:
         finished = bench.finished(slow)
         assert (finished.cached_prompt_tokens, finished.paused_seconds, finished.prefill_seconds) == (0, 5, 0)
 
+    def test_what_was_cached_at_first_stays_its_usage_and_is_one_hit(self) -> None:
+        bench = short_of_memory()
+        bench.add([5] * 300, SHORT)
+        bench.finish()
+        slow = bench.add([5] * 300, replace(GREEDY, max_tokens=400))
+        bench.step()
+        assert (slow.num_cached, bench.engine._cache.num_hits) == (299, 1)
+        urgent = bench.add([8] * 400, replace(GREEDY, max_tokens=300), priority=INTERACTIVE)
+        bench.step()
+        assert (slow.state, urgent.state) == (SequenceState.WAITING, SequenceState.PREFILLING)
+        # As it is charged, and as the counters were told: those must not go down.
+        while slow.state is not SequenceState.ENDED:
+            bench.step()
+            assert slow.num_cached == 299
+        assert bench.finished(slow).cached_prompt_tokens == 299
+        assert bench.engine._cache.num_hits == 1
+
     def test_nobody_gives_memory_to_an_equal_nor_in_vain(self) -> None:
         bench = short_of_memory()
         urgent = bench.add([1], replace(GREEDY, max_tokens=600), priority=INTERACTIVE)  # 10 blocks
@@ -355,9 +372,9 @@ class TestMemory:
         waiting = bench.add([2] * 400, SHORT, priority=INTERACTIVE)
         acquire, asked = bench.engine._cache.acquire, []
 
-        def counted(*arguments: Any) -> Any:
+        def counted(*arguments: Any, **named: Any) -> Any:
             asked.append(arguments)
-            return acquire(*arguments)
+            return acquire(*arguments, **named)
 
         bench.engine._cache.acquire = counted  # type: ignore[method-assign]
         bench.step(50)

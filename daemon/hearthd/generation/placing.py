@@ -76,9 +76,9 @@ class Placing:
                 sequence.prompt_ids,
                 sequence.cache_identity,
                 num_tokens,
-                # Who begins again has not been sent twice.
-                sequence.num_first if is_new else 0,
+                sequence.num_first,
                 sequence.audience,
+                is_new=is_new,
             )
         except Exception as error:  # noqa: BLE001 - of this sequence alone; the others go on
             self._collector.fail(sequence, error)
@@ -100,9 +100,8 @@ class Placing:
             sequence.admitted = now
             sequence.num_cached = place.num_cached
         else:
-            # What it has read itself before it was put back came from nobody else.
+            # What was cached for it stays what it was at first, as what it is charged: this is no further use.
             sequence.resume(now)
-            sequence.num_cached = min(sequence.num_cached, place.num_cached)
         self._batch.hold(sequence)
         self._scheduler.start(sequence, len(sequence.prompt_ids) - place.num_past)
         return True

@@ -108,7 +108,7 @@ class PromptStep:
     def _fetch(self, sequence: Sequence, wait_seconds: float) -> bool:
         """Take what has come of a prompt from the disk. Returns whether no more is to come."""
         num_fetched = self._cache.fetch(sequence.slot, wait_seconds)
-        if num_fetched:
+        if num_fetched and not sequence.was_put_back:
             sequence.num_from_disk = num_fetched - sequence.num_cached
             sequence.num_cached = num_fetched
         return num_fetched is not None

@@ -71,8 +71,10 @@ class Sequence:
     """Whether words of its answer were sent."""
     was_stopped: bool = field(init=False, default=False)
     """A long run of its prompt was stopped for a more urgent request. The others are short."""
+    was_put_back: bool = field(init=False, default=False)
+    """Its KV went to a more urgent request."""
     num_cached: int = field(init=False, default=0)
-    """Prompt tokens whose KV came from an earlier sequence."""
+    """Prompt tokens whose KV came from an earlier sequence, when it began for the first time."""
     num_from_disk: int = field(init=False, default=0)
     """Those of them that were not in memory."""
     drafter: Drafter | None = field(init=False, default=None)
@@ -121,6 +123,7 @@ class Sequence:
 
         num_found: of the prompt's tokens, those that are cached now; fewer than all.
         """
+        self.was_put_back = True
         self.num_read = num_found
         self.num_lost = max(len(self.output_ids) - 1, 0)
         self.pause(now)
