@@ -21,17 +21,17 @@ SYSTEM = Message("system", "The house has a kitchen with two lamps, a bedroom, a
 QUESTIONS = ("Which lamps are there?", "Where is the pump?")
 
 
-def start(bundle: Bundle, directory: Path | None, shared: tuple[str, ...] = ()) -> Model:
+def start(bundle: Bundle, directory: Path | None, shared: tuple[str, ...] = (), *, context_length: int = 512) -> Model:
     config = Config(
         model=ModelConfig(directory=bundle.path.parent, name=bundle.path.name),
-        engine=EngineConfig(slots=1, context_length=512, threads=2, drafts=False),
+        engine=EngineConfig(slots=1, context_length=context_length, threads=2, drafts=False),
         cache=CacheConfig(directory=directory, min_tokens=64, shared_prompts=shared),
     )
     return load_model(bundle, config)
 
 
-def ask(model: Model, question: str, identity: str = "a") -> Sequence:
-    messages = [SYSTEM, Message("user", question)]
+def ask(model: Model, question: str, identity: str = "a", system: Message = SYSTEM) -> Sequence:
+    messages = [system, Message("user", question)]
     prompt_ids = tuple(model.tokenizer.encode_chat(messages))
     sequence = Sequence(
         request_id="",
@@ -111,3 +111,25 @@ def test_a_shared_prompt_is_there_for_everybody_before_anybody_asks(default_bund
             assert sequence.num_cached >= model.tokenizer.count_beginning(messages, prompt_ids) > 100
         assert model.engine.stored is not None
         assert model.engine.stored.store.num_hits == num_hits
+
+
+def test_a_house_of_3000_tokens_is_not_read_again_after_a_restart(default_bundle: Bundle, tmp_path: Path) -> None:
+    rooms = (f"Room {number} has {number % 5 + 1} lamps, a heater and a window to the garden." for number in range(170))
+    house = Message("system", "You are the voice of this house. " + " ".join(rooms))
+    before = start(default_bundle, tmp_path, context_length=4096)
+    cold = ask(before, QUESTIONS[0], system=house)
+    assert cold.num_cached == 0
+    cold_kv = kv(before, cold)
+    # Now it has been seen again.
+    ask(before, QUESTIONS[1], system=house)
+    assert before.engine.stored is not None
+    assert before.engine.stored.store.num_saved == 1
+
+    after = start(default_bundle, tmp_path, context_length=4096)
+    first = ask(after, QUESTIONS[0], system=house)
+    assert after.engine.stored is not None
+    assert after.engine.stored.store.num_hits == 1
+    assert first.num_cached >= first.num_first > 3000
+    assert len(first.prompt_ids) - first.num_cached < 40
+    assert first.output_ids == cold.output_ids
+    np.testing.assert_array_equal(kv(after, first), cold_kv)
