@@ -426,6 +426,30 @@ async def test_a_model_stays_when_nobody_waits_for_its_room_any_more(tmp_path: P
         assert shelf.loads == [NAME, "a"]
 
 
+@pytest.mark.parametrize("keep", [True, False])
+@asynchronous
+async def test_a_model_that_is_configured_otherwise_while_it_is_loaded_is_loaded_again(
+    tmp_path: Path, keep: bool
+) -> None:
+    config = several_config(tmp_path, "a", slots=2)
+    async with pooling(config) as (pool, shelf):
+        is_open = shelf.close("a")
+        waiting = asyncio.create_task(ask(pool, "a"))
+        await shelf.wait_for_load()
+        pool.change_models(replace(config, model_options={"a": ModelOptions(slots=1, keep=keep)}))
+        if keep:
+            waiting.cancel()
+        is_open.set()
+        await until(pool, lambda: entry(pool, "a").is_usable)
+        async with pool.using(entry(pool, "a")) as worker:
+            assert worker.num_slots == 1
+        facts = entry(pool, "a").facts
+        assert facts is not None
+        assert facts.num_slots == 1
+        assert keep or await waiting
+        assert shelf.loads == [NAME, "a", "a"]
+
+
 @pytest.mark.parametrize("is_removed", [True, False])
 @asynchronous
 async def test_a_model_that_a_reload_lets_go_does_not_stay_when_nobody_waits_for_its_room(

@@ -94,9 +94,12 @@ class Residents:
                     await self.look_at(entry)
                     await self._make_room(entry)
                 if self._is_missing(entry):
+                    engine = self.config.for_model(entry.name).engine
                     await self.load(entry)
                     if entry.is_removed:
                         self.dismiss(entry)
+                    elif self.config.for_model(entry.name).engine != engine:
+                        self.renew(entry)  # before anybody has it
         except Exception as error:  # noqa: BLE001 - whatever it is, those who wait must hear of it
             self.note_failure(entry, error)
             await asyncio.to_thread(_collect)
