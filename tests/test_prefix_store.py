@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -236,6 +237,42 @@ class TestDiskWrites:
         next(writes.count(Path("a"), [b"x" * 10, b"x" * 80]))
         writes.end(Path("a"))
         assert writes.begin(Path("b"), 90)
+
+    def test_a_disk_that_hangs_in_a_removal_holds_up_nobody_else(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        size = file_size(150, 8)
+        store = open_store(tmp_path, max_bytes=size)
+        old = stored(store, SYSTEM)
+        path = only_file(tmp_path)
+        hangs, gate, unlink = threading.Event(), threading.Event(), Path.unlink
+
+        def hang(path: Path, **options: Any) -> None:
+            hangs.set()
+            assert gate.wait(30)
+            unlink(path, **options)
+
+        monkeypatch.setattr(Path, "unlink", hang)
+        writer = threading.Thread(target=stored, args=(store, SYSTEM[::-1]), daemon=True)
+        writer.start()
+        try:
+            assert hangs.wait(30)
+            # As the inference thread asks, in a thread, as it would wait for ever.
+            answers: list[bool] = []
+            inference = threading.Thread(target=lambda: answers.append(store.takes(150)), daemon=True)
+            inference.start()
+            inference.join(10)
+            assert answers == [True]
+            # What is being removed is not written meanwhile: it would be removed as well.
+            assert not store._writes.begin(path, size)
+            assert not store._writes.remove(path)
+        finally:
+            gate.set()
+            writer.join(30)
+        monkeypatch.undo()
+        assert not store.has(old)
+        assert not path.exists()
+        assert store._writes.begin(path, size)
 
     def test_without_a_limit_anything_may_be_written(self) -> None:
         assert DiskWrites(0).allows(2**60)

@@ -50,6 +50,8 @@ class DiskWrites:
         self._clock = clock
         self._changing = threading.Lock()
         self._writes: dict[Path, _Write] = {}
+        # Files that are being removed, which is not done under the lock: a disk may hang in it, and no step waits.
+        self._removals: set[Path] = set()
         # Bytes by hour: of this one and of the 24 before it, which every 24 hours that end now lie in.
         self._written: dict[int, int] = {}
         self._has_told = False
@@ -66,9 +68,9 @@ class DiskWrites:
             return self._allows(size)
 
     def begin(self, path: Path, size: int) -> bool:
-        """Set so many bytes aside for a file; False if they are too many, or it is being written already."""
+        """Set so many bytes aside for a file; False if they are too many, or it is being written or removed already."""
         with self._changing:
-            if path in self._writes or not self._allows(size):
+            if path in self._writes or path in self._removals or not self._allows(size):
                 return False
             self._writes[path] = _Write(size, size)
             self._has_told = False
@@ -94,14 +96,20 @@ class DiskWrites:
             return self._final(path) in self._writes
 
     def remove(self, path: Path) -> bool:
-        """Remove a file unless it is being written; return whether it may be gone."""
+        """Remove a file unless it is being written, or removed already; return whether it may be gone."""
+        final = self._final(path)
         with self._changing:
-            if self._final(path) in self._writes:
+            if final in self._writes or final in self._removals:
                 return False
+            self._removals.add(final)
+        try:
             with suppress(OSError):
                 path.unlink()
             self.uses.forget(path)
-            return True
+        finally:
+            with self._changing:
+                self._removals.remove(final)
+        return True
 
     @staticmethod
     def _final(path: Path) -> Path:
