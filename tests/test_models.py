@@ -238,7 +238,9 @@ async def test_the_wait_for_a_model_is_bounded(tmp_path: Path) -> None:
 
 @asynchronous
 async def test_a_deadline_before_the_load_would_be_done_is_refused_at_once(tmp_path: Path) -> None:
-    async with pooling(several_config(tmp_path, "other", "new", idle_seconds=0.01)) as (pool, shelf):
+    # A refusal begins a load where there is room: none at first.
+    config = several_config(tmp_path, "other", "new", max_bytes=MODEL_BYTES, idle_seconds=0.01)
+    async with pooling(config) as (pool, shelf):
         # A default model of 2,000 bytes was loaded in 4 s.
         pool._residents._seconds_per_byte = 4.0 / 2000
         with pytest.raises(DeadlineTooShortError) as caught:
@@ -248,7 +250,8 @@ async def test_a_deadline_before_the_load_would_be_done_is_refused_at_once(tmp_p
             "other has to be loaded first, which takes about 4.0 s, and the deadline is in 3.9 s: give more time, or "
             "ask a model that is loaded; `hearth models` lists them"
         )
-        assert shelf.loads == [NAME]
+        assert entry(pool, "other").bringing is None
+        object.__setattr__(config.models, "max_bytes", 0)
         # Nobody who has the time, or no deadline, is sent away, nor anybody whose model is there.
         async with (
             pool.using(entry(pool, "other"), seconds_left=4.1),
@@ -260,11 +263,13 @@ async def test_a_deadline_before_the_load_would_be_done_is_refused_at_once(tmp_p
         for _ in range(2):
             await shelf.wait_for_load()
         await until(pool, lambda: states(pool)["other"] is ModelState.LOADABLE)
-        # What its own last load has taken is better known.
+        # What its own fastest load has taken is better known.
         entry(pool, "other").load_seconds = 9.0
+        object.__setattr__(config.models, "max_bytes", MODEL_BYTES)
         with pytest.raises(DeadlineTooShortError, match=r"takes about 9\.0 s"):
             async with pool.using(entry(pool, "other"), seconds_left=8.0):
                 pass
+        object.__setattr__(config.models, "max_bytes", 0)
         # And what has passed of a load that goes on, is not waited for.
         is_open = shelf.close("other")
         waiting = asyncio.create_task(ask(pool, "other"))
@@ -275,6 +280,26 @@ async def test_a_deadline_before_the_load_would_be_done_is_refused_at_once(tmp_p
             await ask(pool, "other", seconds_left=6.0)
         is_open.set()
         assert await waiting == await in_time
+
+
+@asynchronous
+async def test_a_model_that_nobody_has_the_time_to_wait_for_comes_where_nobody_has_to_leave(tmp_path: Path) -> None:
+    async with pooling(several_config(tmp_path, "a", "b", max_bytes=2 * MODEL_BYTES)) as (pool, shelf):
+        a, b = entry(pool, "a"), entry(pool, "b")
+        for each in (a, b):
+            each.load_seconds = 40.0  # from a cold disk
+        with pytest.raises(DeadlineTooShortError):
+            await ask(pool, "a", seconds_left=30.0)
+        await until(pool, lambda: a.is_usable and a.bringing is None)
+        assert await ask(pool, "a", seconds_left=30.0)
+        # The fastest load is what the next one is reckoned to take.
+        assert a.load_seconds < 30.0
+        with pytest.raises(DeadlineTooShortError):
+            await ask(pool, "b", seconds_left=30.0)
+        assert (b.bringing, b.is_expected, a.is_usable) == (None, False, True)
+        assert await ask(pool, "b")
+        assert not a.is_usable
+        assert shelf.loads == [NAME, "a", "b"]
 
 
 @asynchronous

@@ -44,9 +44,11 @@ class Entry:
         self.num_users = 0
         self.num_waiting = 0
         """Who wait until it is loaded."""
+        self.is_expected = False
+        """Somebody could not wait for it, and may come again: it is loaded if nobody has to leave for it."""
         self.last_used = 0.0
         self.load_seconds: float | None = None
-        """What its last load took."""
+        """What its fastest load so far took. The first one may have come from a cold disk."""
         self.loading_since: float | None = None
         """When the load that goes on has begun, monotonic."""
         self.num_loads = 0

@@ -160,6 +160,8 @@ class ModelPool:
     def _check_deadline(self, entry: Entry, seconds_left: float | None) -> None:
         seconds = self._residents.seconds_until_loaded(entry)
         if seconds_left is not None and seconds is not None and seconds > seconds_left:
+            # Or those who never have the time would never get it.
+            self._residents.expect(entry)
             raise DeadlineTooShortError(
                 f"{entry.name} has to be loaded first, which takes about {seconds:.1f} s, and the deadline is in "
                 f"{max(seconds_left, 0.0):.1f} s: give more time, or ask a model that is loaded; `hearth models` lists "

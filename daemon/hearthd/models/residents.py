@@ -82,6 +82,13 @@ class Residents:
         if entry.bringing is None and not entry.is_usable:
             entry.bringing = self._spawn(self._load_in_turn(entry))
 
+    def expect(self, entry: Entry) -> None:
+        """Let a model be loaded for those who may come again, unless others would have to leave for it."""
+        is_refused = entry.failure is not None and time.monotonic() < entry.failure.retry_at
+        if not is_refused and not entry.is_usable and self._fits(entry):
+            entry.is_expected = True
+            self.bring(entry)
+
     async def _load_in_turn(self, entry: Entry) -> None:
         try:
             # A load needs more memory than what it leaves, and all cores.
@@ -104,14 +111,21 @@ class Residents:
             self.note_failure(entry, error)
             await asyncio.to_thread(_collect)
         finally:
-            entry.bringing = None
+            entry.bringing, entry.is_expected = None, False
             self._changed.ring()
 
     def _is_missing(self, entry: Entry) -> bool:
         return self._is_wanted(entry) and not entry.is_usable
 
     def _is_wanted(self, entry: Entry) -> bool:
-        return not self.is_closed and not entry.is_removed and (entry.num_waiting > 0 or entry.keep)
+        if self.is_closed or entry.is_removed:
+            return False
+        return entry.num_waiting > 0 or entry.keep or (entry.is_expected and self._fits(entry))
+
+    def _fits(self, entry: Entry) -> bool:
+        """Whether there is room for a model that is not in memory."""
+        limit = self.config.models.max_bytes
+        return not limit or entry.memory_bytes + sum(each.memory_bytes for each in self.entries) <= limit
 
     async def look_at(self, entry: Entry) -> None:
         """Find out what is known of a model before it is loaded. Raises what the survey raises."""
@@ -151,9 +165,10 @@ class Residents:
         if self.is_closed:
             worker.begin_drain()
         self._spawn(self._watch(worker))
-        entry.load_seconds = time.monotonic() - started
+        seconds = time.monotonic() - started
+        entry.load_seconds = min(seconds, entry.load_seconds or seconds)
         if model.size_bytes:
-            pace = entry.load_seconds / model.size_bytes
+            pace = seconds / model.size_bytes
             self._seconds_per_byte = min(pace, self._seconds_per_byte or pace)
         _logger.info(
             "serving %s: %d slots, context %d, %d waiting at most; loaded in %.1f s",
@@ -161,7 +176,7 @@ class Residents:
             model.engine.num_slots,
             model.engine.context_length,
             worker.max_queued,
-            entry.load_seconds,
+            seconds,
         )
         self.rest(entry)
         return model
@@ -169,8 +184,8 @@ class Residents:
     def seconds_until_loaded(self, entry: Entry) -> float | None:
         """Return when a model that is not in memory would be there if its load began now, or goes on; None: unknown.
 
-        As long as its last load; if there was none, by its size, at the pace of the fastest load so far. Who is loaded
-        before it, or has to leave for it, is not counted.
+        As long as its fastest load; if there was none, by its size, at the pace of the fastest load so far. Who is
+        loaded before it, or has to leave for it, is not counted.
         """
         seconds = entry.load_seconds
         if seconds is None and entry.facts is not None and self._seconds_per_byte is not None:
@@ -243,7 +258,7 @@ class Residents:
                 f"it takes {entry.memory_bytes} bytes, beside {kept} of models that are kept in memory; "
                 f"models.max_bytes is {limit}: raise it, or give the models fewer slots or a shorter context_length"
             )
-        while self._is_wanted(entry) and entry.memory_bytes + sum(each.memory_bytes for each in self.entries) > limit:
+        while self._is_wanted(entry) and not self._fits(entry):
             leaving = choose_leaving(other for other in self.entries if not other.is_kept)
             assert leaving is not None, "what is kept leaves room"
             was_leaving = leaving.is_leaving
