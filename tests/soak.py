@@ -5,8 +5,9 @@
 Prints a line each interval and a summary. Ends with 1 if anything went wrong: an error that was not asked for, a daemon
 that did not come to rest, descriptors or threads that stayed, a silence after which systemd's watchdog would have ended
 it, or a resident set that grew more than 1 % over the last half (of a run of 10 minutes or more: the first minutes fill
-buffers for the first time). It is measured while nobody calls, without the KV that the daemon's own budget counts: in
-mid-work it moves by a tenth and more with what is being read, which would hide the growth that is looked for. Leaves
+buffers for the first time). It is measured while nobody calls, after an answer and a rest, and without the KV that the
+daemon's own budget counts: what a prompt takes goes back with the first word of an answer and when the daemon has
+rested, and until then the resident set moves by a tenth and more, which would hide the growth that is looked for. Leaves
 nothing behind.
 """
 
@@ -43,6 +44,8 @@ SLOTS = 3
 MAX_GROWTH_PERCENT = 1.0
 LONG_ENOUGH_MINUTES = 10.0
 REST_SECONDS = 30.0
+# The buffers of the last prompt are given back ten seconds after it.
+SETTLE_SECONDS = 11.0
 # As in the unit (deploy/systemd/hearthd.service).
 WATCHDOG_SECONDS = 30.0
 
@@ -147,7 +150,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1, help="of ONNX Runtime")
     parser.add_argument("--callers", type=int, default=4, help="who visit at once")
     parser.add_argument("--pause", type=float, default=0.5, help="seconds between two visits of a caller")
-    parser.add_argument("--interval", type=float, default=30.0, help="seconds between two lines")
+    parser.add_argument("--interval", type=float, default=60.0, help="seconds between two lines, and rests")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--model", type=Path, default=DEFAULT_MODEL, help="an installed model's directory")
     return parser.parse_args(arguments)
@@ -234,6 +237,13 @@ def growth_percent(samples: list[Sample]) -> float:
     return 100 * slope * (last[-1].seconds - last[0].seconds) / mean_mb
 
 
+def settle(place: Place) -> None:
+    """Let the daemon give back what it does not need while nobody asks."""
+    with place.connect() as client:
+        client.chat("Say yes.", max_tokens=4, temperature=0)
+    place.stop.wait(SETTLE_SECONDS)
+
+
 def come_to_rest(place: Place, pid: int, socket_path: Path, before: Sample, begin: float) -> list[str]:
     """Wait until nothing of the callers is left in the daemon; what is left all the same."""
     deadline = time.monotonic() + REST_SECONDS
@@ -274,6 +284,7 @@ def soak(options: argparse.Namespace, directory: Path, signs: LifeSigns) -> int:
         with place.connect() as client:
             client.count_tokens("Waits until the daemon serves.")
         fill_slots(place)
+        settle(place)
         begin = time.monotonic()
         samples = [measure(daemon.pid, socket_path, begin)]
         callers = [
@@ -282,7 +293,7 @@ def soak(options: argparse.Namespace, directory: Path, signs: LifeSigns) -> int:
         ]
         for caller in callers:
             caller.start()
-        watch(options, daemon, socket_path, samples, door, tally, begin)
+        watch(options, daemon, socket_path, place, samples, door, tally, begin)
         place.stop.set()
         for caller in callers:
             caller.join(60)
@@ -325,6 +336,7 @@ def watch(
     options: argparse.Namespace,
     daemon: subprocess.Popen[bytes],
     socket_path: Path,
+    place: Place,
     samples: list[Sample],
     door: Door,
     tally: Tally,
@@ -346,6 +358,7 @@ def watch(
             code = daemon.wait(min(options.interval, left))
         except subprocess.TimeoutExpired:
             with door.shut():
+                settle(place)
                 samples.append(measure(daemon.pid, socket_path, begin))
         else:
             tally.add("daemon", AssertionError(f"it ended with {code}"))
