@@ -146,6 +146,8 @@ def test_a_neighbour_that_does_not_read_slows_nobody(
     """Compared with a neighbour that reads: two sequences take longer than one, whoever reads them."""
     small_window = [("grpc.http2.lookahead_bytes", 65535), ("grpc.http2.bdp_probe", 0)]
     settings = {"SERVER_WRITE_TIMEOUT_SECONDS": "600", "SERVER_STREAM_BACKLOG_BYTES": str(16 * 2**20)}
+    # A message for each token: they are what is counted and timed.
+    settings["SERVER_STREAM_INTERVAL_MS"] = "0"
 
     async def measure() -> None:
         gaps: dict[str, list[float]] = {"reading": [], "stuck": []}

@@ -138,6 +138,8 @@ def test_a_date_a_year_off_in_mid_answer_ends_nothing(
             runner=GATED,
             environment=clock.environment | {"WATCHDOG_USEC": "3000000"},
             auth={"token_file": token_file},
+            # A message for each forward that is let pass.
+            server={"stream_interval_ms": 0},
         ) as daemon,
         daemon.client(daemon.tcp, token=for_ever) as client,
         daemon.client(daemon.tcp, token=for_a_day) as guest,
