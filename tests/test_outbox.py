@@ -130,6 +130,11 @@ def test_without_an_interval_each_step_goes_by_itself() -> None:
         box.send([(chat, Delta(text))])
         loop.run()
     assert delivered == [[(chat, Delta("a"))], [(chat, Delta("b"))]]
+    # Also if the loop was busy meanwhile.
+    for text in ("c", "d"):
+        box.send([(chat, Delta(text))])
+    loop.run()
+    assert delivered[2:] == [[(chat, Delta("c")), (chat, Delta("d"))]]
     assert loop.delays == []
 
 

@@ -23,7 +23,10 @@ class Outbox:
     """Filled in the inference thread, emptied on the event loop."""
 
     def __init__(self, call_loop: Callable[[Callable[[], object]], None], interval_seconds: float) -> None:
-        """call_loop: lets the loop call a function, from the thread. interval_seconds: between two deliveries."""
+        """call_loop: lets the loop call a function, from the thread.
+
+        interval_seconds: between two deliveries; 0: each delta goes by itself, also if the loop is behind.
+        """
         self._call_loop = call_loop
         self._interval_seconds = interval_seconds
         self._events: deque[tuple[Sequence, Event]] = deque()
@@ -57,9 +60,11 @@ class Outbox:
         events = [self._events.popleft() for _ in range(len(self._events))]
         if not events:
             return
-        if self._interval_seconds:
-            self._is_awaited = True
-            self._timer = self._loop.call_later(self._interval_seconds, self._look)
+        if not self._interval_seconds:
+            self._deliver(events)
+            return
+        self._is_awaited = True
+        self._timer = self._loop.call_later(self._interval_seconds, self._look)
         self._deliver(_joined(events))
 
 
