@@ -564,7 +564,7 @@ async def test_a_model_counts_as_gone_when_its_memory_is_back(tmp_path: Path, mo
         collecting.set()
         assert go_on.wait(30)
 
-    monkeypatch.setattr("hearthd.models.residents._collect", collect)
+    monkeypatch.setattr("hearthd.models.heap.let_go", collect)
     async with pooling(several_config(tmp_path, "a", "b", max_bytes=2 * MODEL_BYTES)) as (pool, shelf):
         await ask(pool, "a")
         waiting = asyncio.create_task(ask(pool, "b"))

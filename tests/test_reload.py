@@ -271,7 +271,7 @@ async def test_a_reload_while_a_model_gives_its_memory_back_is_taken_over(
     def read_slowly(_: Config) -> None:
         assert collecting.wait(30)
 
-    monkeypatch.setattr("hearthd.models.residents._collect", collect)
+    monkeypatch.setattr("hearthd.models.heap.let_go", collect)
     if leaves_after_checks:
         monkeypatch.setattr("hearthd.life.live_parts.read_shared_prompts", read_slowly)
     old = several_config(tmp_path, "other", idle_seconds=600.0)

@@ -179,17 +179,20 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
 
 
 def _load_model(writes: "DiskWrites", config: Config) -> "Model":
-    """Verify and load a model. Runs in its inference thread, where its imports cost nobody any time.
+    """Verify and load a model, to stay. Runs in its inference thread, where its imports cost nobody any time.
 
     writes: of all models. config: as the model has it (`Config.for_model`).
     """
     from hearthd.bundles.store import Store
     from hearthd.inference.model import load_model
+    from hearthd.models import heap
 
     store = Store(config.model.directory)
     # An installation that was killed between two renames left the model under another name.
     store.sweep()
-    return load_model(store.open(config.model.name), config, writes)
+    model = load_model(store.open(config.model.name), config, writes)
+    heap.keep()
+    return model
 
 
 def _survey_model(config: Config) -> "ModelFacts":

@@ -4,7 +4,6 @@
 `server`, which hands it to `worker`.
 """
 
-import ctypes
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -21,6 +20,7 @@ from hearthd.kv.disk_writes import DiskWrites
 from hearthd.kv.kv_cache import Runner
 from hearthd.kv.prefix_store import PrefixStore
 from hearthd.kv.stored_prefixes import StoredPrefixes
+from hearthd.runtime.free_memory import return_free_memory
 from hearthd.runtime.processor_kind import processor_kind
 from hearthd.sequences.events import Failed, Finished
 from hearthd.sequences.sampling import SamplingParams
@@ -31,7 +31,7 @@ from hearthd.text.tokenizer import ChatTokenizer
 if TYPE_CHECKING:
     from hearthd.runtime.runner import OnnxRunner
 
-__all__ = ["Model", "default_sampling", "load_model", "prove", "return_free_memory"]
+__all__ = ["Model", "default_sampling", "load_model", "prove"]
 
 # KV places: those that run at once, as many that are paused for them or were just left, and some for shared prompts.
 # They take no memory of their own: that is the budget's.
@@ -149,13 +149,6 @@ def prove(model: Model, turn: Callable[[], AbstractContextManager[None]] = nullc
                 return_free_memory()
                 return
     raise BundleError(f"model {model.name} loads, and generates no token; build it again")
-
-
-def return_free_memory() -> None:
-    """Give what loading has left free back to the system; glibc keeps it otherwise, 18 MB for the default model."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
 
 
 def default_sampling(generation: dict[str, float], default_max_tokens: int) -> SamplingParams:

@@ -140,33 +140,46 @@ class Worker:
         """Chats that may wait."""
         return self._max_queued
 
+    def require_room(self, priority: Priority, account: str) -> None:
+        """Refuse a chat at once that `admit` would refuse; nothing is changed. Raises as `admit` does."""
+        self._find_room(priority, account)
+
     def admit(self, priority: Priority = Priority.NORMAL, account: str = "") -> ChatStream:
         """Give a chat a place, or refuse it at once; or refuse one that waits in its stead (`admission`).
 
         Raises QueueFullError with a time to wait, NotServingError while loading and draining.
         """
-        model = self.model
-        if self.state is not State.SERVING:
-            raise _shutting_down()
-        limit = model.engine.num_slots + self._max_queued
-        rivals = rivals_of(priority, self._chats)
-        if len(rivals) >= limit:
-            error = QueueFullError(
-                f"the queue is full: {model.engine.num_slots} chats run and {self._max_queued} wait; try again later",
-                retry_seconds(model.engine.seconds_until_end),
-            )
-            giving_way = last_of_longest(rivals, priority, account)
-            if giving_way is None:
-                self.counts.refused += 1
-                raise error
+        giving_way = self._find_room(priority, account)
+        if giving_way is not None:
             self._remove(giving_way)
-            giving_way.fail(error)
+            giving_way.fail(self._queue_full())
         chat = ChatStream(
             priority, account, max_backlog_bytes=self._stream_backlog_bytes, submit=self._submit, leave=self._leave
         )
         self._chats[chat] = None
         self._no_chats.clear()
         return chat
+
+    def _find_room(self, priority: Priority, account: str) -> ChatStream | None:
+        """Return the chat that would give its place to a new one; None if there is a place anyway."""
+        model = self.model
+        if self.state is not State.SERVING:
+            raise _shutting_down()
+        rivals = rivals_of(priority, self._chats)
+        if len(rivals) < model.engine.num_slots + self._max_queued:
+            return None
+        giving_way = last_of_longest(rivals, priority, account)
+        if giving_way is None:
+            self.counts.refused += 1
+            raise self._queue_full()
+        return giving_way
+
+    def _queue_full(self) -> QueueFullError:
+        engine = self.model.engine
+        return QueueFullError(
+            f"the queue is full: {engine.num_slots} chats run and {self._max_queued} wait; try again later",
+            retry_seconds(engine.seconds_until_end),
+        )
 
     async def ping(self) -> None:
         """Return when a no-op has crossed the inference queue; never, if the thread is stuck or dead."""

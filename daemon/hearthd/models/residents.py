@@ -8,7 +8,6 @@ Who waits, and for what, `pool` knows, whose other half this is. Of the event lo
 """
 
 import asyncio
-import gc
 import logging
 import time
 from collections.abc import Callable, Coroutine
@@ -20,11 +19,12 @@ from hearthd.configuration.config import Config
 from hearthd.errors import ConfigError, HearthdError, NotServingError
 from hearthd.inference.baton import Baton
 from hearthd.inference.counts import Counts
-from hearthd.inference.model import Model, return_free_memory
+from hearthd.inference.model import Model
 from hearthd.inference.shared_prompts import encode_shared_prompts
 from hearthd.inference.worker import Worker
 from hearthd.kv.shared import SharedPrompts
 from hearthd.logs import log_incident
+from hearthd.models import heap
 from hearthd.models.bell import Bell
 from hearthd.models.entry import Entry, Failure
 from hearthd.models.facts import ModelFacts, facts_of
@@ -109,7 +109,7 @@ class Residents:
                         self.renew(entry)  # before anybody has it
         except Exception as error:  # noqa: BLE001 - whatever it is, those who wait must hear of it
             self.note_failure(entry, error)
-            await asyncio.to_thread(_collect)
+            await asyncio.to_thread(heap.let_go)
         finally:
             entry.bringing, entry.is_expected = None, False
             self._changed.ring()
@@ -306,7 +306,7 @@ class Residents:
             await worker.wait_until_gone()
             # In a thread: a collection takes as long as many tokens, and so does giving memory back. Nobody gets the
             # room before.
-            await asyncio.to_thread(_collect)
+            await asyncio.to_thread(heap.let_go)
             self.alive.remove(worker)
             self.entries.remove(entry)
             self.retired += worker.counts
@@ -333,9 +333,3 @@ class Residents:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
-
-
-def _collect() -> None:
-    # An engine and its parts refer to each other.
-    gc.collect()
-    return_free_memory()

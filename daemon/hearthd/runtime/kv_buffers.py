@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from hearthd.errors import ShortOfMemoryError
 from hearthd.kv.budget import KVBudget, block_tokens
+from hearthd.runtime.free_memory import return_free_memory
 from hearthd.thread_name import name_this_thread
 
 __all__ = ["DecoderShape", "KVSlots", "PromptBuffers"]
@@ -304,3 +305,5 @@ def _end_rest(buffers: weakref.ref[PromptBuffers], num_holds: int) -> None:
     found = buffers()
     if found is not None:
         found.end_rest(num_holds)
+        # What the runs of prompts took, and what ONNX Runtime has given up since.
+        return_free_memory()

@@ -21,7 +21,7 @@ from hearthd.policy.screening import Screen
 from hearthd.sequences.events import Queued
 from hearthd.sequences.sequence import Sequence
 from hearthd.services.chosen_model import find_model
-from hearthd.services.convert import ChatCall, fit_to_context, read_chat, to_chat_response
+from hearthd.services.convert import ChatCall, asked_priority, fit_to_context, read_chat, to_chat_response
 from hearthd.services.prompt import encoding_with_beginning
 from hearthd.services.tokenising import Tokenising
 from hearthd.watching.observation import Observation
@@ -80,9 +80,11 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
         arrived: float,
     ) -> None:
         model = worker.model
-        call = read_chat(request, model, self.limits.max_messages)
         caller = current_caller()
-        priority = caller.choose_priority(call.priority)
+        priority = caller.choose_priority(asked_priority(request))
+        # Before anything else of a request is looked at: it is when many come at once that most are refused.
+        worker.require_room(priority, caller.account)
+        call = read_chat(request, model, self.limits.max_messages)
         max_tokens = caller.choose_max_tokens(call.params.max_tokens, is_asked=call.sets_max_tokens)
         call = replace(call, params=replace(call.params, max_tokens=max_tokens))
         rules = self._policy.current.for_role(caller.role)

@@ -20,6 +20,7 @@ from hearthd.text.chat_template import Message, Role, validate_messages
 
 __all__ = [
     "ChatCall",
+    "asked_priority",
     "fit_to_context",
     "read_chat",
     "read_conversation",
@@ -69,8 +70,11 @@ class ChatCall:
     messages: tuple[Message, ...]
     params: SamplingParams
     sets_max_tokens: bool
-    priority: Priority | None
-    """None: the caller's role decides."""
+
+
+def asked_priority(request: chat_pb2.ChatRequest) -> Priority | None:
+    """Return what a request asks for; None if the caller's role decides, or `read_chat` refuses what it asks for."""
+    return _PRIORITIES.get(request.priority)
 
 
 def read_chat(request: chat_pb2.ChatRequest, model: Model, max_messages: int) -> ChatCall:
@@ -97,7 +101,6 @@ def read_chat(request: chat_pb2.ChatRequest, model: Model, max_messages: int) ->
         messages=messages,
         params=params,
         sets_max_tokens=request.sampling.HasField("max_tokens"),
-        priority=_PRIORITIES[request.priority],
     )
 
 
