@@ -22,6 +22,7 @@ from typing import Any
 from hearthd.bundles.bundle import Bundle
 from hearthd.configuration.config import load_config
 from hearthd.inference.model import Model, load_model, prove
+from hearthd.models import heap
 from hearthd.sequences.events import Failed, Finished
 from hearthd.sequences.sampling import SamplingParams
 from hearthd.sequences.sequence import Sequence
@@ -71,6 +72,7 @@ def main() -> None:
             answer: dict[str, Any] = {}
             if request["call"] == "load":
                 model = load_model(Bundle.open(Path(request["model"])), load_config(Path(request["config"])))
+                heap.keep()
                 prove(model)
             else:
                 assert model is not None, "nothing is loaded"

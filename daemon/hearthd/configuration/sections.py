@@ -52,7 +52,7 @@ class ServerConfig:
     max_connections: Annotated[int, Whole(1, 4096)] = 128
     write_timeout_seconds: Annotated[float, Number(0.1, 600.0)] = 10.0
     stream_backlog_bytes: Annotated[int, Whole(4096, 16 * 2**20)] = 256 * 1024
-    stream_interval_ms: Annotated[int, Whole(0, 1000)] = 50
+    stream_interval_ms: Annotated[int, Whole(0, 1000)] = 100
     drain_grace_seconds: Annotated[float, Number(0.0, 3600.0)] = 20.0
 
 
