@@ -289,8 +289,11 @@ class PromptBuffers:
     def end_rest(self, num_holds: int) -> None:
         """Give all memory back if no prompt was read since `hold` had been called so often. In any thread."""
         with self._lock:
-            if self._num_holds == num_holds:
-                self.give_back(0)
+            if self._num_holds != num_holds:
+                return
+            self.give_back(0)
+        # What the runs of prompts took, and ONNX Runtime has given up since.
+        return_free_memory()
 
 
 class _RestTimer(threading.Timer):
@@ -305,5 +308,3 @@ def _end_rest(buffers: weakref.ref[PromptBuffers], num_holds: int) -> None:
     found = buffers()
     if found is not None:
         found.end_rest(num_holds)
-        # What the runs of prompts took, and what ONNX Runtime has given up since.
-        return_free_memory()
