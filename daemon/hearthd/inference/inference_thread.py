@@ -1,7 +1,8 @@
 """The inference thread: it loads a model, proves it, and runs step after step, each when it has the `baton`.
 
-It is told what to do by commands, functions that it calls between two steps and while it waits for its turn. What comes
-of its steps goes to the event loop by its `outbox`.
+It is told what to do by commands, functions that it calls between two steps and while it waits for its turn. None of
+them refers to the model: one that is never taken, since the thread ends, must not keep it. What comes of its steps goes
+to the event loop by its `outbox`.
 
 Knows no chats, and of asyncio only the loop and its futures. Made by `worker`, its other half.
 """
@@ -20,6 +21,7 @@ from hearthd.inference.baton import Baton
 from hearthd.inference.model import Model, prove
 from hearthd.inference.outbox import Outbox
 from hearthd.inference.restraint import Restraint
+from hearthd.kv.shared import SharedPrompts
 from hearthd.logs import log_incident
 from hearthd.priority import Priority
 from hearthd.sequences.events import Delta, Event, Failed, Finished
@@ -100,6 +102,12 @@ class InferenceThread:
         """
         model = self._model
         if model is not None and model.engine.stops_for(priority):
+            model.runner.terminate()
+
+    def stop_reading(self, sequence: Sequence) -> None:
+        """Stop the run of this moment, if it reads this sequence's prompt. Any thread."""
+        model = self._model
+        if model is not None and model.engine.prefilling is sequence:
             model.runner.terminate()
 
     def stop(self) -> None:
@@ -196,6 +204,16 @@ class InferenceThread:
             self._model.engine.add(sequence)
         except HearthdError as error:
             self._outbox.send([(sequence, Failed(error))])
+
+    def remove(self, sequence: Sequence) -> None:
+        """Let the engine lose a sequence. A command of the loop's."""
+        if self._model is not None:
+            self._model.engine.remove(sequence)
+
+    def share_prompts(self, shared: SharedPrompts) -> None:
+        """Share these beginnings of prompts, and no others. A command of the loop's."""
+        if self._model is not None:
+            self._model.engine.share_prompts(shared)
 
     def _judge(self, events: list[tuple[Sequence, Event]]) -> None:
         """Raise the error of an engine that does nothing but fail."""

@@ -207,8 +207,7 @@ class Worker:
 
     def share_prompts(self, shared: SharedPrompts) -> None:
         """Share these beginnings of prompts, and no others."""
-        share = partial(self.model.engine.share_prompts, shared)
-        self._tell(share, partial(self._thread.make_way, Priority.BACKGROUND))
+        self._tell(partial(self._thread.share_prompts, shared), partial(self._thread.make_way, Priority.BACKGROUND))
 
     def begin_drain(self) -> None:
         """Admit no more chats."""
@@ -276,13 +275,7 @@ class Worker:
         sequence = chat.sequence
         if sequence is None or self._streams.pop(sequence, None) is None or self._model is None:
             return
-        model = self._model
-
-        def stop_reading() -> None:
-            if model.engine.prefilling is sequence:
-                model.runner.terminate()
-
-        self._tell(partial(model.engine.remove, sequence), stop_reading)
+        self._tell(partial(self._thread.remove, sequence), partial(self._thread.stop_reading, sequence))
 
     def _tell(self, command: Callable[[], None], hurry: Callable[[], None]) -> None:
         """Give the thread a command. hurry: stops the run that it need not wait for, which takes up to a second.

@@ -10,23 +10,31 @@ Both take as long as such a collection, so neither is called on the event loop: 
 """
 
 import gc
+import threading
 
 from hearthd.runtime.free_memory import return_free_memory
 
 __all__ = ["keep", "let_go"]
 
+# One model may come while another one goes.
+_turn = threading.Lock()
+
 
 def keep() -> None:
     """Let collections leave out all that there is now. After a model has been loaded."""
-    gc.collect()
-    gc.freeze()
+    with _turn:
+        gc.unfreeze()
+        gc.collect()
+        gc.freeze()
 
 
 def let_go() -> None:
-    """Give a model's memory back, to which nothing refers any more but its own parts: they refer to each other."""
-    has_kept = gc.get_freeze_count() > 0
-    gc.unfreeze()
-    gc.collect()
-    if has_kept:
-        gc.freeze()
+    """Give a model's memory back, to which nothing refers any more but its own parts: they refer to each other.
+
+    Nothing is left out of collections then until the next `keep`: a reference that ends a moment later would make the
+    whole model stay, and so it costs that moment.
+    """
+    with _turn:
+        gc.unfreeze()
+        gc.collect()
     return_free_memory()

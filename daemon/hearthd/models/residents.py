@@ -91,6 +91,16 @@ class Residents:
 
     async def _load_in_turn(self, entry: Entry) -> None:
         try:
+            if not await self._try_to_load(entry):
+                # Not before the error has gone, which refers to what was loaded so far.
+                await asyncio.to_thread(heap.let_go)
+        finally:
+            entry.bringing, entry.is_expected = None, False
+            self._changed.ring()
+
+    async def _try_to_load(self, entry: Entry) -> bool:
+        """Load a model in its turn, if somebody wants it still. Returns whether that did not fail."""
+        try:
             # A load needs more memory than what it leaves, and all cores.
             async with self._turn:
                 # One that is leaving must have gone before it can come again; it may also have been asked to stay.
@@ -109,10 +119,8 @@ class Residents:
                         self.renew(entry)  # before anybody has it
         except Exception as error:  # noqa: BLE001 - whatever it is, those who wait must hear of it
             self.note_failure(entry, error)
-            await asyncio.to_thread(heap.let_go)
-        finally:
-            entry.bringing, entry.is_expected = None, False
-            self._changed.ring()
+            return False
+        return True
 
     def _is_missing(self, entry: Entry) -> bool:
         return self._is_wanted(entry) and not entry.is_usable
@@ -150,6 +158,8 @@ class Residents:
         try:
             model = await worker.start()
         except Exception:
+            # It holds what it has loaded until its end.
+            await worker.wait_until_gone()
             self.alive.remove(worker)
             raise
         finally:
@@ -215,7 +225,8 @@ class Residents:
     def note_failure(self, entry: Entry, error: Exception) -> None:
         """Remember, for those who ask next, that a model cannot be loaded; tell the journal why."""
         if isinstance(error, HearthdError):
-            _logger.error("%s cannot be loaded: %s", entry.name, error)
+            # Its words only: a handler may keep what it gets, and the error holds what was loaded so far.
+            _logger.error("%s cannot be loaded: %s", entry.name, str(error))
             why = "the daemon's journal says why"
         else:
             why = f"incident {log_incident(f'{entry.name} cannot be loaded', error)}, see the daemon's journal"
