@@ -55,7 +55,7 @@ class Sample:
     seconds: float
     resident_mb: float
     kv_mb: float
-    """Of it, by the daemon's budget: whatever is worth keeping, up to a limit."""
+    """Of it, by the daemon's status: whatever is worth keeping, up to a limit."""
     peak_mb: float
     """The most that was ever resident."""
     num_descriptors: int

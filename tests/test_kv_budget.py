@@ -200,7 +200,7 @@ def test_any_load_stays_within_any_budget_and_every_answer_is_right(
 
     def step() -> None:
         assert not any(isinstance(event, Failed) for _, event in engine.step())
-        assert runner.num_blocks <= engine.kv_bytes[0], "more memory than the books have"
+        assert engine.kv_bytes[0] <= engine._cache.num_blocks, "more memory than the books have"
 
     for prompt, max_tokens, identity, num_steps, fault in load:
         if len(prompt) < engine.context_length:
@@ -214,7 +214,7 @@ def test_any_load_stays_within_any_budget_and_every_answer_is_right(
             runner.fail_next = None
         if "leave" in fault and sequences:
             engine.remove(sequences.pop())
-            assert runner.num_blocks <= engine.kv_bytes[0], "more memory than the books have"
+            assert engine.kv_bytes[0] <= engine._cache.num_blocks, "more memory than the books have"
     for _ in range(2000):
         if not engine.has_work:
             break
@@ -259,7 +259,7 @@ class TestMemory:
         slots = self.filled()
         blocks = 16 + 5 + 2
         assert slots.budget(0, 3, 4) == KVBudget(64, (3 + 4) * 16, 4, BLOCK)
-        assert resident_bytes(*slots.arrays) == blocks * BLOCK
+        assert resident_bytes(*slots.arrays) == blocks * BLOCK == slots.num_blocks * BLOCK
 
     def test_what_is_given_back_is_gone(self) -> None:
         slots = self.filled()
@@ -267,7 +267,7 @@ class TestMemory:
         assert resident_bytes(*slots.arrays) == (3 + 5 + 2) * BLOCK
         assert (slots.read(0, 130) == 1).all()
         slots.give_back(0, 0)
-        assert resident_bytes(*slots.arrays) == (5 + 2) * BLOCK
+        assert resident_bytes(*slots.arrays) == (5 + 2) * BLOCK == slots.num_blocks * BLOCK
         assert (slots.read(1, 300) == 2).all()
 
     @pytest.mark.parametrize(("num_a", "num_b"), [(1000, 65), (65, 1000), (1000, 0), (0, 65)])
@@ -289,7 +289,7 @@ class TestMemory:
         prompt.hold(0, 960, 0)
         assert resident_bytes(*prompt.arrays) == 4 * 15 * BLOCK
         prompt.give_back(100)
-        assert resident_bytes(*prompt.arrays) == 4 * 2 * BLOCK
+        assert resident_bytes(*prompt.arrays) == 4 * 2 * BLOCK == prompt.num_blocks * BLOCK
         prompt.hold(0, 1000, 0)
         assert all((array[:, :, :1000] == 1).all() for array in prompt.arrays)
 
@@ -317,16 +317,22 @@ def test_a_real_runner_stays_within_its_bytes_at_every_step(tmp_path: Path) -> N
     chance = np.random.default_rng(3)
     sequences = []
     most = 0
+
+    def resident() -> int:
+        size = resident_bytes(*runner._slots.arrays, *runner._prompt.arrays)
+        assert size <= engine.kv_bytes[0] <= cap, "more memory than the status says"
+        return size
+
     for turn in range(24):
         prompt = [*long[: int(chance.integers(2, 50))], *map(int, chance.integers(0, 250, int(chance.integers(1, 20))))]
         sequences.append(asked(prompt, int(chance.integers(1, 20)), str(turn % 2)))
         engine.add(sequences[-1])
         for _ in range(int(chance.integers(0, 12))):
             engine.step()
-            most = max(most, resident_bytes(*runner._slots.arrays, *runner._prompt.arrays))
+            most = max(most, resident())
     while engine.has_work:
         engine.step()
-        most = max(most, resident_bytes(*runner._slots.arrays, *runner._prompt.arrays))
+        most = max(most, resident())
     assert cap // 2 < most <= cap
     for sequence in sequences:
         again = asked(list(sequence.prompt_ids), sequence.params.max_tokens, "other")
@@ -354,7 +360,7 @@ class TestKeptPrompt:
         timer = prompt._timer
         assert timer is not None
         timer.join(30)
-        assert resident_bytes(*prompt.arrays) == 0
+        assert resident_bytes(*prompt.arrays) == 0 == prompt.num_blocks
         prompt.hold(0, 960, 0)
         assert all((array[0, :, :960] == 1).all() for array in prompt.arrays)
 

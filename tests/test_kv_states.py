@@ -457,7 +457,7 @@ class Cache(RuleBasedStateMachine):
     def memory_stays_within_the_budget_and_is_in_the_books(self) -> None:
         budget = self.runner.kv_budget
         assert self.runner.num_blocks <= self.cache.num_blocks <= budget.num_blocks
-        assert self.cache.num_bytes == (self.cache.num_blocks, budget.num_blocks)
+        assert self.cache.num_bytes == (self.runner.num_blocks, budget.num_blocks)
 
     @precondition(lambda self: hasattr(self, "cache"))
     @invariant()

@@ -180,7 +180,7 @@ class Engine:
 
     @property
     def kv_bytes(self) -> tuple[int, int]:
-        """KV memory in use or reserved, and the most that may be. For any thread to read."""
+        """KV memory in use, and the most that may be. For any thread to read."""
         return self._cache.num_bytes
 
     @property

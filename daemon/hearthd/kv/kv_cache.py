@@ -73,8 +73,9 @@ class KVCache:
 
     @property
     def num_bytes(self) -> tuple[int, int]:
-        """Memory that is in use or reserved, and the most that may be. For any thread to read."""
-        return self._reservations.num_bytes
+        """Memory that is in use, and the most that may be. For any thread to read."""
+        budget = self._reservations.budget
+        return self._runner.num_blocks * budget.block_bytes, budget.num_blocks * budget.block_bytes
 
     def num_tokens(self, slot: int) -> int:
         """Positions of a slot that hold a token's KV."""

@@ -29,12 +29,6 @@ class Reservations:
         """Blocks that are in use or reserved."""
         return sum(self.budget.blocks(slot.num_positions) for slot in self._slots) + self.prompt_blocks
 
-    @property
-    def num_bytes(self) -> tuple[int, int]:
-        """Memory that is in use or reserved, and the most that may be."""
-        size = self.budget.block_bytes
-        return self.num_blocks * size, self.budget.num_blocks * size
-
     def prompt_blocks_with(self, prompt_length: int) -> int:
         """Return the blocks that prompts need which are being read, a new one of this length among them."""
         longest = max((slot.prompt_length for slot in self._slots if slot.is_reading), default=0)

@@ -20,7 +20,7 @@ class RunTerminated(Exception):  # noqa: N818 - not an error: somebody asked for
 class Runner(Protocol):
     """What the engine needs of a model: token ids and KV slots in, logits out.
 
-    All methods but `terminate` are called by the inference thread alone.
+    All but `terminate` and `num_blocks` is called by the inference thread alone.
     """
 
     @property
@@ -30,6 +30,10 @@ class Runner(Protocol):
     @property
     def kv_budget(self) -> KVBudget:
         """What the slots, and the reading of a prompt, may take of memory."""
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of `kv_budget` whose memory is in use. For any thread to read."""
 
     @property
     def context_length(self) -> int:

@@ -165,6 +165,11 @@ class KVSlots:
             array[target, :, :num_tokens] = array[source, :, :num_tokens]
 
     @property
+    def num_blocks(self) -> int:
+        """Blocks whose memory may be in use, of all slots."""
+        return sum(self._touched) // self.block_tokens
+
+    @property
     def token_bytes(self) -> int:
         """Bytes of one position's KV."""
         return self._num_rows * self._row_bytes
@@ -215,6 +220,11 @@ class PromptBuffers:
     def factor(self) -> int:
         """How many times as much memory a position takes here as in its slot."""
         return self.arrays[0].itemsize // self._slots.arrays[0].itemsize
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of the budget whose memory may be in use."""
+        return self.factor * -(-self._num_touched // self._slots.block_tokens)
 
     def hold(self, slot: int, num_tokens: int, num_new: int) -> None:
         """Make the buffers hold a slot's first num_tokens positions, before a run that writes num_new more."""

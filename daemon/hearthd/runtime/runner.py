@@ -104,6 +104,11 @@ class OnnxRunner:
         self._running: ort.RunOptions | None = None
 
     @property
+    def num_blocks(self) -> int:
+        """Blocks of `kv_budget` whose memory is in use. For any thread to read."""
+        return self._slots.num_blocks + (self._prompt.num_blocks if self._prompt else 0)
+
+    @property
     def min_run(self) -> int:
         """Two with an int8 cache: a single token of a sequence takes the kernel that adds up in another order.
 
