@@ -34,7 +34,13 @@ MODEL = model_pb2.Model(
     state=model_pb2.MODEL_STATE_LOADED,
     memory_bytes=210_000_000,
     limits=model_pb2.Limits(
-        max_total_tokens=64, default_max_tokens=32, max_running=2, max_queued=8, max_top_logprobs=5
+        max_total_tokens=64,
+        default_max_tokens=32,
+        max_running=2,
+        max_queued=8,
+        max_top_logprobs=5,
+        max_prompt_tokens=60,
+        max_tokens=16,
     ),
     default_sampling=chat_pb2.SamplingOptions(temperature=0.5, top_k=0, top_p=0.9),
 )

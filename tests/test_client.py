@@ -161,6 +161,7 @@ def test_the_small_calls(daemon: peer.ScriptedDaemon, connect: Connect) -> None:
         model = client.model()
         assert model == client.model("tiny") == models[0]
         assert (model.context_length, model.num_parameters, model.limits.default_max_tokens) == (64, 134_515_008, 32)
+        assert (model.limits.max_prompt_tokens, model.limits.max_tokens) == (60, 16)
         # The daemon set top_k to 0, and said nothing of min_p.
         assert (model.default_sampling.top_k, model.default_sampling.min_p) == (0, None)
         assert client.count_tokens("abc") == 3

@@ -8,6 +8,7 @@ import grpc
 import pytest
 
 from fakes import FakeRunner
+from hearth.v1 import model_pb2, model_pb2_grpc
 from hearthd.access.caller import Caller
 from hearthd.configuration.roles import Role
 from hearthd.errors import NotPermittedError
@@ -76,6 +77,9 @@ async def test_a_roles_caps_hold_before_the_model_computes_anything(tmp_path: Pa
         assert said.startswith("role user may send at most 60 tokens of prompt (max_prompt_tokens of the role)")
         assert said.endswith("; send fewer or shorter messages")
         assert runner.num_forwards == num_forwards
+        (model,) = (await model_pb2_grpc.ModelServiceStub(channel).ListModels(model_pb2.ListModelsRequest())).models
+        limits = model.limits
+        assert (limits.max_prompt_tokens, limits.max_tokens, limits.default_max_tokens) == (60, 5, 5)
         # The default is 8.
         _, final = await answer(channel, chat_request())
         assert 0 < final.usage.completion_tokens <= 5

@@ -583,6 +583,7 @@ async def test_models_are_described_with_their_limits(tmp_path: Path) -> None:
     limits = model.limits
     assert (limits.max_total_tokens, limits.default_max_tokens, limits.max_running, limits.max_queued) == (256, 8, 2, 2)
     assert (limits.max_messages, limits.max_request_bytes) == (256, 262144)
+    assert (limits.max_prompt_tokens, limits.max_tokens) == (255, 255)
     assert (limits.max_stop_strings, limits.max_stop_string_chars, limits.max_top_logprobs) == (4, 64, 20)
     assert model.default_sampling.temperature == 0
     assert not model.default_sampling.HasField("seed")

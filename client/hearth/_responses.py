@@ -216,6 +216,8 @@ def _model(model: model_pb2.Model) -> values.ModelInfo:
             max_top_logprobs=limits.max_top_logprobs,
             max_running=limits.max_running,
             max_queued=limits.max_queued,
+            max_prompt_tokens=limits.max_prompt_tokens,
+            max_tokens=limits.max_tokens,
         ),
         default_sampling=values.SamplingDefaults(
             **{name: unless_unset(name) for name in values.SamplingDefaults.__dataclass_fields__}

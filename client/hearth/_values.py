@@ -194,6 +194,10 @@ class Limits:
     max_top_logprobs: int
     max_running: int
     max_queued: int
+    max_prompt_tokens: int = 0
+    """That you may send; 0: the daemon is too old to say."""
+    max_tokens: int = 0
+    """That you may ask for; 0: the daemon is too old to say."""
 
 
 @dataclass(frozen=True, slots=True)

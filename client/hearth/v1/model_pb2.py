@@ -25,33 +25,33 @@ _sym_db = _symbol_database.Default()
 from hearth.v1 import chat_pb2 as hearth_dot_v1_dot_chat__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15hearth/v1/model.proto\x12\thearth.v1\x1a\x14hearth/v1/chat.proto\"\xbc\x02\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x02 \x01(\t\x12\x16\n\x0e\x63ontext_length\x18\x03 \x01(\x05\x12\x17\n\x0fparameter_count\x18\x04 \x01(\x03\x12\x14\n\x0cquantization\x18\x05 \x01(\t\x12\x12\n\nsize_bytes\x18\x06 \x01(\x03\x12\x0f\n\x07license\x18\x07 \x01(\t\x12!\n\x06limits\x18\x08 \x01(\x0b\x32\x11.hearth.v1.Limits\x12\x34\n\x10\x64\x65\x66\x61ult_sampling\x18\t \x01(\x0b\x32\x1a.hearth.v1.SamplingOptions\x12\x0e\n\x06source\x18\n \x01(\t\x12$\n\x05state\x18\x0b \x01(\x0e\x32\x15.hearth.v1.ModelState\x12\x14\n\x0cmemory_bytes\x18\x0c \x01(\x03\"\xeb\x01\n\x06Limits\x12\x18\n\x10max_total_tokens\x18\x01 \x01(\x05\x12\x1a\n\x12\x64\x65\x66\x61ult_max_tokens\x18\x02 \x01(\x05\x12\x14\n\x0cmax_messages\x18\x03 \x01(\x05\x12\x19\n\x11max_request_bytes\x18\x04 \x01(\x03\x12\x18\n\x10max_stop_strings\x18\x05 \x01(\x05\x12\x1d\n\x15max_stop_string_chars\x18\x06 \x01(\x05\x12\x18\n\x10max_top_logprobs\x18\x07 \x01(\x05\x12\x13\n\x0bmax_running\x18\x08 \x01(\x05\x12\x12\n\nmax_queued\x18\t \x01(\x05\"\x13\n\x11ListModelsRequest\"6\n\x12ListModelsResponse\x12 \n\x06models\x18\x01 \x03(\x0b\x32\x10.hearth.v1.Model\"\x1f\n\x0fGetModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"3\n\x10GetModelResponse\x12\x1f\n\x05model\x18\x01 \x01(\x0b\x32\x10.hearth.v1.Model\"4\n\x0c\x43onversation\x12$\n\x08messages\x18\x01 \x03(\x0b\x32\x12.hearth.v1.Message\"m\n\x12\x43ountTokensRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12/\n\x0c\x63onversation\x18\x03 \x01(\x0b\x32\x17.hearth.v1.ConversationH\x00\x42\x07\n\x05input\"*\n\x13\x43ountTokensResponse\x12\x13\n\x0btoken_count\x18\x01 \x01(\x05*\x8c\x01\n\nModelState\x12\x1b\n\x17MODEL_STATE_UNSPECIFIED\x10\x00\x12\x18\n\x14MODEL_STATE_LOADABLE\x10\x01\x12\x17\n\x13MODEL_STATE_LOADING\x10\x02\x12\x16\n\x12MODEL_STATE_LOADED\x10\x03\x12\x16\n\x12MODEL_STATE_FAILED\x10\x04\x32\xec\x01\n\x0cModelService\x12I\n\nListModels\x12\x1c.hearth.v1.ListModelsRequest\x1a\x1d.hearth.v1.ListModelsResponse\x12\x43\n\x08GetModel\x12\x1a.hearth.v1.GetModelRequest\x1a\x1b.hearth.v1.GetModelResponse\x12L\n\x0b\x43ountTokens\x12\x1d.hearth.v1.CountTokensRequest\x1a\x1e.hearth.v1.CountTokensResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15hearth/v1/model.proto\x12\thearth.v1\x1a\x14hearth/v1/chat.proto\"\xbc\x02\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x02 \x01(\t\x12\x16\n\x0e\x63ontext_length\x18\x03 \x01(\x05\x12\x17\n\x0fparameter_count\x18\x04 \x01(\x03\x12\x14\n\x0cquantization\x18\x05 \x01(\t\x12\x12\n\nsize_bytes\x18\x06 \x01(\x03\x12\x0f\n\x07license\x18\x07 \x01(\t\x12!\n\x06limits\x18\x08 \x01(\x0b\x32\x11.hearth.v1.Limits\x12\x34\n\x10\x64\x65\x66\x61ult_sampling\x18\t \x01(\x0b\x32\x1a.hearth.v1.SamplingOptions\x12\x0e\n\x06source\x18\n \x01(\t\x12$\n\x05state\x18\x0b \x01(\x0e\x32\x15.hearth.v1.ModelState\x12\x14\n\x0cmemory_bytes\x18\x0c \x01(\x03\"\x9a\x02\n\x06Limits\x12\x18\n\x10max_total_tokens\x18\x01 \x01(\x05\x12\x1a\n\x12\x64\x65\x66\x61ult_max_tokens\x18\x02 \x01(\x05\x12\x14\n\x0cmax_messages\x18\x03 \x01(\x05\x12\x19\n\x11max_request_bytes\x18\x04 \x01(\x03\x12\x18\n\x10max_stop_strings\x18\x05 \x01(\x05\x12\x1d\n\x15max_stop_string_chars\x18\x06 \x01(\x05\x12\x18\n\x10max_top_logprobs\x18\x07 \x01(\x05\x12\x13\n\x0bmax_running\x18\x08 \x01(\x05\x12\x12\n\nmax_queued\x18\t \x01(\x05\x12\x19\n\x11max_prompt_tokens\x18\n \x01(\x05\x12\x12\n\nmax_tokens\x18\x0b \x01(\x05\"\x13\n\x11ListModelsRequest\"6\n\x12ListModelsResponse\x12 \n\x06models\x18\x01 \x03(\x0b\x32\x10.hearth.v1.Model\"\x1f\n\x0fGetModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"3\n\x10GetModelResponse\x12\x1f\n\x05model\x18\x01 \x01(\x0b\x32\x10.hearth.v1.Model\"4\n\x0c\x43onversation\x12$\n\x08messages\x18\x01 \x03(\x0b\x32\x12.hearth.v1.Message\"m\n\x12\x43ountTokensRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12/\n\x0c\x63onversation\x18\x03 \x01(\x0b\x32\x17.hearth.v1.ConversationH\x00\x42\x07\n\x05input\"*\n\x13\x43ountTokensResponse\x12\x13\n\x0btoken_count\x18\x01 \x01(\x05*\x8c\x01\n\nModelState\x12\x1b\n\x17MODEL_STATE_UNSPECIFIED\x10\x00\x12\x18\n\x14MODEL_STATE_LOADABLE\x10\x01\x12\x17\n\x13MODEL_STATE_LOADING\x10\x02\x12\x16\n\x12MODEL_STATE_LOADED\x10\x03\x12\x16\n\x12MODEL_STATE_FAILED\x10\x04\x32\xec\x01\n\x0cModelService\x12I\n\nListModels\x12\x1c.hearth.v1.ListModelsRequest\x1a\x1d.hearth.v1.ListModelsResponse\x12\x43\n\x08GetModel\x12\x1a.hearth.v1.GetModelRequest\x1a\x1b.hearth.v1.GetModelResponse\x12L\n\x0b\x43ountTokens\x12\x1d.hearth.v1.CountTokensRequest\x1a\x1e.hearth.v1.CountTokensResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'hearth.v1.model_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_MODELSTATE']._serialized_start=988
-  _globals['_MODELSTATE']._serialized_end=1128
+  _globals['_MODELSTATE']._serialized_start=1035
+  _globals['_MODELSTATE']._serialized_end=1175
   _globals['_MODEL']._serialized_start=59
   _globals['_MODEL']._serialized_end=375
   _globals['_LIMITS']._serialized_start=378
-  _globals['_LIMITS']._serialized_end=613
-  _globals['_LISTMODELSREQUEST']._serialized_start=615
-  _globals['_LISTMODELSREQUEST']._serialized_end=634
-  _globals['_LISTMODELSRESPONSE']._serialized_start=636
-  _globals['_LISTMODELSRESPONSE']._serialized_end=690
-  _globals['_GETMODELREQUEST']._serialized_start=692
-  _globals['_GETMODELREQUEST']._serialized_end=723
-  _globals['_GETMODELRESPONSE']._serialized_start=725
-  _globals['_GETMODELRESPONSE']._serialized_end=776
-  _globals['_CONVERSATION']._serialized_start=778
-  _globals['_CONVERSATION']._serialized_end=830
-  _globals['_COUNTTOKENSREQUEST']._serialized_start=832
-  _globals['_COUNTTOKENSREQUEST']._serialized_end=941
-  _globals['_COUNTTOKENSRESPONSE']._serialized_start=943
-  _globals['_COUNTTOKENSRESPONSE']._serialized_end=985
-  _globals['_MODELSERVICE']._serialized_start=1131
-  _globals['_MODELSERVICE']._serialized_end=1367
+  _globals['_LIMITS']._serialized_end=660
+  _globals['_LISTMODELSREQUEST']._serialized_start=662
+  _globals['_LISTMODELSREQUEST']._serialized_end=681
+  _globals['_LISTMODELSRESPONSE']._serialized_start=683
+  _globals['_LISTMODELSRESPONSE']._serialized_end=737
+  _globals['_GETMODELREQUEST']._serialized_start=739
+  _globals['_GETMODELREQUEST']._serialized_end=770
+  _globals['_GETMODELRESPONSE']._serialized_start=772
+  _globals['_GETMODELRESPONSE']._serialized_end=823
+  _globals['_CONVERSATION']._serialized_start=825
+  _globals['_CONVERSATION']._serialized_end=877
+  _globals['_COUNTTOKENSREQUEST']._serialized_start=879
+  _globals['_COUNTTOKENSREQUEST']._serialized_end=988
+  _globals['_COUNTTOKENSRESPONSE']._serialized_start=990
+  _globals['_COUNTTOKENSRESPONSE']._serialized_end=1032
+  _globals['_MODELSERVICE']._serialized_start=1178
+  _globals['_MODELSERVICE']._serialized_end=1414
 # @@protoc_insertion_point(module_scope)

@@ -50,7 +50,7 @@ class Model(_message.Message):
     def __init__(self, name: _Optional[str] = ..., architecture: _Optional[str] = ..., context_length: _Optional[int] = ..., parameter_count: _Optional[int] = ..., quantization: _Optional[str] = ..., size_bytes: _Optional[int] = ..., license: _Optional[str] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., default_sampling: _Optional[_Union[_chat_pb2.SamplingOptions, _Mapping]] = ..., source: _Optional[str] = ..., state: _Optional[_Union[ModelState, str]] = ..., memory_bytes: _Optional[int] = ...) -> None: ...
 
 class Limits(_message.Message):
-    __slots__ = ("max_total_tokens", "default_max_tokens", "max_messages", "max_request_bytes", "max_stop_strings", "max_stop_string_chars", "max_top_logprobs", "max_running", "max_queued")
+    __slots__ = ("max_total_tokens", "default_max_tokens", "max_messages", "max_request_bytes", "max_stop_strings", "max_stop_string_chars", "max_top_logprobs", "max_running", "max_queued", "max_prompt_tokens", "max_tokens")
     MAX_TOTAL_TOKENS_FIELD_NUMBER: _ClassVar[int]
     DEFAULT_MAX_TOKENS_FIELD_NUMBER: _ClassVar[int]
     MAX_MESSAGES_FIELD_NUMBER: _ClassVar[int]
@@ -60,6 +60,8 @@ class Limits(_message.Message):
     MAX_TOP_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     MAX_RUNNING_FIELD_NUMBER: _ClassVar[int]
     MAX_QUEUED_FIELD_NUMBER: _ClassVar[int]
+    MAX_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    MAX_TOKENS_FIELD_NUMBER: _ClassVar[int]
     max_total_tokens: int
     default_max_tokens: int
     max_messages: int
@@ -69,7 +71,9 @@ class Limits(_message.Message):
     max_top_logprobs: int
     max_running: int
     max_queued: int
-    def __init__(self, max_total_tokens: _Optional[int] = ..., default_max_tokens: _Optional[int] = ..., max_messages: _Optional[int] = ..., max_request_bytes: _Optional[int] = ..., max_stop_strings: _Optional[int] = ..., max_stop_string_chars: _Optional[int] = ..., max_top_logprobs: _Optional[int] = ..., max_running: _Optional[int] = ..., max_queued: _Optional[int] = ...) -> None: ...
+    max_prompt_tokens: int
+    max_tokens: int
+    def __init__(self, max_total_tokens: _Optional[int] = ..., default_max_tokens: _Optional[int] = ..., max_messages: _Optional[int] = ..., max_request_bytes: _Optional[int] = ..., max_stop_strings: _Optional[int] = ..., max_stop_string_chars: _Optional[int] = ..., max_top_logprobs: _Optional[int] = ..., max_running: _Optional[int] = ..., max_queued: _Optional[int] = ..., max_prompt_tokens: _Optional[int] = ..., max_tokens: _Optional[int] = ...) -> None: ...
 
 class ListModelsRequest(_message.Message):
     __slots__ = ()

@@ -89,6 +89,9 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
         facts = entry.facts
         if facts is None:  # its bundle cannot be read
             return model_pb2.Model(name=entry.name, state=_STATES[entry.state])
+        caller = current_caller()
+        # One of the context's tokens is the other side's at least.
+        most = facts.context_length - 1
         return model_pb2.Model(
             name=entry.name,
             architecture=facts.architecture,
@@ -99,7 +102,7 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
             license=facts.license,
             limits=model_pb2.Limits(
                 max_total_tokens=facts.context_length,
-                default_max_tokens=self.limits.default_max_tokens,
+                default_max_tokens=caller.choose_max_tokens(self.limits.default_max_tokens, is_asked=False),
                 max_messages=self.limits.max_messages,
                 max_request_bytes=self.limits.max_request_bytes,
                 max_stop_strings=MAX_STOP_STRINGS,
@@ -107,6 +110,8 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
                 max_top_logprobs=MAX_TOP_LOGPROBS,
                 max_running=facts.num_slots,
                 max_queued=self._models.max_queued,
+                max_prompt_tokens=min(caller.rights.max_prompt_tokens or most, most),
+                max_tokens=min(caller.rights.max_tokens or most, most),
             ),
             default_sampling=to_sampling_options(facts.default_sampling),
             source=facts.source,
