@@ -1,6 +1,7 @@
 """Who runs and who waits: priorities, pauses that change nothing, turns between accounts, stalls, and estimates."""
 
 import random
+from collections import Counter
 from dataclasses import replace
 from typing import Any
 
@@ -515,7 +516,7 @@ class TestAnswersThatGiveTheirMemory:
         assert (finished.prefill_seconds, finished.decode_seconds, finished.longest_gap_seconds) == (0, 1, 1)
 
     def test_it_is_charged_once(self) -> None:
-        bench, writing, urgent = self.both(10)
+        bench, writing, urgent = self.both(40)
         bench.engine.remove(urgent)
         queue = bench.engine._scheduler._queues[NORMAL]
         bench.add([8] * 400, SHORT, priority=INTERACTIVE)
@@ -657,6 +658,38 @@ class TestTurns:
         bench.finish()
         assert "".join(each.account for each in ends(bench)) == "ababab" + "aaa"
 
+    def test_who_comes_late_gets_no_more_turns_than_those_who_are_here(self) -> None:
+        bench = Bench(runner=endless())
+        for _ in range(30):
+            for account in "ab":
+                bench.add([1], SHORT, account=account)
+        bench.step(40)
+        for _ in range(6):
+            bench.add([1], SHORT, account="c")
+        bench.events.clear()
+        bench.finish()
+        assert "".join(each.account for each in ends(bench)).startswith("cabcabcabcabcabcab")
+
+    @pytest.mark.parametrize(("num_slots", "length"), [(1, 20), (1, 200), (4, 100)])
+    def test_nobody_waits_for_ever_while_others_come_and_go(self, num_slots: int, length: int) -> None:
+        """One more of them than there are slots: one waits at any time, and each comes back with no debt."""
+        bench = Bench(runner=endless(num_slots))
+        first = bench.add([1], replace(GREEDY, max_tokens=length), account="twice")
+        bench.step()
+        second = bench.add([1], SHORT, account="twice")
+        here = {str(number): bench.add([1], SHORT, account=str(number)) for number in range(num_slots + 1)}
+        num_jobs = Counter(here.keys())
+        while second.admitted is None:
+            bench.step()
+            for account, sequence in here.items():
+                if sequence.state is SequenceState.ENDED:
+                    here[account] = bench.add([1], SHORT, account=account)
+                    num_jobs[account] += 1
+            # As much as it was served itself, and two jobs more.
+            of_a_job = 1 + 8 * (SHORT.max_tokens - 1)
+            assert max(num_jobs.values()) * of_a_job <= 8 * length + 2 * of_a_job
+        assert first.state is SequenceState.ENDED
+
     def test_turns_are_taken_within_a_priority_only(self) -> None:
         bench = Bench(runner=endless())
         urgent = [bench.add([1], LONG, account="a", priority=INTERACTIVE) for _ in range(3)]
@@ -692,6 +725,37 @@ class TestTurns:
         bench.finish()
         ahead = [each.account for each in others if arrived < (each.admitted or 0.0) < (late.admitted or 0.0)]
         assert len(ahead) == len(set(ahead))
+
+    @settings(max_examples=150, deadline=None)
+    @given(
+        comings=st.lists(
+            st.tuples(st.sampled_from("abcd"), st.integers(1, 5), st.integers(1, 40), st.integers(0, 12)),
+            min_size=3,
+            max_size=14,
+        ),
+        num_slots=st.integers(1, 3),
+    )
+    def test_nor_does_anybody_when_all_come_again_and_again(
+        self, comings: list[tuple[str, int, int, int]], num_slots: int
+    ) -> None:
+        """comings: who, with how many requests of what length, and the steps until the next one comes."""
+        bench = Bench(runner=endless(num_slots), clock=Ticking())
+        sent: list[tuple[float, bool, Sequence]] = []
+        for account, count, length, num_steps in comings:
+            is_new = all(each.state is SequenceState.ENDED for _, _, each in sent if each.account == account)
+            for number in range(count):
+                sequence = bench.add([1], replace(GREEDY, max_tokens=length), account=account)
+                sent.append((bench.clock(), is_new and not number, sequence))
+            bench.step(num_steps)
+        bench.finish()
+        for arrived, is_new, late in sent:
+            if is_new:
+                ahead = [
+                    each.account
+                    for _, _, each in sent
+                    if each is not late and arrived < (each.admitted or 0.0) < (late.admitted or 0.0)
+                ]
+                assert len(ahead) == len(set(ahead))
 
 
 class TestStalls:
