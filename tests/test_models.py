@@ -597,9 +597,13 @@ async def test_what_can_never_fit_is_refused_and_takes_nobodys_room(
 async def test_models_that_are_kept_and_do_not_fit_are_refused_at_the_start(tmp_path: Path) -> None:
     shelf = Shelf()
     pool = ModelPool(several_config(tmp_path, "a", keep=True, max_bytes=199), shelf.load, shelf.survey)
-    with pytest.raises(ConfigError, match="199, and the models that are kept in memory take 200"):
+    with pytest.raises(ConfigError, match="199, and the models that are kept in memory take 200.*fewer slots"):
         await pool.start()
     assert shelf.loads == []
+    config = several_config(tmp_path, "a", keep=True, max_bytes=199)
+    config = replace(config, engine=replace(config.engine, kv_bytes=64))
+    with pytest.raises(ConfigError, match=r"take 200; raise it, or lower engine\.kv_bytes"):
+        await ModelPool(config, shelf.load, shelf.survey).start()
 
 
 def test_who_leaves_is_idle_before_all_and_then_longest_unused() -> None:

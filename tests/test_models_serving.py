@@ -20,7 +20,7 @@ from hearthd.errors import BundleError
 from hearthd.models.entry import Failure, ModelState
 from hearthd.server import Server
 from serving import NAME, answer, asynchronous, chat_request, make_config, serving, start_chat, unix_target
-from several_models import MODEL_BYTES, Shelf, entry, several_config, until
+from several_models import MODEL_BYTES, Shelf, chat, entry, several_config, until
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -235,6 +235,8 @@ async def test_a_reload_adds_removes_and_changes_models(tmp_path: Path) -> None:
         }
         assert listed["changing"].limits.max_running == 3
         await answer(channel, chat_request(model="changing"))
+        # What came without being asked for is there when it is.
+        await answer(channel, chat_request(model="coming"))
         assert sorted(shelf.loads) == sorted([NAME, "going", "changing", "coming", "changing"])
 
 
@@ -249,6 +251,34 @@ async def test_a_reload_that_only_lets_a_model_stay_does_not_unload_it(tmp_path:
         assert entry(server._parts.models, "other").worker is worker
         # From now on it does not stay for long.
         await until(server._parts.models, lambda: entry(server._parts.models, "other").worker is None)
+
+
+@asynchronous
+async def test_a_reload_that_lowers_the_budget_lets_models_go_that_have_no_room(tmp_path: Path) -> None:
+    old = several_config(tmp_path, "idle", "used", "last")
+    new = several_config(tmp_path, "idle", "used", "last", max_bytes=2 * MODEL_BYTES)
+    async with daemon(old, load_again=lambda: new) as (channel, shelf, server):
+        pool = server._parts.models
+        for name in ("used", "idle", "last"):
+            await answer(channel, chat_request(model=name))
+        idle, used, last = (entry(pool, name) for name in ("idle", "used", "last"))
+        async with pool.using(used) as worker:
+            async with pool.using(last):
+                assert (await server._parts.reload.run()).changed == ("models.max_bytes",)
+                await until(pool, lambda: idle.worker is None)
+                # Of those in use the one that was asked for first; it serves who has it.
+                assert used.is_leaving
+                assert not last.is_leaving
+            assert await chat(worker)
+        await until(pool, lambda: used.worker is None)
+        assert [each.state for each in pool.entries] == [
+            ModelState.LOADED,
+            ModelState.LOADABLE,
+            ModelState.LOADABLE,
+            ModelState.LOADED,
+        ]
+        await answer(channel, chat_request(model="last"))
+        assert shelf.loads == [NAME, "used", "idle", "last"]
 
 
 @asynchronous

@@ -247,6 +247,7 @@ class ModelPool:
                 self._residents.renew(entry)
             elif not entry.num_users:
                 self._residents.rest(entry)
+        self._residents.keep_within_budget()
         self.changed.ring()
 
     # The daemon's life.
@@ -277,8 +278,8 @@ class ModelPool:
         kept = sum(entry.memory_bytes for entry in self.entries if entry.keep)
         if limit and kept > limit:
             raise ConfigError(
-                f"models.max_bytes is {limit}, and the models that are kept in memory take {kept}; raise it, or give "
-                "them fewer slots or a shorter context_length"
+                f"models.max_bytes is {limit}, and the models that are kept in memory take {kept}; raise it, or "
+                f"{self._residents.how_to_need_less}"
             )
 
     async def ping(self) -> None:

@@ -267,7 +267,7 @@ class Residents:
         if kept + entry.memory_bytes > limit:
             raise ConfigError(
                 f"it takes {entry.memory_bytes} bytes, beside {kept} of models that are kept in memory; "
-                f"models.max_bytes is {limit}: raise it, or give the models fewer slots or a shorter context_length"
+                f"models.max_bytes is {limit}: raise it, or {self.how_to_need_less}"
             )
         while self._is_wanted(entry) and not self._fits(entry):
             leaving = choose_leaving(other for other in self.entries if not other.is_kept)
@@ -280,6 +280,24 @@ class Residents:
             if not was_leaving and not leaving.must_go and leaving.worker is not None and leaving.worker.is_admitting:
                 leaving.is_leaving = False
                 self._changed.ring()
+
+    def keep_within_budget(self) -> None:
+        """Let go what a budget that was lowered has no room for; what is used now, when its users have done."""
+        limit = self.config.models.max_bytes
+        staying = [entry for entry in self.entries if not entry.is_leaving]
+        while limit and sum(entry.memory_bytes for entry in staying) > limit:
+            leaving = choose_leaving(entry for entry in staying if not entry.is_kept)
+            if leaving is None:
+                return
+            staying.remove(leaving)
+            self.part_with(leaving)
+
+    @property
+    def how_to_need_less(self) -> str:
+        """What makes models smaller in memory, as a remedy."""
+        if self.config.engine.kv_bytes:
+            return "lower engine.kv_bytes, which each of them may take for its conversations"
+        return "give the models fewer slots or a shorter context_length"
 
     # Going.
 
@@ -295,11 +313,13 @@ class Residents:
             self.part_with(entry)
 
     def part_with(self, entry: Entry) -> None:
-        """Let a model go when those who use it have done; nobody new may use it."""
+        """Let a model go when those who use it have done; nobody new may use it. No effect on one that is not there."""
+        if entry.worker is None:
+            return
         if not entry.is_leaving:
             entry.is_leaving = True
             self._changed.ring()
-        if entry.parting is None and entry.worker is not None:
+        if entry.parting is None:
             entry.parting = self._spawn(self._unload(entry, entry.worker))
 
     def dismiss(self, entry: Entry) -> None:
