@@ -71,6 +71,33 @@ async def status(channel: grpc.aio.Channel) -> status_pb2.GetStatusResponse:
 
 
 @asynchronous
+async def test_who_gives_way_in_a_full_queue_is_refused_and_nothing_has_failed(tmp_path: Path) -> None:
+    config = config_of(tmp_path, engine={"slots": 1}, limits={"max_queued": 2}, auth={"open_role": "admin"})
+    runner = make_runner(num_slots=1, is_gated=True)
+    runner.allow(PROOF_FORWARDS)
+    async with (
+        serving(config, lambda _: make_model(runner)) as server,
+        grpc.aio.insecure_channel(unix_target(config)) as channel,
+    ):
+        calls = [asyncio.ensure_future(answer(channel, chat_request(f"hello {n}", max_tokens=3))) for n in range(3)]
+        while (told := await status(channel)).running_count + told.queued_count < 3:
+            pass
+        (worker,) = server._parts.models.workers
+        with worker.admit(account="newcomer"):
+            pass
+        runner.open_gate()
+        answers = await asyncio.gather(*calls, return_exceptions=True)
+        refused = [error for error in answers if isinstance(error, grpc.aio.AioRpcError)]
+        assert [error.code() for error in refused] == [grpc.StatusCode.RESOURCE_EXHAUSTED]
+        found, told = figures(await fetch(server)), await status(channel)
+    assert found['hearth_refused_calls_total{reason="queue_full"}'] == 1
+    assert {key: count for key, count in found.items() if key.startswith("hearth_chats_total") and count} == {
+        f'hearth_chats_total{{model="{NAME}",outcome="length",role="admin"}}': 2
+    }
+    assert (told.chats_refused_count, told.chats_failed_count) == (1, 0)
+
+
+@asynchronous
 async def test_what_callers_do_is_counted(tmp_path: Path) -> None:
     config = config_of(tmp_path, auth={"open_role": "admin"})
     async with serving(config) as server, grpc.aio.insecure_channel(unix_target(config)) as channel:

@@ -51,6 +51,7 @@ def test_each_refusal_has_one_word(error: Exception, refusal: Refusal | None) ->
         (errors.SlowReaderError("x"), None, Unfinished.SLOW_READER),
         (errors.PolicyRefusedError("x", "rule"), None, Unfinished.POLICY_REFUSED),
         (errors.NotServingError("x"), -1.0, Unfinished.SHUTDOWN),
+        (errors.DeadlineTooShortError("x"), 3.0, Unfinished.DEADLINE),
         (OSError("x"), None, Unfinished.FAILED),
     ],
 )

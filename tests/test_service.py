@@ -16,7 +16,7 @@ from google.rpc import error_details_pb2, status_pb2
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fakes import FakeRunner
+from fakes import FakeRunner, scripted
 from hearth.v1 import chat_pb2, chat_pb2_grpc, model_pb2, model_pb2_grpc, status_pb2_grpc
 from hearth.v1 import status_pb2 as hearth_status_pb2
 from hearthd.access.tokens import create_token
@@ -38,6 +38,7 @@ from serving import (
     make_config,
     make_model,
     make_runner,
+    make_tokenizer,
     serving,
     start_chat,
     tcp_target,
@@ -469,28 +470,41 @@ async def test_a_deadline_ends_the_call_and_the_work(tmp_path: Path) -> None:
         await answer(channel, chat_request())
 
 
+@pytest.mark.parametrize(
+    ("backlog_bytes", "why"),
+    [
+        (4096, "read faster"),
+        # Never reached: what ends it is that nothing is taken.
+        (16 * 2**20, "the caller took nothing for 0.2 seconds, the limit; read faster"),
+    ],
+    ids=["backlog", "time"],
+)
 @asynchronous
-async def test_a_reader_that_takes_nothing_loses_its_place(tmp_path: Path) -> None:
+async def test_a_reader_that_takes_nothing_loses_its_place(tmp_path: Path, backlog_bytes: int, why: str) -> None:
     """A caller that is connected and never reads: its stream fills up, and its slot goes to others."""
-    runner = make_runner(context_length=8192, num_slots=1)
+    # It never ends by itself.
+    runner = make_runner(context_length=8192, num_slots=1, logits_after=scripted(make_tokenizer().vocab_size, 1, [65]))
     small_window = [("grpc.http2.lookahead_bytes", 65535), ("grpc.http2.bdp_probe", 0)]
     async with (
-        daemon(tmp_path, runner, server={"write_timeout_seconds": 0.2}, engine={"slots": 1}) as (
-            channel,
-            server,
-        ),
+        daemon(
+            tmp_path,
+            runner,
+            server={"write_timeout_seconds": 0.2, "stream_backlog_bytes": backlog_bytes},
+            engine={"slots": 1},
+        ) as (channel, server),
         grpc.aio.insecure_channel(tcp_target(server), options=small_window) as slow,
     ):
-        call = start_chat(slow, chat_request(max_tokens=8000, top_logprobs=20))
+        call = start_chat(slow, chat_request(max_tokens=6000, top_logprobs=5))
         stub = status_pb2_grpc.StatusServiceStub(channel)
-        while not (await stub.GetStatus(hearth_status_pb2.GetStatusRequest())).chats_failed_count:
-            pass
+        async with asyncio.timeout(30):
+            while not (await stub.GetStatus(hearth_status_pb2.GetStatusRequest())).chats_failed_count:
+                pass
         await answer(channel, chat_request())
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             async for _ in call:
                 pass
         assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-        assert "read faster" in caught.value.details()
+        assert why in caught.value.details()
 
 
 @asynchronous

@@ -379,6 +379,33 @@ async def test_an_engine_that_only_fails_counts_as_crashed() -> None:
 
 
 @asynchronous
+async def test_an_engine_that_reads_prompts_and_fails_at_every_step_counts_as_crashed() -> None:
+    """The first token comes with the prompt, and says nothing of the steps."""
+    runner = make_runner()
+    async with working(runner) as worker:
+        forward = runner.forward
+
+        def broken(token_ids: Any, first_slot: int, past_lengths: Any) -> Any:
+            if token_ids.shape[1] == 1:
+                raise OSError("canary")
+            return forward(token_ids, first_slot, past_lengths)
+
+        runner.forward = broken  # type: ignore[method-assign]
+        num_words = 0
+        for _ in range(20):
+            if worker.state is not State.SERVING:
+                break
+            with worker.admit() as chat:
+                chat.submit(sequence())
+                with pytest.raises((OSError, EngineCrashedError)):
+                    async for _ in chat:
+                        num_words += 1
+        with pytest.raises(EngineCrashedError):
+            await worker.wait_until_ended()
+    assert 6 <= num_words <= 8
+
+
+@asynchronous
 async def test_one_failed_run_of_many_answers_is_one_failure() -> None:
     runner = make_runner(num_slots=8)
     logits_after = runner.logits_after

@@ -217,7 +217,7 @@ class InferenceThread:
 
     def _judge(self, events: list[tuple[Sequence, Event]]) -> None:
         """Raise the error of an engine that does nothing but fail."""
-        if any(isinstance(event, Delta | Finished) for _, event in events):
+        if any(_proves_steps(sequence, event) for sequence, event in events):
             self._num_failures = 0
             return
         errors = [event.error for _, event in events if isinstance(event, Failed)]
@@ -240,6 +240,11 @@ class InferenceThread:
         self._loaded.set_result(model)
         # It would keep the model for ever.
         del self._loaded
+
+
+def _proves_steps(sequence: Sequence, event: Event) -> bool:
+    """Whether an event comes of an engine that works. An answer's first token comes with its prompt: its steps may fail."""
+    return isinstance(event, Finished) or (isinstance(event, Delta) and len(sequence.output_ids) > 1)
 
 
 def _nothing() -> None:

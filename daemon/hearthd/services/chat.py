@@ -12,7 +12,7 @@ from hearthd.access.caller import current_caller
 from hearthd.access.metering import ChatMeter, Meters
 from hearthd.audit.audit import current_record
 from hearthd.configuration.config import LimitsConfig
-from hearthd.errors import InvalidRequestError, SlowReaderError
+from hearthd.errors import InvalidRequestError, QueueFullError, SlowReaderError
 from hearthd.inference.stream import ChatStream
 from hearthd.inference.worker import Worker
 from hearthd.models.pool import ModelPool
@@ -130,8 +130,8 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
                 self._tell_end(chat, model.name, caller.role, context.time_remaining())
 
     def _tell_end(self, chat: ChatStream, model: str, role: str, seconds_left: float | None) -> None:
-        if chat.sequence is None:
-            return  # refused
+        if chat.sequence is None or isinstance(chat.error, QueueFullError):
+            return  # refused, at once or when somebody came for whom it gave way
         finished = chat.finished
         why = unfinished_by(chat.error, seconds_left) if finished is None else finished.reason
         end = ChatEnd(model=model, role=role, priority=chat.sequence.priority.word, why=why, finished=finished)
