@@ -597,7 +597,7 @@ async def test_what_can_never_fit_is_refused_and_takes_nobodys_room(
 async def test_models_that_are_kept_and_do_not_fit_are_refused_at_the_start(tmp_path: Path) -> None:
     shelf = Shelf()
     pool = ModelPool(several_config(tmp_path, "a", keep=True, max_bytes=199), shelf.load, shelf.survey)
-    with pytest.raises(ConfigError, match="199, and the models that are kept in memory take 200.*fewer slots"):
+    with pytest.raises(ConfigError, match=r"199, and the models that are kept in memory take 200.*fewer slots"):
         await pool.start()
     assert shelf.loads == []
     config = several_config(tmp_path, "a", keep=True, max_bytes=199)

@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -395,11 +395,10 @@ async def test_an_engine_that_reads_prompts_and_fails_at_every_step_counts_as_cr
         for _ in range(20):
             if worker.state is not State.SERVING:
                 break
-            with worker.admit() as chat:
+            with worker.admit() as chat, suppress(OSError, EngineCrashedError):
                 chat.submit(sequence())
-                with pytest.raises((OSError, EngineCrashedError)):
-                    async for _ in chat:
-                        num_words += 1
+                async for _ in chat:
+                    num_words += 1
         with pytest.raises(EngineCrashedError):
             await worker.wait_until_ended()
     assert 6 <= num_words <= 8

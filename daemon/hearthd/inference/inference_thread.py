@@ -243,7 +243,7 @@ class InferenceThread:
 
 
 def _proves_steps(sequence: Sequence, event: Event) -> bool:
-    """Whether an event comes of an engine that works. An answer's first token comes with its prompt: its steps may fail."""
+    """Whether an event comes of an engine that works. An answer's first token comes with its prompt, not of a step."""
     return isinstance(event, Finished) or (isinstance(event, Delta) and len(sequence.output_ids) > 1)
 
 
