@@ -856,6 +856,24 @@ class TestEstimates:
             # The first token comes with the prompt.
             assert sequence.admitted - began == pytest.approx(told.expected_wait_seconds, rel=0.1)
 
+    def test_an_answer_that_lasts_is_not_about_to_end(self) -> None:
+        bench, _ = on_machine(num_slots=1)
+        # Answers had 10 tokens so far; a step takes 0.02 s.
+        running = bench.add([1] * 40, replace(GREEDY, max_tokens=200))
+        bench.step(61)
+        for num_written, expected in ((60, 1.2), (160, 0.8)):
+            bench.step(num_written - len(running.output_ids))
+            waiting = bench.add([2], SHORT, account=str(num_written))
+            bench.step()
+            (told,) = bench.of(waiting)
+            assert isinstance(told, Queued)
+            # As much again, but never more than it may.
+            assert told.expected_wait_seconds == pytest.approx(expected, abs=0.05)
+            bench.engine.remove(waiting)
+        # Nobody is sent away for what nobody knows.
+        in_time = bench.add([4], SHORT, deadline=bench.clock.now + 0.1, account="in time")
+        assert in_time.state is SequenceState.WAITING
+
     def test_what_is_cached_is_not_counted(self) -> None:
         bench, _ = on_machine()
         bench.add([5] * 400, SHORT)

@@ -70,10 +70,19 @@ class Pace:
         """Of an answer's token, whatever the number of answers beside it."""
         return sum(self._decode_runs) / len(self._decode_runs) if self._decode_runs else None
 
-    @property
-    def answer_tokens(self) -> float | None:
-        """Tokens of an answer."""
-        return sum(self._answers) / len(self._answers) if self._answers else None
+    def is_longest(self, num_written: int) -> bool:
+        """Whether no answer of late was longer."""
+        return all(number <= num_written for number in self._answers)
+
+    def tokens_left(self, num_written: int) -> float | None:
+        """Return what answers that had so many tokens still had before them, on an average.
+
+        One that is longer than all of late is taken for half done, as lasts what has lasted.
+        """
+        if not self._answers:
+            return None
+        left = [number - num_written for number in self._answers if number > num_written]
+        return sum(left) / len(left) if left else float(max(num_written, 1))
 
     def _recent(self) -> list[tuple[float, int, float]]:
         since = self._clock() - _RECENT_SECONDS

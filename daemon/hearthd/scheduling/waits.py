@@ -1,7 +1,8 @@
 """When those who wait will begin, as far as the pace of the last runs and the length of the last answers tell.
 
 An estimate of when there is a place, and room for the KV: it goes on as if nobody more urgent came, and every answer
-had the mean length. Knows how much KV there may be, and none of it. Called by `engine` and `placing`.
+were as long as those of late. Nobody is refused because answers that run may last: for that, each that is longer than
+all of late ends at once. Knows how much KV there may be, and none of it. Called by `engine` and `placing`.
 """
 
 import heapq
@@ -33,8 +34,11 @@ class Waits:
         known = [seconds for seconds in left if seconds is not None]
         return min(known) if known else None
 
-    def until_start(self) -> dict[Sequence, float]:
-        """Return the seconds until each of those in line begins, or goes on; those without an estimate are missing."""
+    def until_start(self, *, at_best: bool = False) -> dict[Sequence, float]:
+        """Return the seconds until each of those in line begins, or goes on; those without an estimate are missing.
+
+        at_best: if answers end at once that are longer than all of late.
+        """
         forecast = _Forecast(self._scheduler.num_places, self._budget)
         line = self._scheduler.in_line()
         waits: dict[Sequence, float] = {}
@@ -42,14 +46,14 @@ class Waits:
             # Only now: to whoever is more urgent they give way, with their memory.
             for sequence in self._scheduler.paused:
                 if sequence.priority is priority:
-                    forecast.hold(self._stay(sequence))
+                    forecast.hold(self._stay(sequence, at_best))
             for sequence in self._scheduler.running:
                 if sequence.priority is priority:
-                    forecast.hold(self._stay(sequence))
-                    forecast.start(self._stay(sequence), 0.0)
+                    forecast.hold(self._stay(sequence, at_best))
+                    forecast.start(self._stay(sequence, at_best), 0.0)
             for sequence in line:
                 if sequence.priority is priority:
-                    stay, is_paused = self._stay(sequence), sequence.state is SequenceState.PAUSED
+                    stay, is_paused = self._stay(sequence, at_best), sequence.state is SequenceState.PAUSED
                     spare = num_spare(sequence, self._context_length, is_alone=not forecast.num_held)
                     if not forecast.reach(None if is_paused else stay, self._budget.blocks(spare)):
                         return waits
@@ -67,7 +71,7 @@ class Waits:
         """
         if sequence.deadline is None:
             return
-        wait, pace = self.until_start().get(sequence, 0.0), self._pace.fastest_prompt_seconds
+        wait, pace = self.until_start(at_best=True).get(sequence, 0.0), self._pace.fastest_prompt_seconds
         if pace is None and wait > 0:
             pace = self._pace.prompt_seconds
         if pace is None:
@@ -82,24 +86,26 @@ class Waits:
                 "time, or send a shorter or more urgent request"
             )
 
-    def _seconds_left(self, sequence: Sequence) -> float | None:
+    def _seconds_left(self, sequence: Sequence, at_best: bool = False) -> float | None:
         """Of the run itself, from now or from its beginning."""
-        prompt, step, length = self._pace.prompt_seconds, self._pace.decode_seconds, self._pace.answer_tokens
-        if prompt is None or step is None or length is None:
+        num_written = len(sequence.output_ids)
+        prompt, step, left = self._pace.prompt_seconds, self._pace.decode_seconds, self._pace.tokens_left(num_written)
+        if prompt is None or step is None or left is None:
             return None
+        if at_best and self._pace.is_longest(num_written):
+            left = 1.0
         num_unread = len(sequence.prompt_ids) - sequence.num_read
-        # One that is longer than the mean may end at any token.
-        num_unwritten = max(min(length, sequence.params.max_tokens) - len(sequence.output_ids), 1)
+        num_unwritten = max(min(left, sequence.params.max_tokens - num_written), 1)
         return num_unread * prompt + (sequence.num_lost + num_unwritten) * step
 
-    def _stay(self, sequence: Sequence) -> "_Stay":
+    def _stay(self, sequence: Sequence, at_best: bool) -> "_Stay":
         pace = self._pace.prompt_seconds
         num_prompt, num_unread = len(sequence.prompt_ids), len(sequence.prompt_ids) - sequence.num_read
         return _Stay(
             num_blocks=self._budget.blocks(num_reserved(sequence, self._context_length)),
             num_reading=num_prompt if num_unread else 0,
             seconds_unread=None if pace is None else num_unread * pace,
-            seconds_left=self._seconds_left(sequence),
+            seconds_left=self._seconds_left(sequence, at_best),
         )
 
 
