@@ -129,4 +129,4 @@ def _num_bytes(event: Event) -> int:
     if not isinstance(event, Delta):
         return _EVENT_BYTES
     num_logprobs = sum(1 + len(logprob.top) for logprob in event.token_logprobs)
-    return _EVENT_BYTES + len(event.text) + _LOGPROB_BYTES * num_logprobs
+    return _EVENT_BYTES + len(event.text.encode()) + _LOGPROB_BYTES * num_logprobs

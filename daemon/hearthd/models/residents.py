@@ -260,18 +260,16 @@ class Residents:
 
     async def _make_room(self, entry: Entry) -> None:
         """Let others go until a model fits the budget, or nobody waits for it any more."""
-        limit = self.config.models.max_bytes
-        if not limit:
-            return
-        kept = sum(other.memory_bytes for other in self.entries if other.is_kept)
-        if kept + entry.memory_bytes > limit:
-            raise ConfigError(
-                f"it takes {entry.memory_bytes} bytes, beside {kept} of models that are kept in memory; "
-                f"models.max_bytes is {limit}: raise it, or {self.how_to_need_less}"
-            )
         while self._is_wanted(entry) and not self._fits(entry):
+            # Each time: a reload may have changed it all.
+            limit = self.config.models.max_bytes
+            kept = sum(other.memory_bytes for other in self.entries if other.is_kept)
             leaving = choose_leaving(other for other in self.entries if not other.is_kept)
-            assert leaving is not None, "what is kept leaves room"
+            if leaving is None or kept + entry.memory_bytes > limit:
+                raise ConfigError(
+                    f"it takes {entry.memory_bytes} bytes, beside {kept} of models that are kept in memory; "
+                    f"models.max_bytes is {limit}: raise it, or {self.how_to_need_less}"
+                )
             was_leaving = leaving.is_leaving
             self.part_with(leaving)
             while leaving.worker is not None and self._is_wanted(entry):
