@@ -6,8 +6,8 @@ Prints a line each interval and a summary. Ends with 1 if anything went wrong: a
 that did not come to rest, descriptors or threads that stayed, a silence after which systemd's watchdog would have ended
 it, or a resident set that grew more than 1 % over the last half (of a run of 10 minutes or more: the first minutes fill
 buffers for the first time). It is measured while nobody calls, after an answer and a rest, and without the KV that the
-status tells of: what a prompt takes goes back with the first word of an answer and when the daemon has rested, and until
-then the resident set moves by a tenth and more, which would hide the growth that is looked for.
+status tells of: what a prompt takes goes back with the first word of an answer and when the daemon has rested, until
+when the resident set moves by a tenth and more, which would hide the growth that is looked for.
 Leaves nothing behind.
 """
 
