@@ -3,7 +3,7 @@
 import hashlib
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hearthd.kv import loading, prefix_store
+from hearthd.kv import loading, prefix_store, stored_prefixes
 from hearthd.kv.budget import KVBudget
 from hearthd.kv.disk_writes import DiskWrites
 from hearthd.kv.loading import Loading
 from hearthd.kv.prefix_file import DamagedPrefixError, file_size, written
 from hearthd.kv.prefix_store import PrefixStore, StoredPrefix
+from hearthd.kv.saving import Saving
 from hearthd.kv.shared import SharedPrompts
 from hearthd.kv.slot import Slot
 from hearthd.kv.stored_prefixes import PUBLIC
@@ -403,6 +404,87 @@ class TestHangingDisk:
         gate.set()
         daemon.run()
         assert first.num_cached == 150
+
+
+class TestHangingWrites:
+    """A disk that hangs in what makes a file lasting, as a dead card does."""
+
+    @pytest.fixture
+    def gate(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+        gate, replace_file = threading.Event(), prefix_store.replace_file
+
+        def hang(path: Path, pieces: Iterable[bytes]) -> None:
+            all_pieces = list(pieces)
+            assert gate.wait(30)
+            replace_file(path, all_pieces)
+
+        monkeypatch.setattr(prefix_store, "replace_file", hang)
+        yield gate
+        gate.set()
+
+    def ask_twice(self, daemon: Daemon, first: int) -> None:
+        """Ask, and do all that there is to do but wait for the disk."""
+        for last in (1, 2):
+            daemon.engine.add(asked([first, *SYSTEM[1:], 251, last, 3]))
+            while daemon.engine.has_work:
+                daemon.engine.step()
+
+    def test_get_no_second_thread_until_the_first_ends_and_then_the_next_is_stored(
+        self, tmp_path: Path, gate: threading.Event, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        savings: list[Saving] = []
+
+        class CountedSaving(Saving):
+            def __init__(self, *args: Any) -> None:
+                super().__init__(*args)
+                savings.append(self)
+
+        monkeypatch.setattr(stored_prefixes, "Saving", CountedSaving)
+        daemon = Daemon(tmp_path)
+        # Each takes places of those before, so that what is being written is cut.
+        for first in range(6):
+            self.ask_twice(daemon, first)
+        assert len(savings) == 1
+        assert savings[0].has_given_up
+        gate.set()
+        savings[0].wait(30)
+        daemon.run()
+        assert len(savings) > 1
+        assert daemon.store.has(savings[-1].prefix)
+
+    def test_are_told_after_a_while_and_no_more_when_the_disk_goes_on(
+        self, tmp_path: Path, gate: threading.Event, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        now = [0.0]
+        store = PrefixStore(tmp_path, b"model", 8, max_bytes=MB, margin_bytes=0, clock=lambda: now[0])
+        has_all = threading.Event()
+
+        def chunks() -> Iterator[bytes]:
+            for chunk in chunks_of(150):
+                # Whoever gives them may take its time.
+                now[0] += 100
+                assert store.problem is None
+                yield chunk
+            has_all.set()
+
+        prefix = StoredPrefix(150, store.key("a", SYSTEM))
+        writer = threading.Thread(target=store.write, args=(prefix, chunks()), daemon=True)
+        writer.start()
+        assert has_all.wait(30)
+        while not store._writing.lasting:
+            now[0] += 1
+        assert store.takes(150)
+        assert store.problem is None
+        now[0] += 31
+        for _ in range(3):
+            assert not store.takes(150)
+        assert "cannot be stored (the disk hangs)" in str(store.problem)
+        assert len(caplog.records) == 1
+        gate.set()
+        writer.join(30)
+        assert store.problem is None
+        assert store.takes(150)
+        assert store.has(prefix)
 
 
 class TestNoThreads:
