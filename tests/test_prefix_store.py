@@ -407,20 +407,22 @@ class TestHangingDisk:
 
 
 class TestHangingWrites:
-    """A disk that hangs in what makes a file lasting, as a dead card does."""
-
     @pytest.fixture
-    def gate(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
-        gate, replace_file = threading.Event(), prefix_store.replace_file
-
-        def hang(path: Path, pieces: Iterable[bytes]) -> None:
-            all_pieces = list(pieces)
-            assert gate.wait(30)
-            replace_file(path, all_pieces)
-
-        monkeypatch.setattr(prefix_store, "replace_file", hang)
+    def gate(self) -> Iterator[threading.Event]:
+        gate = threading.Event()
         yield gate
         gate.set()
+
+    def hang(self, gate: threading.Event, monkeypatch: pytest.MonkeyPatch, *, takes_pieces: bool) -> None:
+        """Hang in what makes a file lasting, or before."""
+        replace_file = prefix_store.replace_file
+
+        def hang(path: Path, pieces: Iterable[bytes]) -> None:
+            taken = list(pieces) if takes_pieces else pieces
+            assert gate.wait(30)
+            replace_file(path, taken)
+
+        monkeypatch.setattr(prefix_store, "replace_file", hang)
 
     def ask_twice(self, daemon: Daemon, first: int) -> None:
         """Ask, and do all that there is to do but wait for the disk."""
@@ -439,6 +441,7 @@ class TestHangingWrites:
                 super().__init__(*args)
                 savings.append(self)
 
+        self.hang(gate, monkeypatch, takes_pieces=False)
         monkeypatch.setattr(stored_prefixes, "Saving", CountedSaving)
         daemon = Daemon(tmp_path)
         # Each takes places of those before, so that what is being written is cut.
@@ -453,8 +456,9 @@ class TestHangingWrites:
         assert daemon.store.has(savings[-1].prefix)
 
     def test_are_told_after_a_while_and_no_more_when_the_disk_goes_on(
-        self, tmp_path: Path, gate: threading.Event, caplog: pytest.LogCaptureFixture
+        self, tmp_path: Path, gate: threading.Event, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ) -> None:
+        self.hang(gate, monkeypatch, takes_pieces=True)
         now = [0.0]
         store = PrefixStore(tmp_path, b"model", 8, max_bytes=MB, margin_bytes=0, clock=lambda: now[0])
         has_all = threading.Event()
