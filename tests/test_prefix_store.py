@@ -387,6 +387,52 @@ class TestHangingDisk:
         assert again.result is True
         assert store.problem is None
 
+    @pytest.mark.parametrize(("seconds", "is_loaded"), [(0.5, True), (0.8, False)])
+    def test_one_that_trickles_is_given_up_when_the_whole_takes_too_long(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: float, *, is_loaded: bool
+    ) -> None:
+        """Of 150 tokens: 2.3 seconds, in three chunks, each of which is there in less than 2."""
+        now = [0.0]
+        store = PrefixStore(tmp_path, b"model", 8, max_bytes=MB, margin_bytes=0, clock=lambda: now[0])
+        prefix, read, goes_on = stored(store, SYSTEM), store.read, threading.Semaphore(0)
+
+        def trickle(prefix: StoredPrefix) -> Iterator[bytes]:
+            for chunk in read(prefix):
+                assert goes_on.acquire(timeout=30)
+                now[0] += seconds
+                yield chunk
+            # What is checked at the end.
+            assert goes_on.acquire(timeout=30)
+
+        monkeypatch.setattr(store, "read", trickle)
+        incoming = Loading(store, prefix, lambda: now[0])
+        num_chunks = 0
+        for _ in range(3):
+            goes_on.release()
+            num_chunks += len(list(incoming.take(30.0)))
+        assert num_chunks == 3
+        list(incoming.take(0.0))
+        assert (incoming.result is None) == is_loaded
+        goes_on.release()
+        while incoming.result is None:
+            list(incoming.take(1.0))
+        assert incoming.result is is_loaded
+        assert (store.problem is None) == is_loaded
+        assert is_loaded or "cannot be read (the disk is slower than the model)" in str(store.problem)
+        incoming._thread.join(30)
+        assert store.find(SYSTEM, [("a", 150)], 64) == (prefix if is_loaded else None)
+        now[0] += 601
+        assert store.find(SYSTEM, [("a", 150)], 64) == prefix
+
+    def test_the_time_of_steps_is_not_the_disks(self, tmp_path: Path) -> None:
+        now = [0.0]
+        store = PrefixStore(tmp_path, b"model", 8, max_bytes=MB, margin_bytes=0)
+        incoming = Loading(store, stored(store, SYSTEM), lambda: now[0])
+        incoming._thread.join(30)
+        now[0] += 100
+        assert len(list(incoming.take(0.0))) == 3
+        assert incoming.result is True
+
     def test_keeps_no_other_prompt_waiting(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gate: threading.Event
     ) -> None:

@@ -163,10 +163,10 @@ class PrefixStore:
         size = file_size(num_tokens, self._token_bytes)
         return is_rested and size <= self._max_bytes and self._writes.allows(size)
 
-    def note_hanging(self, thread: threading.Thread) -> None:
-        """Note that nothing comes from the disk to a thread: it is asked for nothing more until that has ended."""
+    def note_hanging(self, thread: threading.Thread, reason: str = "the disk hangs") -> None:
+        """Note that too little comes from the disk to a thread: it is asked for nothing more until that has ended."""
         self._hanging = thread
-        self._note_problem("read", "the disk hangs")
+        self._note_problem("read", reason)
 
     @property
     def _hangs_in_writing(self) -> bool:
