@@ -142,6 +142,18 @@ class TestStore:
         assert {each.name for each in tmp_path.iterdir()} == {path.name, "holiday.jpg", "notes.kv"}
         assert store.num_removed == 1
 
+    @pytest.mark.parametrize("fingerprint", [b"model", b"other"])
+    def test_what_a_killed_writer_left_is_removed_if_all_of_it_is_there_and_whosever_it_is(
+        self, tmp_path: Path, fingerprint: bytes
+    ) -> None:
+        prefix = stored(open_store(tmp_path, fingerprint=fingerprint), SYSTEM)
+        path = only_file(tmp_path)
+        path.rename(f"{path}.new")
+        store = open_store(tmp_path)
+        assert list(tmp_path.iterdir()) == []
+        assert not store.has(prefix)
+        assert (store.stored_bytes, store.num_removed) == (0, 1)
+
     def test_an_aborted_write_leaves_nothing(self, tmp_path: Path) -> None:
         def broken() -> Iterator[bytes]:
             yield chunks_of(64)[0]
