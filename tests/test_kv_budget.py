@@ -17,8 +17,10 @@ from hearthd.build.decoder.recipe import Recipe
 from hearthd.errors import ConfigError
 from hearthd.generation.drafting import Drafting
 from hearthd.generation.engine import Engine, Failed, RunTerminated, Sequence
+from hearthd.kv import choosing, copies, eviction
 from hearthd.kv.budget import KVBudget, block_tokens
-from hearthd.kv.eviction import loss_of
+from hearthd.kv.copies import Copies
+from hearthd.kv.eviction import loss_of, num_usable
 from hearthd.kv.kv_cache import KVCache
 from hearthd.kv.slot import Slot, num_shared
 from hearthd.runtime.kv_buffers import DecoderShape, KVSlots, PromptBuffers
@@ -50,6 +52,59 @@ def test_the_context_is_what_a_prompt_can_be_read_in() -> None:
 def test_num_shared_counts_as_one_by_one(a: list[int], b: list[int]) -> None:
     by_hand = next((at for at, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
     assert num_shared(a, b) == by_hand
+
+
+similar = st.builds(
+    lambda num, end, num_reusable, identity, num_public: Slot(
+        tokens=[*[1, 2, 1, 1, 2, 2, 1, 2][:num], *end], num_reusable=num_reusable, identity=identity,
+        num_public=num_public,
+    ),
+    st.integers(0, 8), st.lists(st.integers(0, 2), max_size=6), st.integers(0, 14), st.sampled_from("ab"),
+    st.integers(0, 5),
+)  # fmt: skip
+
+
+class TestCopies:
+    @given(st.lists(similar, max_size=9))
+    @settings(max_examples=300)
+    def test_are_what_comparing_each_slot_with_each_other_one_finds(self, slots: list[Slot]) -> None:
+        found = Copies(slots)
+        by_hand = [
+            [
+                num_usable(other, slot.tokens, slot.identity, slot.num_public) if other is not slot else 0
+                for other in slots
+            ]
+            for slot in slots
+        ]
+        assert found.usable.tolist() == by_hand
+        assert found.longest == [max(row) for row in by_hand]
+
+    @pytest.mark.parametrize("num_slots", [4, 40])
+    def test_a_prompt_is_taken_with_two_comparisons_for_each_slot(
+        self, monkeypatch: pytest.MonkeyPatch, num_slots: int
+    ) -> None:
+        """And one more; with the memory full, so that for every one something goes. Running answers wait for it."""
+        num_compared = 0
+
+        def counted(a: Tokens[int], b: Tokens[int]) -> int:
+            nonlocal num_compared
+            num_compared += 1
+            return num_shared(a, b)
+
+        for module in (choosing, copies, eviction):
+            monkeypatch.setattr(module, "num_shared", counted)
+        runner = FakeRunner(num_slots=num_slots, kv_budget=KVBudget(4, 8 * num_slots - 8, 0))
+        cache = KVCache(runner)
+        system = list(range(100, 116))
+        for number in range(3 * num_slots):
+            prompt = [*system, *[number] * 16]
+            num_compared = 0
+            place = cache.acquire(prompt, "a", len(prompt))
+            assert place is not None
+            assert num_compared <= 2 * num_slots + 1
+            runner.slots[place.slot] = prompt
+            cache.extend(place.slot, prompt[place.num_past :])
+            cache.release(place.slot)
 
 
 class TestWaiting:
@@ -154,7 +209,7 @@ class TestEviction:
         slots.append(Slot(tokens=[2] * 8, num_reusable=8, identity="a"))
         for slot in slots:
             slot.settle(1)
-        assert [loss_of(slots, number, 0, 2) > 0 for number in range(3)] == [False, False, True]
+        assert [loss_of(slots, Copies(slots), number, 0, 2) > 0 for number in range(3)] == [False, False, True]
 
 
 loads = st.lists(

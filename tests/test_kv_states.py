@@ -367,7 +367,7 @@ class Cache(RuleBasedStateMachine):
             before.saving.wait(30)
         if out is None:
             return
-        if self.disk.is_full or out.saving.num_given == out.saving.prefix.num_tokens:
+        if self.disk.is_full or out.saving.has_given_up or out.saving.num_given == out.saving.prefix.num_tokens:
             out.saving.wait(30)
         elif out is not before or out.saving.num_given > num_given:
             assert self.moved.wait(30)

@@ -3,7 +3,7 @@
 import hashlib
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hearthd.kv import loading, prefix_store
+from hearthd.kv import loading, prefix_store, stored_prefixes
 from hearthd.kv.budget import KVBudget
 from hearthd.kv.disk_writes import DiskWrites
 from hearthd.kv.loading import Loading
 from hearthd.kv.prefix_file import DamagedPrefixError, file_size, written
 from hearthd.kv.prefix_store import PrefixStore, StoredPrefix
+from hearthd.kv.saving import Saving
 from hearthd.kv.shared import SharedPrompts
 from hearthd.kv.slot import Slot
 from hearthd.kv.stored_prefixes import PUBLIC
@@ -140,6 +141,18 @@ class TestStore:
         store = open_store(tmp_path)
         assert {each.name for each in tmp_path.iterdir()} == {path.name, "holiday.jpg", "notes.kv"}
         assert store.num_removed == 1
+
+    @pytest.mark.parametrize("fingerprint", [b"model", b"other"])
+    def test_what_a_killed_writer_left_is_removed_if_all_of_it_is_there_and_whosever_it_is(
+        self, tmp_path: Path, fingerprint: bytes
+    ) -> None:
+        prefix = stored(open_store(tmp_path, fingerprint=fingerprint), SYSTEM)
+        path = only_file(tmp_path)
+        path.rename(f"{path}.new")
+        store = open_store(tmp_path)
+        assert list(tmp_path.iterdir()) == []
+        assert not store.has(prefix)
+        assert (store.stored_bytes, store.num_removed) == (0, 1)
 
     def test_an_aborted_write_leaves_nothing(self, tmp_path: Path) -> None:
         def broken() -> Iterator[bytes]:
@@ -386,6 +399,52 @@ class TestHangingDisk:
         assert again.result is True
         assert store.problem is None
 
+    @pytest.mark.parametrize(("seconds", "is_loaded"), [(0.5, True), (0.8, False)])
+    def test_one_that_trickles_is_given_up_when_the_whole_takes_too_long(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: float, *, is_loaded: bool
+    ) -> None:
+        """Of 150 tokens: 2.3 seconds, in three chunks, each of which is there in less than 2."""
+        now = [0.0]
+        store = PrefixStore(tmp_path, b"model", 8, max_bytes=MB, margin_bytes=0, clock=lambda: now[0])
+        prefix, read, goes_on = stored(store, SYSTEM), store.read, threading.Semaphore(0)
+
+        def trickle(prefix: StoredPrefix) -> Iterator[bytes]:
+            for chunk in read(prefix):
+                assert goes_on.acquire(timeout=30)
+                now[0] += seconds
+                yield chunk
+            # What is checked at the end.
+            assert goes_on.acquire(timeout=30)
+
+        monkeypatch.setattr(store, "read", trickle)
+        incoming = Loading(store, prefix, lambda: now[0])
+        num_chunks = 0
+        for _ in range(3):
+            goes_on.release()
+            num_chunks += len(list(incoming.take(30.0)))
+        assert num_chunks == 3
+        list(incoming.take(0.0))
+        assert (incoming.result is None) == is_loaded
+        goes_on.release()
+        while incoming.result is None:
+            list(incoming.take(1.0))
+        assert incoming.result is is_loaded
+        assert (store.problem is None) == is_loaded
+        assert is_loaded or "cannot be read (the disk is slower than the model)" in str(store.problem)
+        incoming._thread.join(30)
+        assert store.find(SYSTEM, [("a", 150)], 64) == (prefix if is_loaded else None)
+        now[0] += 601
+        assert store.find(SYSTEM, [("a", 150)], 64) == prefix
+
+    def test_the_time_of_steps_is_not_the_disks(self, tmp_path: Path) -> None:
+        now = [0.0]
+        store = PrefixStore(tmp_path, b"model", 8, max_bytes=MB, margin_bytes=0)
+        incoming = Loading(store, stored(store, SYSTEM), lambda: now[0])
+        incoming._thread.join(30)
+        now[0] += 100
+        assert len(list(incoming.take(0.0))) == 3
+        assert incoming.result is True
+
     def test_keeps_no_other_prompt_waiting(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gate: threading.Event
     ) -> None:
@@ -403,6 +462,91 @@ class TestHangingDisk:
         gate.set()
         daemon.run()
         assert first.num_cached == 150
+
+
+class TestHangingWrites:
+    @pytest.fixture
+    def gate(self) -> Iterator[threading.Event]:
+        gate = threading.Event()
+        yield gate
+        gate.set()
+
+    def hang(self, gate: threading.Event, monkeypatch: pytest.MonkeyPatch, *, takes_pieces: bool) -> None:
+        """Hang in what makes a file lasting, or before."""
+        replace_file = prefix_store.replace_file
+
+        def hang(path: Path, pieces: Iterable[bytes]) -> None:
+            taken = list(pieces) if takes_pieces else pieces
+            assert gate.wait(30)
+            replace_file(path, taken)
+
+        monkeypatch.setattr(prefix_store, "replace_file", hang)
+
+    def ask_twice(self, daemon: Daemon, first: int) -> None:
+        """Ask, and do all that there is to do but wait for the disk."""
+        for last in (1, 2):
+            daemon.engine.add(asked([first, *SYSTEM[1:], 251, last, 3]))
+            while daemon.engine.has_work:
+                daemon.engine.step()
+
+    def test_get_no_second_thread_until_the_first_ends_and_then_the_next_is_stored(
+        self, tmp_path: Path, gate: threading.Event, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        savings: list[Saving] = []
+
+        class CountedSaving(Saving):
+            def __init__(self, *args: Any) -> None:
+                super().__init__(*args)
+                savings.append(self)
+
+        self.hang(gate, monkeypatch, takes_pieces=False)
+        monkeypatch.setattr(stored_prefixes, "Saving", CountedSaving)
+        daemon = Daemon(tmp_path)
+        # Each takes places of those before, so that what is being written is cut.
+        for first in range(6):
+            self.ask_twice(daemon, first)
+        assert len(savings) == 1
+        assert savings[0].has_given_up
+        gate.set()
+        savings[0].wait(30)
+        daemon.run()
+        assert len(savings) > 1
+        assert daemon.store.has(savings[-1].prefix)
+
+    def test_are_told_after_a_while_and_no_more_when_the_disk_goes_on(
+        self, tmp_path: Path, gate: threading.Event, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        self.hang(gate, monkeypatch, takes_pieces=True)
+        now = [0.0]
+        store = PrefixStore(tmp_path, b"model", 8, max_bytes=MB, margin_bytes=0, clock=lambda: now[0])
+        has_all = threading.Event()
+
+        def chunks() -> Iterator[bytes]:
+            for chunk in chunks_of(150):
+                # Whoever gives them may take its time.
+                now[0] += 100
+                assert store.problem is None
+                yield chunk
+            has_all.set()
+
+        prefix = StoredPrefix(150, store.key("a", SYSTEM))
+        writer = threading.Thread(target=store.write, args=(prefix, chunks()), daemon=True)
+        writer.start()
+        assert has_all.wait(30)
+        while not store._writing.lasting:
+            now[0] += 1
+        assert store.takes(150)
+        assert store.problem is None
+        now[0] += 31
+        for _ in range(3):
+            assert not store.takes(150)
+        assert "cannot be stored (the disk hangs)" in str(store.problem)
+        assert len(caplog.records) == 1
+        gate.set()
+        writer.join(30)
+        assert store.problem is None
+        assert store.takes(150)
+        assert store.has(prefix)
 
 
 class TestNoThreads:

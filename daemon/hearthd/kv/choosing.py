@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from hearthd.kv.copies import Copies
 from hearthd.kv.eviction import Eviction, loss_of, num_usable, plan_eviction
 from hearthd.kv.reservations import Reservations
 from hearthd.kv.slot import Slot, num_shared
@@ -65,12 +66,14 @@ def choose_slot(
 
     source: what of the prompt is cached. num_reserved: positions that it is to have.
     """
+    # Once for all that is weighed here: running answers wait for it.
+    copies = Copies(slots)
 
     def choice(target: int, lost: float, kept: dict[int, int]) -> Choice | None:
         shortage = reservations.shortage_for_slot(target, num_reserved, len(prompt))
         # What stands in the target is counted with it.
         kept = {**kept, target: slots[target].num_kept}
-        eviction = plan_eviction(slots, shortage, reservations.budget, now, kept)
+        eviction = plan_eviction(slots, copies, shortage, reservations.budget, now, kept)
         return None if eviction is None else Choice(target, eviction, lost + eviction.loss)
 
     choices, kept, num_copied = [], dict[int, int](), 0
@@ -79,10 +82,10 @@ def choose_slot(
         slot = slots[source.slot]
         if not slot.is_held:
             # Going on there loses what comes behind, but for what the prompt has as well.
-            lost = loss_of(slots, source.slot, num_shared([*slot.tokens, *slot.unread], prompt), now)
+            lost = loss_of(slots, copies, source.slot, num_shared([*slot.tokens, *slot.unread], prompt), now)
             choices.append(choice(source.slot, lost, kept))
     losses = {
-        number: loss_of(slots, number, 0, now)
+        number: loss_of(slots, copies, number, 0, now)
         for number, slot in enumerate(slots)
         if not slot.is_held and (source is None or number != source.slot)
     }

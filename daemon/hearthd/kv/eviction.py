@@ -1,8 +1,8 @@
 """What is thrown away when KV needs room: the least valuable ends of idle slots.
 
 A slot loses its end first: what is left of it still begins the same conversations, as a system prompt that several of
-them share. What stands in another slot as well costs nothing. Pure: reads the books, changes nothing. Called by
-`kv_cache`.
+them share. What stands in another slot as well (`copies`) costs nothing. Pure: reads the books, changes nothing. Called
+by `kv_cache`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from hearthd.kv.budget import KVBudget
+from hearthd.kv.copies import Copies
 from hearthd.kv.slot import Slot, num_shared
 
 __all__ = ["Eviction", "loss_of", "num_usable", "plan_eviction"]
@@ -26,40 +29,40 @@ class Eviction:
 
 
 def plan_eviction(
-    slots: Sequence[Slot], num_blocks: int, budget: KVBudget, now: int, kept: Mapping[int, int]
+    slots: Sequence[Slot], copies: Copies, num_blocks: int, budget: KVBudget, now: int, kept: Mapping[int, int]
 ) -> Eviction | None:
     """Choose what frees so many blocks; None if nothing does.
 
-    kept: slot to the positions that must stay there.
+    copies: of these slots. kept: slot to the positions that must stay there.
     """
     plan = Eviction()
     if num_blocks <= 0:
         return plan
     left = {number: slot.num_kept for number, slot in enumerate(slots) if not slot.is_held}
-    usable = {number: _usable_elsewhere(slots, number) for number in left}
+    # A copy counts as far as it stays.
+    staying = np.array([left.get(number, len(slot.tokens)) for number, slot in enumerate(slots)], np.int64)
     while num_blocks > 0:
+        copied = np.minimum(copies.usable, staying).max(axis=1)
         ends = []
         for number, length in left.items():
             low = kept.get(number, 0)
             if budget.blocks(length) > budget.blocks(low):
-                copied = max((min(num, left.get(other, num)) for other, num in usable[number]), default=0)
-                ends.append(_End.of(slots[number], number, length, low, copied, budget, now))
+                ends.append(_End.of(slots[number], number, length, low, int(copied[number]), budget, now))
         if not ends:
             return None
         end = min(ends, key=lambda each: (each.loss / each.num_blocks, -each.num_blocks))
         size = min(num_blocks, end.num_blocks)
         before = left[end.slot]
         left[end.slot] = max((budget.blocks(before) - size) * budget.block_tokens, end.start)
-        plan.lengths[end.slot] = left[end.slot]
+        plan.lengths[end.slot] = staying[end.slot] = left[end.slot]
         plan.loss += end.loss * size / end.num_blocks
         num_blocks -= size
     return plan
 
 
-def loss_of(slots: Sequence[Slot], number: int, start: int, now: int) -> float:
+def loss_of(slots: Sequence[Slot], copies: Copies, number: int, start: int, now: int) -> float:
     """Return what it costs to lose a slot's tokens from `start` on."""
-    copied = max((num for _, num in _usable_elsewhere(slots, number)), default=0)
-    return slots[number].worth(max(start, copied), now)
+    return slots[number].worth(max(start, copies.longest[number]), now)
 
 
 def num_usable(slot: Slot, prompt_ids: Sequence[int], identity: str, num_public: int) -> int:
@@ -71,17 +74,6 @@ def num_usable(slot: Slot, prompt_ids: Sequence[int], identity: str, num_public:
     if slot.identity != identity:
         most = min(most, num_public)
     return min(num_shared(slot.tokens, prompt_ids), most) if most else 0
-
-
-def _usable_elsewhere(slots: Sequence[Slot], number: int) -> list[tuple[int, int]]:
-    """Return other slots with how many of this slot's tokens each of them has as well."""
-    slot = slots[number]
-    found = [
-        (other, num_usable(each, slot.tokens, slot.identity, slot.num_public))
-        for other, each in enumerate(slots)
-        if other != number
-    ]
-    return [(other, num) for other, num in found if num]
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from hearthd.kv.choosing import Source, choose_slot, longest_beginning
+from hearthd.kv.copies import Copies
 from hearthd.kv.eviction import Eviction, plan_eviction
 from hearthd.kv.reservations import Reservations
 from hearthd.kv.runner_protocol import Runner, RunTerminated
@@ -283,7 +284,8 @@ class KVCache:
         idle = self._slots[slot]
         num_tokens = len(idle.tokens) + num_new
         shortage = self._reservations.shortage_for_reading(num_tokens)
-        eviction = plan_eviction(self._slots, shortage, self._reservations.budget, self._clock, {slot: idle.num_kept})
+        copies, budget = Copies(self._slots), self._reservations.budget
+        eviction = plan_eviction(self._slots, copies, shortage, budget, self._clock, {slot: idle.num_kept})
         if eviction is None:
             idle.unread = []
             return False

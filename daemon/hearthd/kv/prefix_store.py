@@ -23,6 +23,7 @@ from typing import Final
 import numpy as np
 
 from hearthd.durable_file import replace_file
+from hearthd.kv.disk_wait import DiskWait
 from hearthd.kv.disk_writes import DiskWrites
 from hearthd.kv.prefix_directory import PrefixDirectory
 from hearthd.kv.prefix_file import DamagedPrefixError, file_size, is_ours, read_chunks, written
@@ -33,6 +34,8 @@ _logger = logging.getLogger(__name__)
 
 # A disk that was full or broken is left in peace for so long.
 _RETRY_SECONDS: Final = 600.0
+# A disk that takes nothing for so long hangs; a slow card may need some seconds for a file.
+_HANGS_SECONDS: Final = 30.0
 # What is left free of a disk: others need it more.
 _MARGIN_BYTES: Final = 32 * 2**20
 # Of a token id, as it is hashed.
@@ -78,11 +81,13 @@ class PrefixStore:
         self._retry_at = 0.0
         # A thread that has waited for the disk in vain.
         self._hanging: threading.Thread | None = None
+        # Of the thread that writes, of which there is one at a time.
+        self._writing = DiskWait(clock)
+        self._has_told_hanging = False
         # Keys by number of tokens. Threads replace entries; `find` reads.
         self._index: dict[int, frozenset[bytes]] = {}
         self._changing = threading.Lock()
-        self.problem: str | None = None
-        """What is wrong with the disk, in plain words; None if nothing is."""
+        self._problem: str | None = None
         self.num_hits = 0
         """Prefixes that were read and used."""
         self.num_tokens_read = 0
@@ -91,6 +96,11 @@ class PrefixStore:
         self.num_removed = 0
         """Files that were damaged, foreign or open to others."""
         self._open()
+
+    @property
+    def problem(self) -> str | None:
+        """What is wrong with the disk, in plain words; None if nothing is. For any thread."""
+        return _problem("stored", "the disk hangs") if self._hangs_in_writing else self._problem
 
     @property
     def stored_bytes(self) -> int:
@@ -144,14 +154,23 @@ class PrefixStore:
 
     def takes(self, num_tokens: int) -> bool:
         """Whether a prefix of so many tokens can be stored now, as far as is known."""
-        is_rested = self.problem is None or self._clock() >= self._retry_at
+        if self._hangs_in_writing:
+            if not self._has_told_hanging:
+                self._has_told_hanging = True
+                self._tell("stored", "the disk hangs")
+            return False
+        is_rested = self._problem is None or self._clock() >= self._retry_at
         size = file_size(num_tokens, self._token_bytes)
         return is_rested and size <= self._max_bytes and self._writes.allows(size)
 
-    def note_hanging(self, thread: threading.Thread) -> None:
-        """Note that nothing comes from the disk to a thread: it is asked for nothing more until that has ended."""
+    def note_hanging(self, thread: threading.Thread, reason: str = "the disk hangs") -> None:
+        """Note that too little comes from the disk to a thread: it is asked for nothing more until that has ended."""
         self._hanging = thread
-        self._note_problem("read", "the disk hangs")
+        self._note_problem("read", reason)
+
+    @property
+    def _hangs_in_writing(self) -> bool:
+        return self._writing.lasting > _HANGS_SECONDS
 
     @property
     def _can_read(self) -> bool:
@@ -174,7 +193,7 @@ class PrefixStore:
             self._forget(prefix)
             raise
         if self._hanging is not None and self._can_read:
-            self._hanging = self.problem = None
+            self._hanging = self._problem = None
         self._writes.uses.note(path)
         self._writes.uses.write_down()
 
@@ -183,19 +202,22 @@ class PrefixStore:
         size, path = file_size(prefix.num_tokens, self._token_bytes), self._path(prefix)
         if not self._writes.begin(path, size):
             return
+        self._writing.begin()
         try:
             self._make_room()
             status = os.statvfs(self._directory.path)
             if status.f_bavail * status.f_frsize < size + self._margin_bytes:
                 raise OSError(None, "the disk is nearly full")
-            pieces = written(prefix.key, prefix.num_tokens, self._token_bytes, chunks)
+            pieces = written(prefix.key, prefix.num_tokens, self._token_bytes, self._writing.writing(chunks))
             replace_file(path, self._writes.count(path, pieces))
         except OSError as error:
             self._note_problem("stored", error.strerror)
             return
         finally:
+            self._writing.end()
+            self._has_told_hanging = False
             self._writes.end(path)
-        self.problem = None
+        self._problem = None
         self.num_saved += 1
         self._remember(prefix)
 
@@ -221,12 +243,12 @@ class PrefixStore:
 
     def _note_problem(self, what: str, reason: str | None) -> None:
         self._retry_at = self._clock() + _RETRY_SECONDS
-        if self.problem is None:
-            _logger.warning("prefixes cannot be %s in %s: %s", what, self._directory.path, reason)
-        self.problem = (
-            f"cache.directory: prompts' beginnings cannot be {what} ({reason}); answers are right all the same, and "
-            "slower after a restart"
-        )
+        if self._problem is None:
+            self._tell(what, reason)
+        self._problem = _problem(what, reason)
+
+    def _tell(self, what: str, reason: str | None) -> None:
+        _logger.warning("prefixes cannot be %s in %s: %s", what, self._directory.path, reason)
 
     def _make_room(self) -> None:
         """Keep within the limit. Raises OSError."""
@@ -244,6 +266,13 @@ class PrefixStore:
     def _forget(self, prefix: StoredPrefix) -> None:
         with self._changing:
             self._index[prefix.num_tokens] = self._index.get(prefix.num_tokens, frozenset()) - {prefix.key}
+
+
+def _problem(what: str, reason: str | None) -> str:
+    return (
+        f"cache.directory: prompts' beginnings cannot be {what} ({reason}); answers are right all the same, and "
+        "slower after a restart"
+    )
 
 
 def _to_bytes(token_ids: Sequence[int]) -> bytes:

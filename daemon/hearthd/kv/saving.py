@@ -42,6 +42,7 @@ class Saving:
         # None: there will be no more of them.
         self._chunks: queue.Queue[bytes | None] = queue.Queue(_NUM_CHUNKS)
         self._has_given_up = threading.Event()
+        self._has_ended = threading.Event()
         self._thread = threading.Thread(target=self._write, name="prefix-write", daemon=True)
         self._thread.start()
 
@@ -53,17 +54,26 @@ class Saving:
     @property
     def has_ended(self) -> bool:
         """Whether the file is there, or never will be."""
-        return not self._thread.is_alive()
+        return self._has_ended.is_set()
 
     def give(self, chunk: bytes, num_tokens: int) -> None:
         """Hand over the KV of the next tokens."""
         self._chunks.put_nowait(chunk)
         self.num_given += num_tokens
 
-    def give_up(self) -> None:
-        """Leave nothing behind, and tell nobody any more: a thread that a disk holds up must not hold a model."""
-        self._has_given_up.set()
+    @property
+    def has_given_up(self) -> bool:
+        """Whether nothing is to come of it; the thread may wait for the disk all the same."""
+        return self._has_given_up.is_set()
+
+    def leave(self) -> None:
+        """Give up, and tell nobody any more: a thread that a disk holds up must not hold a model."""
         self._on_room = _tell_nobody
+        self.give_up()
+
+    def give_up(self) -> None:
+        """Leave nothing behind. The end is told."""
+        self._has_given_up.set()
         with suppress(queue.Full):
             self._chunks.put_nowait(None)
 
@@ -78,6 +88,8 @@ class Saving:
         except _GivenUpError:
             pass
         finally:
+            # Before it is told: whoever is told looks once.
+            self._has_ended.set()
             self._on_room()
 
     def _take(self) -> Iterator[bytes]:

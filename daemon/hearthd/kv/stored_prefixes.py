@@ -29,7 +29,7 @@ _logger = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 
-# A writing thread tells that it has ended a moment before it has.
+# So long may pass between what a writing thread does last and its end.
 _LOOK_SECONDS: Final = 0.05
 # First messages that are remembered, as hashes, until they come again; each may have been somebody's only one.
 _MAX_SEEN: Final = 1024
@@ -143,8 +143,10 @@ class StoredPrefixes:
         out = self._outgoing
         if out is None:
             return bool(self._wanted)
+        if out.saving.has_ended or out.saving.has_given_up:
+            return out.saving.has_ended
         is_whole = out.saving.num_given == out.saving.prefix.num_tokens
-        return out.slot.num_cuts != out.num_cuts or out.saving.has_ended or (not is_whole and out.saving.has_room)
+        return out.slot.num_cuts != out.num_cuts or (not is_whole and out.saving.has_room)
 
     def save_some(self, slots: Sequence[Slot]) -> None:
         """Hand over a chunk of what is to be stored."""
@@ -154,11 +156,15 @@ class StoredPrefixes:
         if out is None:
             return
         saving, number_of = out.saving, {slot: number for number, slot in enumerate(slots)}
-        if out.slot.num_cuts != out.num_cuts:
+        if saving.has_ended:
+            # It has only to tell so.
+            saving.wait(_LOOK_SECONDS)
+            self._outgoing = None
+        elif saving.has_given_up:
+            # A disk that hangs gets no second thread.
+            return
+        elif out.slot.num_cuts != out.num_cuts:
             saving.give_up()
-            self._outgoing = None
-        elif saving.has_ended:
-            self._outgoing = None
         elif saving.has_room and saving.num_given < saving.prefix.num_tokens:
             start = saving.num_given
             end = min(start + CHUNK, saving.prefix.num_tokens)
@@ -182,7 +188,7 @@ class StoredPrefixes:
                 moved.wait(min(left, _LOOK_SECONDS))
         self._wanted.clear()
         if self._outgoing is not None:
-            self._outgoing.saving.give_up()
+            self._outgoing.saving.leave()
             self._outgoing.saving.wait(_LOOK_SECONDS)
             self._outgoing = None
         self.on_room = lambda: None
