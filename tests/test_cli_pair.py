@@ -98,11 +98,11 @@ def test_two_commands_and_a_question(board: Board, device: Device, start: Callab
     said = f"{HOST} does not let this device in any more: its token was taken back, or has expired; to be let in again"
     assert f"{said}, on the board: sudo hearthd pair NAME, and here: hearth pair CODE" in refused.stderr
     assert said in device.hearth("status").stderr
-    # Whoever brings a token of its own, on purpose, is told what the daemon says.
+    # Whoever brings a token of its own, on purpose, is told what the daemon says, and the options of this program.
     token = ("--address", f"127.0.0.1:{board.port}", "--ca", str(board.state / "tls/server.crt"), "--token-file")
     (device.home / "token").write_text("hearth_nobodys\n")
     unknown = device.hearth("ask", *token, str(device.home / "token"), "hello")
-    assert (unknown.returncode, "Bearer TOKEN" in unknown.stderr) == (1, True), unknown.stderr
+    assert (unknown.returncode, "no valid credential: give --token-file" in unknown.stderr) == (1, True), unknown.stderr
 
 
 def test_the_python_client_finds_the_paired_daemon(
