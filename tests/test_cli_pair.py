@@ -352,6 +352,22 @@ def test_a_board_that_is_closed_says_how_to_open_it(board: Board) -> None:
     assert board.file.read_text() == ""
 
 
+def test_a_board_that_only_itself_can_call_is_not_led_onto_the_lan(board: Board) -> None:
+    board.write_usual()
+    refused = board.hearthd("pair", "phone", "--config", str(board.file))
+    assert refused.returncode == 78
+    option = f" --config {board.file}"
+    assert f"`hearthd pair phone --open-lan{option}` do that; or, to open nothing, `hearthd" in refused.stderr
+    assert f"`hearthd pair phone --address HOST:PORT{option}`" in refused.stderr
+    before = board.file.read_text()
+    # What the doctor advises where there is no certificate; with --open-lan where no token file is configured.
+    assert board.hearthd("pair", "phone", "--address", f"127.0.0.1:{board.port}").returncode == 0
+    assert board.file.read_text() == before
+    board.write(before.partition("[auth]")[0])
+    assert board.hearthd("pair", "tablet", "--address", f"127.0.0.1:{board.port}", "--open-lan").returncode == 0
+    assert board.file.read_text().replace("\n\n", "\n") == before
+
+
 def test_open_lan_opens_it_and_the_daemon_starts_on_what_it_made(
     board: Board, device: Device, start: Callable[[Board], Running], tmp_path: Path
 ) -> None:

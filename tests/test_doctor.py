@@ -352,7 +352,12 @@ def test_a_certificate_that_is_none(with_tls: Config, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("broken", ["server.crt", "server.key"])
 def test_the_remedy_for_a_broken_pair_works(tmp_path: Path, broken: str) -> None:
-    config = make_config(tmp_path, tls={"directory": tmp_path / "tls"})
+    config = make_config(
+        tmp_path,
+        server={"tcp": ("0.0.0.0:0",)},
+        tls={"directory": tmp_path / "tls"},
+        auth={"token_file": tmp_path / "tokens"},
+    )
     make_certificate(tmp_path / "tls")
     assert levels(check_certificate(config)) == [GOOD, GOOD]
     good_pair = {path: path.read_bytes() for path in (tmp_path / "tls").iterdir()}
@@ -385,9 +390,35 @@ def test_remedies_of_other_certificates(with_tls: Config, tmp_path: Path) -> Non
     tls = {"certificate": with_tls.tls.certificate, "key": with_tls.tls.key, "clients": tmp_path / "clients"}
     (found,) = check_certificate(make_config(tmp_path, tls=tls))
     assert found.remedy.startswith("put the authority's certificate back")
-    (found,) = check_certificate(make_config(tmp_path, tls={"directory": tmp_path / "none"}))
+
+
+@pytest.mark.parametrize(
+    ("tcp", "has_tokens", "file", "command"),
+    [
+        (("0.0.0.0:0",), True, None, "--open-lan"),
+        ((), True, None, "--open-lan"),
+        (("127.0.0.1:0",), True, None, "--address HOST:PORT"),
+        (("127.0.0.1:0",), False, None, "--address HOST:PORT --open-lan"),
+        (("127.0.0.1:0",), True, Path("my own.toml"), "--address HOST:PORT --config 'my own.toml'"),
+        (("127.0.0.1:0", "0.0.0.0:0"), True, Path("own.toml"), "--open-lan --config own.toml"),
+    ],
+)
+def test_the_remedy_for_a_missing_pair_opens_no_more_than_is_open(
+    tmp_path: Path, tcp: tuple[str, ...], has_tokens: bool, file: Path | None, command: str
+) -> None:
+    tokens = tmp_path / "tokens"
+    tokens.touch(mode=0o600)
+    config = make_config(
+        tmp_path,
+        server={"tcp": tcp},
+        tls={"directory": tmp_path / "none"},
+        auth={"token_file": tokens if has_tokens else None},
+    )
+    (found,) = check_certificate(config, file=file)
     assert (found.level, "No such file or directory" in found.text) == (PROBLEM, True)
-    assert found.remedy.startswith("put the pair back, or: sudo hearthd pair NAME --open-lan")
+    assert found.remedy.startswith(f"put the pair back, or: sudo hearthd pair NAME {command}, which makes new ones")
+    if has_tokens:
+        assert only(check_tokens(config, file=file)).remedy == f"hearthd pair NAME {command}"
 
 
 def test_tokens(tmp_path: Path) -> None:
