@@ -529,7 +529,9 @@ def test_a_daemon_that_wants_certificates_of_its_callers_pairs_nobody(board: Boa
     refused = board.hearthd("pair", "phone", "--address", "127.0.0.1")
     assert (refused.returncode, refused.stdout) == (78, "")
     assert "clients.crt" in refused.stderr
-    assert board.hearthd("pair", "--list").stdout == ""
+    listed = board.hearthd("pair", "--list")
+    assert (listed.returncode, listed.stdout) == (0, "")
+    assert listed.stderr == "hearthd: no device is being paired; hearthd pair NAME makes a code\n"
 
 
 SERVICE_USER = 64321

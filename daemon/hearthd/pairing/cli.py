@@ -76,8 +76,11 @@ def _run(parsed: argparse.Namespace) -> None:
 def _list(parsed: argparse.Namespace) -> None:
     from hearthd.pairing.records import PairingRecords
 
-    for record in PairingRecords(_token_file(load_config(parsed.config))).list():
+    records = PairingRecords(_token_file(load_config(parsed.config))).list()
+    for record in records:
         print(f"{record.name}\t{record.role}\t{record.seconds_left / 60:.0f} minutes left")
+    if not records:
+        print("hearthd: no device is being paired; hearthd pair NAME makes a code", file=sys.stderr)
 
 
 def _cancel(parsed: argparse.Namespace) -> None:
