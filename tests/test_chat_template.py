@@ -154,7 +154,7 @@ class TestValidateMessages:
             ),
             ([Message("system", ""), user()], "messages[0].content: is empty; give text, or leave"),
             ([user("")], "messages[0].content: is empty"),
-            ([user("a\ud83d")], "messages[0].content: has a lone surrogate at character 1"),
+            ([user("a\ud83d")], "messages[0].content: has a lone surrogate at character 2"),
             ([Message("tool", "x"), user()], "messages[0].role: is not one of system, user, assistant"),  # type: ignore[arg-type]
         ],
     )

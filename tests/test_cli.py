@@ -327,11 +327,24 @@ def test_over_the_network_with_certificate_and_token(tmp_path: Path) -> None:
         done = program.run("ask", "--address", daemon.address, "--ca", str(files.ca), *token, "?")
         assert (done.returncode, done.stdout, done.stderr) == (0, b"Hello, world\n", b"")
         done = program.run("ask", "--address", daemon.address, "--ca", str(files.ca), "?")
-        assert (done.returncode, done.stderr) == (1, b"hearth: no token that this daemon knows\n")
+        assert (done.returncode, done.stderr.count(b"\n")) == (1, 1)
+        assert done.stderr.startswith(b"hearth: no token that this daemon knows: give --token-file FILE or HEARTH")
         # gRPC's own log would say it once more, in many words.
         done = program.run("ask", "--address", daemon.address, "--ca", str(stranger.ca), *token, "?")
         said = f"hearth: cannot reach {daemon.address}: its certificate is not signed by that of the CA file\n"
         assert (done.returncode, done.stderr) == (1, said.encode())
+
+
+def test_a_missing_token_is_told_with_this_programs_options(daemon: peer.ScriptedDaemon) -> None:
+    said = "no valid credential: send the metadata `authorization: Bearer TOKEN`; `hearthd token create` makes a token"
+    daemon.script = peer.refuse(grpc.StatusCode.UNAUTHENTICATED, said)
+    done = program.run("ask", "--address", daemon.address, "?")
+    told = (
+        "hearth: no valid credential: give --token-file FILE or HEARTH_TOKEN with a token that is valid (`hearthd "
+        "token create NAME` on the daemon's machine makes one), or pair this device: `hearthd pair NAME` there, and "
+        "here `hearth pair CODE`\n"
+    )
+    assert (done.returncode, done.stderr.decode()) == (1, told)
 
 
 def test_status(daemon: peer.ScriptedDaemon) -> None:

@@ -207,6 +207,30 @@ def test_check_config_reads_certificate_and_tokens_too(tmp_path: Path, monkeypat
 
 
 @pytest.mark.usefixtures("environment")
+@pytest.mark.parametrize("command", ["serve", "check-config"])
+def test_check_config_refuses_an_audit_file_and_metrics_that_serve_refuses(tmp_path: Path, command: str) -> None:
+    write_bundle(tmp_path / "state/models/smollm2-135m", name="smollm2-135m")
+    file, read = tmp_path / "bad.toml", f"configuration: {tmp_path}/bad.toml\n" if command == "check-config" else ""
+    (tmp_path / "log").mkdir()
+    file.write_text(f'[audit]\nfile = "{tmp_path}/log"\n')
+    done = run(command, "--config", str(file))
+    assert done.returncode == 78
+    assert f"audit file {tmp_path}/log cannot be written: it is there and no regular file" in one_line(done, read)
+    file.write_text('[server]\ntcp = ["127.0.0.1:50099"]\n[metrics]\naddress = "localhost:50099"\n')
+    done = run(command, "--config", str(file))
+    assert done.returncode == 78
+    assert "metrics.address is localhost:50099, and server.tcp has 127.0.0.1:50099" in one_line(done, read)
+
+
+@pytest.mark.usefixtures("environment")
+def test_check_config_makes_no_audit_file(tmp_path: Path) -> None:
+    write_bundle(tmp_path / "state/models/smollm2-135m", name="smollm2-135m")
+    (tmp_path / "good.toml").write_text(f'[audit]\nfile = "{tmp_path}/none/audit.jsonl"\n')
+    assert run("check-config", "--config", str(tmp_path / "good.toml")).returncode == 0
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.usefixtures("environment")
 def test_check_config_says_what_roles_may_and_whose_token_has_none(tmp_path: Path) -> None:
     write_bundle(tmp_path / "state/models/smollm2-135m", name="smollm2-135m")
     create_token(tmp_path / "state/tokens", "phone", role="guest")

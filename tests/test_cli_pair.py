@@ -98,11 +98,11 @@ def test_two_commands_and_a_question(board: Board, device: Device, start: Callab
     said = f"{HOST} does not let this device in any more: its token was taken back, or has expired; to be let in again"
     assert f"{said}, on the board: sudo hearthd pair NAME, and here: hearth pair CODE" in refused.stderr
     assert said in device.hearth("status").stderr
-    # Whoever brings a token of its own, on purpose, is told what the daemon says.
+    # Whoever brings a token of its own, on purpose, is told what the daemon says, and the options of this program.
     token = ("--address", f"127.0.0.1:{board.port}", "--ca", str(board.state / "tls/server.crt"), "--token-file")
     (device.home / "token").write_text("hearth_nobodys\n")
     unknown = device.hearth("ask", *token, str(device.home / "token"), "hello")
-    assert (unknown.returncode, "Bearer TOKEN" in unknown.stderr) == (1, True), unknown.stderr
+    assert (unknown.returncode, "no valid credential: give --token-file" in unknown.stderr) == (1, True), unknown.stderr
 
 
 def test_the_python_client_finds_the_paired_daemon(
@@ -352,6 +352,22 @@ def test_a_board_that_is_closed_says_how_to_open_it(board: Board) -> None:
     assert board.file.read_text() == ""
 
 
+def test_a_board_that_only_itself_can_call_is_not_led_onto_the_lan(board: Board) -> None:
+    board.write_usual()
+    refused = board.hearthd("pair", "phone", "--config", str(board.file))
+    assert refused.returncode == 78
+    option = f" --config {board.file}"
+    assert f"`hearthd pair phone --open-lan{option}` do that; or, to open nothing, `hearthd" in refused.stderr
+    assert f"`hearthd pair phone --address HOST:PORT{option}`" in refused.stderr
+    before = board.file.read_text()
+    # What the doctor advises where there is no certificate; with --open-lan where no token file is configured.
+    assert board.hearthd("pair", "phone", "--address", f"127.0.0.1:{board.port}").returncode == 0
+    assert board.file.read_text() == before
+    board.write(before.partition("[auth]")[0])
+    assert board.hearthd("pair", "tablet", "--address", f"127.0.0.1:{board.port}", "--open-lan").returncode == 0
+    assert board.file.read_text().replace("\n\n", "\n") == before
+
+
 def test_open_lan_opens_it_and_the_daemon_starts_on_what_it_made(
     board: Board, device: Device, start: Callable[[Board], Running], tmp_path: Path
 ) -> None:
@@ -513,7 +529,9 @@ def test_a_daemon_that_wants_certificates_of_its_callers_pairs_nobody(board: Boa
     refused = board.hearthd("pair", "phone", "--address", "127.0.0.1")
     assert (refused.returncode, refused.stdout) == (78, "")
     assert "clients.crt" in refused.stderr
-    assert board.hearthd("pair", "--list").stdout == ""
+    listed = board.hearthd("pair", "--list")
+    assert (listed.returncode, listed.stdout) == (0, "")
+    assert listed.stderr == "hearthd: no device is being paired; hearthd pair NAME makes a code\n"
 
 
 SERVICE_USER = 64321

@@ -65,9 +65,23 @@ def test_each_status_is_one_error(
 ) -> None:
     error = error_of(daemon, connect, peer.refuse(code, "what\nwas  wrong"), ready_timeout=0)
     assert type(error) is kind
-    if code not in (CODE.DEADLINE_EXCEEDED, CODE.CANCELLED):
+    if code is not CODE.CANCELLED:
         assert "what was wrong" in str(error)
     assert type(error_of(daemon, connect, peer.refuse(code), ready_timeout=0)) is kind
+
+
+def test_a_deadline_that_the_daemon_refuses_is_told_in_its_words_and_one_that_passed_in_ours(
+    daemon: peer.ScriptedDaemon, connect: Connect
+) -> None:
+    text = "the answer would begin in about 4.0 s, and the deadline is in 0.3 s: give more time"
+    error = error_of(daemon, connect, peer.refuse(CODE.DEADLINE_EXCEEDED, text), timeout=30)
+    assert (type(error), str(error)) == (hearth.DeadlineError, text)
+
+    ours = f"the daemon at {daemon.address} did not finish in time; allow more with timeout (--timeout)"
+    passed = error_of(daemon, connect, lambda _, context: (peer.wait_for_end(context), [])[1], timeout=0.3)
+    assert (type(passed), str(passed)) == (hearth.DeadlineError, ours)
+    for said in ("", "Deadline Exceeded", "Stream removed (Deadline Exceeded)"):
+        assert str(error_of(daemon, connect, peer.refuse(CODE.DEADLINE_EXCEEDED, said), timeout=30)) == ours
 
 
 def test_a_wrong_field_is_named(daemon: peer.ScriptedDaemon, connect: Connect) -> None:

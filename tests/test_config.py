@@ -310,7 +310,7 @@ def test_a_size_is_a_number_or_one_with_a_unit(tmp_path: Path, written: str, siz
 
 @pytest.mark.parametrize("written", ['"64"', '"64 M"', '"64MB"', '"-1M"', "-1", "1.5", '"9999999G"', "true"])
 def test_a_size_of_another_form_is_refused(tmp_path: Path, written: str) -> None:
-    with pytest.raises(ConfigError, match='a string such as "64M"'):
+    with pytest.raises(ConfigError, match='a string such as "64M": a whole number with K, M or G, powers of 1024'):
         load(tmp_path, f"[engine]\nkv_bytes = {written}")
 
 

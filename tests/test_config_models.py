@@ -140,9 +140,34 @@ def test_check_config_opens_every_model_and_prints_its_options(
 
 
 def test_check_config_says_which_model_is_not_installed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """And is content where the daemon starts: without the default model it does not, without another one it does."""
     file = installed(tmp_path, "first", "second")
+    (tmp_path / "models/second/manifest.json").write_text("{")
+    assert main(["check-config", "--quiet", "--config", str(file)]) == 0
+    second, third = capsys.readouterr().err.splitlines()
+    assert second.startswith("hearthd: warning: second cannot be served: ")
+    assert third.startswith("hearthd: warning: third cannot be served: model 'third' is not installed")
+    (tmp_path / "models/first/manifest.json").unlink()
     assert main(["check-config", "--quiet", "--config", str(file)]) == 78
-    assert "model 'third' is not installed" in capsys.readouterr().err
+
+
+def test_check_config_doubts_what_has_no_effect(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = installed(tmp_path, "first", "second", "third")
+    with file.open("a") as text:
+        text.write(
+            '[roles.kid]\nmodels = ["second", "nothere", "firts"]\n[roles.guest]\nmax_priority = "background"\n'
+            '[roles.host]\ndefault_priority = "interactive"\nmax_priority = "normal"\n'
+        )
+    assert main(["check-config", "--quiet", "--config", str(file)]) == 0
+    kid, host = capsys.readouterr().err.splitlines()
+    assert kid == (
+        "hearthd: warning: roles.kid.models has nothere, firts, which the daemon does not serve; it serves first, "
+        "second, third"
+    )
+    assert host == (
+        "hearthd: warning: roles.host.default_priority is interactive, more urgent than max_priority, normal; requests "
+        "that ask for none get normal"
+    )
 
 
 def test_the_doctor_looks_at_every_model(tmp_path: Path) -> None:

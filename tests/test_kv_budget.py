@@ -399,8 +399,13 @@ def test_a_real_runner_stays_within_its_bytes_at_every_step(tmp_path: Path) -> N
 
 def test_a_budget_too_small_for_one_block_is_one_clear_line(tmp_path: Path) -> None:
     checkpoint = tiny_checkpoint(tmp_path)
-    with pytest.raises(ConfigError, match=r"engine\.kv_bytes is 100; this model needs \d+ bytes for \d+ tokens"):
+    with pytest.raises(ConfigError, match=r'engine\.kv_bytes is 100; give at least "\d+M", which holds') as caught:
         tiny_runner(tmp_path / "graph", checkpoint, Recipe.reference(), kv_bytes=100)
+    least = int(str(caught.value).partition('"')[2].partition("M")[0]) << 20
+    # What it says is enough for what it says.
+    num_tokens = int(str(caught.value).partition("conversation of ")[2].partition(" ")[0])
+    runner = tiny_runner(tmp_path / "enough", checkpoint, Recipe.reference(), kv_bytes=least)
+    assert runner.context_length >= num_tokens
 
 
 class TestKeptPrompt:

@@ -138,3 +138,26 @@ def test_metrics_are_for_this_machine_unless_somebody_means_otherwise() -> None:
         assert find_metrics_listeners(MetricsConfig(address=address, allow_lan=True))[0].is_exposed
     with pytest.raises(ConfigError, match=r"metrics\.address has '9464'; write host:port"):
         find_metrics_listeners(MetricsConfig(address="9464"))
+
+
+@pytest.mark.parametrize(
+    ("tcp", "metrics", "is_refused"),
+    [
+        ("127.0.0.1:9464", "127.0.0.1:9464", True),
+        ("127.0.0.1:9464", "localhost:9464", True),
+        ("127.0.0.1:9464", "127.0.0.1:9465", False),
+        ("127.0.0.1:9464", "127.0.0.2:9464", False),
+        ("0.0.0.0:9464", "127.0.0.1:9464", True),
+        ("127.0.0.1:9464", "0.0.0.0:9464", True),
+        ("127.0.0.1:0", "127.0.0.1:0", False),
+    ],
+)
+def test_metrics_have_a_port_of_their_own(tmp_path: Path, tcp: str, metrics: str, is_refused: bool) -> None:
+    server = ServerConfig(unix_socket=tmp_path / "socket", tcp=(tcp,), allow_insecure_lan=True)
+    taken = find_listeners(server, TlsConfig(), AuthConfig())
+    config = MetricsConfig(address=metrics, allow_lan=True)
+    if is_refused:
+        with pytest.raises(ConfigError, match=rf"metrics\.address is {metrics}, and server\.tcp has {tcp}"):
+            find_metrics_listeners(config, taken)
+    else:
+        assert find_metrics_listeners(config, taken)

@@ -203,6 +203,8 @@ BLOCKED = '[[blocked]]\nname = "r"\non = "input"\n'
         (f'[[system]]\nprompt = "{"a" * 40000}"', "40000 characters; give at most 32768"),
         (f'[[system]]\nprompt = "a"\nown = "{SECRET}"', "own must be one of append, refuse"),
         (BLOCKED.replace('"r"', f'"{SECRET} R"') + 'phrases = ["a"]', "name must be"),
+        ('[[blocked]]\non = "input"\nphrases = ["a"]', r"\[\[blocked\]\] 1: name is missing; give"),
+        ('[[blocked]]\nname = "r"\nphrases = ["a"]', "rule r: on is missing; give"),
         (BLOCKED + 'phrases = ["a"]\n' + BLOCKED + 'phrases = ["a"]', "name r is taken"),
         (BLOCKED + "phrases = []", "rule r: phrases is empty"),
         (BLOCKED + f'phrases = ["{SECRET}", "*"]', "rule r: phrase 2 has nothing but"),
@@ -211,12 +213,16 @@ BLOCKED = '[[blocked]]\nname = "r"\non = "input"\n'
         (BLOCKED + f'phrases = ["{SECRET}"]\non = "x"', "not TOML"),
         (BLOCKED.replace("input", "x") + 'phrases = ["a"]', "on must be"),
         (BLOCKED + 'phrases = ["a"]\nroles = "child"', "roles must be a list"),
-        (BLOCKED + 'phrases = ["a"]\nroles = ["chidl"]', "chidl, which is no role; there are child, user"),
+        (
+            BLOCKED + 'phrases = ["a"]\nroles = ["chidl"]',
+            "rule r: roles has chidl, which is no role; there are child, user",
+        ),
+        ('[[system]]\nprompt = "a"\nroles = ["chidl"]', r"\[\[system\]\] 1: roles has chidl"),
         (BLOCKED + 'phrases = ["a"]\nwhole_words = 1', "true or false"),
         (BLOCKED + f"phrases = {[f'{n:0100}' for n in range(200)]}", "more than 16384"),
         (BLOCKED + f"phrases = {[f'{n:0100}*' for n in range(11)]}", r"with \* or \? have more than 1024"),
         ('[[required]]\nname = "r"\non = "output"\nphrases = ["a"]', "text is missing"),
-        ('[[required]]\nname = "r"\non = ["input", "output"]\nphrases = ["a"]\ntext = "t"', "one of"),
+        ('[[required]]\nname = "r"\non = ["input", "output"]\nphrases = ["a"]\ntext = "t"', "on has both; give one"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line_without_a_word_of_it(tmp_path: Path, text: str, says: str) -> None:

@@ -256,11 +256,11 @@ async def test_a_malformed_request_is_refused_with_all_that_is_wrong(
 @pytest.mark.parametrize(
     ("request_id", "fault"),
     [
-        ("a b", "has ' ' at character 1"),
-        ("a\nb", r"has '\n' at character 1"),
-        ("\u202ex", r"has '\u202e' at character 0"),
+        ("a b", "has ' ' at character 2"),
+        ("a\nb", r"has '\n' at character 2"),
+        ("\u202ex", r"has '\u202e' at character 1"),
         ("x" * 65, "has 65 characters"),
-        ("x" * 65 + "é", r"has 66 characters and has '\xe9' at character 65"),
+        ("x" * 65 + "é", r"has 66 characters and has '\xe9' at character 66"),
     ],
 )
 def test_a_bad_request_id_is_told_by_its_fault(request_id: str, fault: str) -> None:

@@ -278,7 +278,7 @@ def test_an_authority_for_callers_that_is_none_is_refused(tmp_path: Path, files:
 
 
 def test_an_empty_directory_is_refused_with_the_remedy(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"server\.crt cannot be read: .*; `hearthd pair NAME` makes one"):
+    with pytest.raises(ConfigError, match=r"server\.crt cannot be read: .* pair NAME` makes one, with --address"):
         read_certificate(ServerFiles(tmp_path / "server.crt", tmp_path / "server.key"))
 
 

@@ -66,6 +66,21 @@ def test_a_role_must_be_built_in_or_configured(token_file: Path, capsys: pytest.
     ]
 
 
+def test_a_token_that_nobody_asks_for_says_so(token_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = (
+        f"hearthd: callers need no token until {token_file.parent.parent}/configuration/hearthd.toml has [auth] "
+        'token_file = "{}" and the daemon is restarted'
+    )
+    assert main(["token", "create", "phone"]) == 0
+    assert capsys.readouterr().err.splitlines()[1:] == [said.format("auto")]
+    other = token_file.parent / "other"
+    assert main(["token", "create", "phone", "--token-file", str(other)]) == 0
+    assert capsys.readouterr().err.splitlines()[1:] == [said.format(other)]
+    configure(token_file, '[auth]\ntoken_file = "auto"')
+    assert main(["token", "create", "tablet"]) == 0
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
 def test_the_list_says_role_dates_and_what_is_not_valid(token_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     create_token(token_file, "kitchen")
     create_token(token_file, "old", role="monitor", seconds_valid=-1)

@@ -311,9 +311,9 @@ class TestControlTokens:
 class TestBadText:
     def test_lone_surrogate_is_refused_with_its_place(self) -> None:
         tokenizer = tiny.chat_tokenizer()
-        with pytest.raises(InvalidRequestError, match=r"^messages\[1\].content: has a lone surrogate at character 2;"):
+        with pytest.raises(InvalidRequestError, match=r"^messages\[1\].content: has a lone surrogate at character 3;"):
             tokenizer.encode_chat([Message("user", "fine"), Message("user", "ab\ud800")])
-        with pytest.raises(InvalidRequestError, match=r"^text: has a lone surrogate at character 0;"):
+        with pytest.raises(InvalidRequestError, match=r"^text: has a lone surrogate at character 1;"):
             tokenizer.encode_text("\udfff")
 
     def test_nul_is_text(self) -> None:

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from hearth._errors import ConfigurationError, HearthError
+from hearth._errors import AuthenticationError, ConfigurationError, HearthError
 from hearth.cli.arguments import make_parser
 from hearth.cli.terminal import neutralise_line
 
@@ -22,6 +22,9 @@ EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
 EXIT_BROKEN_PIPE = 141
 
+# What the daemon adds for programmers.
+_PROGRAMMERS_REMEDY = ": send the metadata"
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program. Returns its exit code; argparse raises SystemExit after --help and on wrong usage."""
@@ -29,10 +32,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     # A program's log, unlike a library's, is its own to silence: gRPC's would stand between an answer's lines. gRPC
     # reads this when it is imported.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    command = ""
     try:
         arguments = _parse(argv)
+        command = arguments.command
         # `ask` is the module hearth.cli.ask, and so on: one command, one module.
-        code: int = import_module(f"hearth.cli.{arguments.command}").run(arguments)
+        code: int = import_module(f"hearth.cli.{command}").run(arguments)
         sys.stdout.flush()
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
@@ -42,6 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigurationError as error:
         _report(error)
         return EXIT_USAGE
+    except AuthenticationError as error:
+        _report(error if command == "pair" else _with_options(error))
+        return EXIT_ERROR
     except HearthError as error:
         _report(error)
         return EXIT_ERROR
@@ -61,6 +69,17 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         # The text of --help may still be on its way, to where it cannot be written.
         sys.stdout.flush()
         raise
+
+
+def _with_options(error: AuthenticationError) -> HearthError:
+    """Say with this program's own options what helps; a paired device has been told what does."""
+    said = str(error).partition(_PROGRAMMERS_REMEDY)[0]
+    if "hearth pair" in said:
+        return error
+    return AuthenticationError(
+        f"{said}: give --token-file FILE or HEARTH_TOKEN with a token that is valid (`hearthd token create NAME` on "
+        "the daemon's machine makes one), or pair this device: `hearthd pair NAME` there, and here `hearth pair CODE`"
+    )
 
 
 def _report(error: Exception) -> None:

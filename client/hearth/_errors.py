@@ -12,7 +12,7 @@
     ├── UnavailableError          the daemon is loading its model or shutting down, or cannot load that model;
     │   │                         `retry_after` as above, `is_transient` says whether waiting may help
     │   └── ConnectError          there is no connection to a daemon
-    ├── DeadlineError             the call took longer than its `timeout`
+    ├── DeadlineError             the call took longer than its `timeout`, or the daemon says at once that it would
     ├── CallCancelledError        the stream or the client was closed before the end
     ├── InternalError             a fault of the daemon; `error_id` finds it in the daemon's journal
     └── ProtocolError             the other side does not speak hearth.v1 as agreed
@@ -110,7 +110,7 @@ class ConnectError(UnavailableError):
 
 
 class DeadlineError(HearthError):
-    """The call took longer than its `timeout`."""
+    """The call took longer than its `timeout`, or the daemon refused it at once because it would have."""
 
 
 class CallCancelledError(HearthError):

@@ -19,7 +19,7 @@ import errno
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -28,6 +28,7 @@ from hearthd.access.token_command import add_parser as add_token
 from hearthd.bench.cli import add_parser as add_bench
 from hearthd.configuration import paths
 from hearthd.configuration.config import Config, choose_file, load_config, model_settings, role_settings, settings
+from hearthd.configuration.roles import Role
 from hearthd.doctor.cli import add_parser as add_doctor
 from hearthd.errors import (
     AddressInUseError,
@@ -263,6 +264,7 @@ def run_server(
 
 def _check_config(parsed: argparse.Namespace) -> None:
     from hearthd.access.tokens import list_tokens
+    from hearthd.audit.audit_log import check_audit_file
     from hearthd.bundles.store import Store
     from hearthd.inference.shared_prompts import read_shared_prompts
     from hearthd.listening.listeners import find_listeners, find_metrics_listeners
@@ -275,7 +277,7 @@ def _check_config(parsed: argparse.Namespace) -> None:
     if not parsed.quiet:
         print(f"configuration: {file or 'no file, the defaults'}", flush=True)
     listeners = find_listeners(config.server, config.tls, config.auth)
-    find_metrics_listeners(config.metrics)
+    find_metrics_listeners(config.metrics, listeners)
     if files := find_files(config.tls):
         read_certificate(files)
         if exposure := find_exposure(files.key):
@@ -285,11 +287,20 @@ def _check_config(parsed: argparse.Namespace) -> None:
             if token.role not in config.roles:
                 print(f"hearthd: warning: token {token.name} has no rights: no role {token.role}", file=sys.stderr)
     PolicyFile(config.policy.file, config.roles)
+    if config.audit.file:
+        check_audit_file(config.audit.file)
     read_shared_prompts(config)
     store = Store(config.model.directory)
-    for name in config.model_names:
-        # Without the hashes, which take as long as reading the whole model.
-        store.open(name, verify=False)
+    # Without the hashes, which take as long as reading the whole model.
+    store.open(config.model.name, verify=False)
+    for name in config.model_names[1:]:
+        try:
+            store.open(name, verify=False)
+        except (ModelNotFoundError, BundleError) as error:
+            # The daemon starts without it, and looks again when somebody asks for it.
+            print(f"hearthd: warning: {name} cannot be served: {error}", file=sys.stderr)
+    for line in _doubts_of_roles(config):
+        print(f"hearthd: warning: {line}", file=sys.stderr)
     if parsed.quiet:
         return
     for key, value in settings(config).items():
@@ -298,6 +309,24 @@ def _check_config(parsed: argparse.Namespace) -> None:
     for key, value in (role_settings(config) | model_settings(config)).items():
         print(f"{key} = {list(value) if isinstance(value, tuple) else value}")
     print(f"good: would listen on {', '.join(listener.text for listener in listeners)}")
+
+
+def _doubts_of_roles(config: Config) -> Iterable[str]:
+    """Tell what of a role has no effect; it may be meant for later."""
+    for name, role in config.roles.items():
+        unknown = [model for model in role.models if model not in config.model_names]
+        if unknown:
+            yield (
+                f"roles.{name}.models has {', '.join(unknown)}, which the daemon does not serve; it serves "
+                f"{', '.join(config.model_names)}"
+            )
+        used = role.priority(None)
+        # What nobody has written, but got with a lower max_priority, is as it should be.
+        if used and used.word != role.default_priority != Role().default_priority:
+            yield (
+                f"roles.{name}.default_priority is {role.default_priority}, more urgent than max_priority, "
+                f"{role.max_priority}; requests that ask for none get {used.word}"
+            )
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from typing import Final
 
 from hearthd.access.tokens import DEFAULT_ROLE, Token, create_token, list_tokens, revoke_token
 from hearthd.configuration import paths
-from hearthd.configuration.config import Config, load_config
+from hearthd.configuration.config import Config, choose_file, load_config
 from hearthd.configuration.roles import BUILT_IN
 from hearthd.errors import ConfigError
 
@@ -88,6 +88,14 @@ def _create(parsed: argparse.Namespace) -> None:
     path = _changed_file(parsed, config)
     print(create_token(path, parsed.name, role=parsed.role, seconds_valid=parsed.expires))
     print(f"hearthd: this is the only time that the token is shown; its hash stands in {path}", file=sys.stderr)
+    if config.auth.token_file is None:
+        # Else it seems to protect something: the daemon reads no file that the configuration does not name.
+        value = "auto" if path == paths.token_file() else path
+        print(
+            f"hearthd: callers need no token until {choose_file(parsed.config) or paths.configuration_file()} has "
+            f'[auth] token_file = "{value}" and the daemon is restarted',
+            file=sys.stderr,
+        )
 
 
 def _list(parsed: argparse.Namespace) -> None:

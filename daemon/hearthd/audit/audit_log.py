@@ -23,7 +23,7 @@ from typing import Final
 from hearthd.durable_file import sync_directory
 from hearthd.errors import ConfigError
 
-__all__ = ["AuditLog"]
+__all__ = ["AuditLog", "check_audit_file"]
 
 _logger = logging.getLogger(__name__)
 
@@ -36,11 +36,27 @@ _RETRY_SECONDS: Final = 10.0
 Line = Mapping[str, object]
 
 
+def check_audit_file(path: Path) -> None:
+    """Raise ConfigError for a path that can be no audit log; makes none."""
+    try:
+        mode = path.lstat().st_mode
+    except (FileNotFoundError, PermissionError):
+        # The daemon makes it, and may look where whoever asks may not.
+        return
+    except OSError as error:
+        raise ConfigError(f"audit file {path} cannot be written: {error.strerror}") from None
+    if not stat.S_ISREG(mode):
+        raise ConfigError(
+            f"audit file {path} cannot be written: it is there and no regular file; give audit.file another path"
+        )
+
+
 class AuditLog:
     """Writes lines to a file of mode 0600. `write` is for any thread and never waits."""
 
     def __init__(self, path: Path, *, max_bytes: int, num_old_files: int) -> None:
         """max_bytes: of the file, and of each of the old ones. Raises ConfigError if it cannot be written."""
+        check_audit_file(path)
         self._path = path
         self._max_bytes = max_bytes
         self._num_old_files = num_old_files

@@ -69,7 +69,9 @@ class ByteSize(Kind):
         if isinstance(value, str) and (found := re.fullmatch(r"([0-9]{1,12})([KMG])", value)):
             value = int(found[1]) << {"K": 10, "M": 20, "G": 30}[found[2]]
         if type(value) is not int or not 0 <= value <= self.high:
-            raise ValueError(f'give 0 to {self.high} bytes, or a string such as "64M"')
+            raise ValueError(
+                f'give 0 to {self.high} bytes, or a string such as "64M": a whole number with K, M or G, powers of 1024'
+            )
         return value
 
     def from_text(self, text: str) -> object:

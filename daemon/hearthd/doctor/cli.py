@@ -7,6 +7,8 @@ argument.
 
 import argparse
 import json
+import os
+import shlex
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
@@ -49,7 +51,11 @@ def _run(parsed: argparse.Namespace) -> int:
     environment = paths.service_environment(unit=parsed.unit)
     findings = []
     for finding in diagnose(
-        System(), lambda: load_config(parsed.config, environment), unit=parsed.unit, is_quick=parsed.quick
+        System(),
+        lambda: load_config(parsed.config, environment),
+        unit=parsed.unit,
+        is_quick=parsed.quick,
+        file=parsed.config,
     ):
         findings.append(finding)
         if not parsed.json:
@@ -64,9 +70,14 @@ def _run(parsed: argparse.Namespace) -> int:
 
 
 def diagnose(
-    system: System, load: Callable[[], Config], *, unit: str = paths.UNIT, is_quick: bool = False
+    system: System,
+    load: Callable[[], Config],
+    *,
+    unit: str = paths.UNIT,
+    is_quick: bool = False,
+    file: Path | None = None,
 ) -> Iterable[Finding]:
-    """Run every check. load: reads the configuration, raises ConfigError."""
+    """Run every check. load: reads the configuration, raises ConfigError. file: for remedies, which name it again."""
     from hearthd.listening.listeners import find_listeners
 
     yield from _checked("processor", lambda: check_processor(system))
@@ -76,23 +87,24 @@ def diagnose(
     yield from _checked("clock", lambda: board.check_clock(system))
     yield from _checked("disk health", lambda: disk.check_disk_health(system))
     yield from _checked("service", lambda: running.check_unit(system, unit))
+    option = f" --config {shlex.quote(os.fspath(file))}" if file else ""
     try:
         config = load()
         find_listeners(config.server, config.tls, config.auth)
     except ConfigError as error:
         text, _, remedy = str(error).partition("; ")
-        yield problem("configuration", text, remedy or "hearthd check-config")
+        yield problem("configuration", text, remedy or f"hearthd check-config{option}")
         return
     yield good("configuration", "can be used")
-    yield from _configured(system, config, unit, is_quick=is_quick)
+    yield from _configured(system, config, unit, file, is_quick=is_quick)
 
 
-def _configured(system: System, config: Config, unit: str, *, is_quick: bool) -> Iterable[Finding]:
+def _configured(system: System, config: Config, unit: str, file: Path | None, *, is_quick: bool) -> Iterable[Finding]:
     """Run the checks of what the configuration names."""
     from hearthd.doctor import credentials, model_files
 
-    yield from _checked("certificate", lambda: credentials.check_certificate(config))
-    yield from _checked("tokens", lambda: credentials.check_tokens(config))
+    yield from _checked("certificate", lambda: credentials.check_certificate(config, file=file))
+    yield from _checked("tokens", lambda: credentials.check_tokens(config, file=file))
     directory = config.model.directory
     yield from _checked("disk space", lambda: disk.check_free_space(system, directory))
     yield from _checked("disk", lambda: disk.check_writable(system, directory))

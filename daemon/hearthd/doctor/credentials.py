@@ -2,14 +2,17 @@
 
 import datetime
 import os
+import shlex
 from collections.abc import Iterable
 from dataclasses import replace
+from pathlib import Path
 from typing import Final
 
 from hearthd.access.tokens import list_tokens
 from hearthd.configuration.config import Config
 from hearthd.doctor.finding import Finding, good, note, problem, warning
 from hearthd.errors import ConfigError
+from hearthd.listening.listeners import find_listeners
 from hearthd.listening.tls import TlsFiles, find_exposure, find_files, read_certificate
 
 __all__ = ["check_certificate", "check_tokens"]
@@ -17,8 +20,10 @@ __all__ = ["check_certificate", "check_tokens"]
 _LATE_DAYS: Final = 30
 
 
-def check_certificate(config: Config, now: datetime.datetime | None = None) -> Iterable[Finding]:
-    """Read certificate and key as the daemon does, and their dates."""
+def check_certificate(
+    config: Config, now: datetime.datetime | None = None, *, file: Path | None = None
+) -> Iterable[Finding]:
+    """Read certificate and key as the daemon does, and their dates. file: of the configuration, if one was given."""
     from cryptography import x509
 
     files = find_files(config.tls)
@@ -29,7 +34,7 @@ def check_certificate(config: Config, now: datetime.datetime | None = None) -> I
         chain = read_certificate(files).chain
         certificates = x509.load_pem_x509_certificates(chain)
     except (ConfigError, ValueError) as error:
-        yield problem("certificate", str(error), _remedy(files, is_own=bool(config.tls.directory)))
+        yield problem("certificate", str(error), _remedy(files, _pair_command(config, file)))
         return
     now = now or datetime.datetime.now(datetime.UTC)
     # The chain is as good as its worst part.
@@ -60,16 +65,33 @@ def check_certificate(config: Config, now: datetime.datetime | None = None) -> I
         yield good("key", f"{files.key} is readable by its owner alone")
 
 
-def _remedy(files: TlsFiles, *, is_own: bool) -> str:
-    """Say what helps with files that cannot be used. is_own: where `hearthd pair` makes them."""
+def _pair_command(config: Config, file: Path | None) -> str:
+    """Return the command that makes certificate and token, and opens no more than what is open; "" where none does."""
+    if not config.tls.directory:
+        return ""
+    listeners = find_listeners(config.server, config.tls, config.auth)
+    is_inside = bool(config.server.tcp) and not any(listener.is_exposed for listener in listeners)
+    words = ["hearthd pair NAME"]
+    if is_inside:
+        words.append("--address HOST:PORT")
+    if not is_inside or config.auth.token_file is None:
+        # Beside an address it writes what is missing of tokens, and opens nothing.
+        words.append("--open-lan")
+    if file:
+        words.append(f"--config {shlex.quote(os.fspath(file))}")
+    return " ".join(words)
+
+
+def _remedy(files: TlsFiles, pair_command: str) -> str:
+    """Say what helps with files that cannot be used. pair_command: what makes them; "" where the owner does."""
     certificate, key = files.certificate, files.key
     if any(os.path.lexists(each) and not os.access(each, os.R_OK) for each in (certificate, key)):
         return "run this as root; if it is, the files, or the disk, must be put right"
     if files.clients and _is_usable(replace(files, clients=None)):
         return f"put the authority's certificate back, or remove {files.clients} and restart the daemon"
-    if not is_own:
+    if not pair_command:
         return f"put the pair back: {certificate} and its key {key}, both PEM"
-    anew = "sudo hearthd pair NAME --open-lan, which makes new ones; then every device pairs again"
+    anew = f"sudo {pair_command}, which makes new ones; then every device pairs again"
     if not os.path.lexists(certificate):
         return f"put the pair back, or: {anew}"
     return f"put the pair back, or: sudo rm {certificate} {key}; {anew}"
@@ -83,8 +105,8 @@ def _is_usable(files: TlsFiles) -> bool:
     return True
 
 
-def check_tokens(config: Config) -> Iterable[Finding]:
-    """Read the token file as the daemon does."""
+def check_tokens(config: Config, *, file: Path | None = None) -> Iterable[Finding]:
+    """Read the token file as the daemon does. file: as of `check_certificate`."""
     path = config.auth.token_file
     if path is None:
         yield note("tokens", "no token file is configured: callers on loopback need none")
@@ -105,4 +127,5 @@ def check_tokens(config: Config) -> Iterable[Finding]:
     if tokens:
         yield good("tokens", f"{len(tokens)} in {path}")
     else:
-        yield warning("tokens", f"{path} has none, so nobody can call over the network", "hearthd pair NAME")
+        remedy = _pair_command(config, file) or "hearthd pair NAME"
+        yield warning("tokens", f"{path} has none, so nobody can call over the network", remedy)

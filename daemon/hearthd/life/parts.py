@@ -71,7 +71,7 @@ class Parts:
         self.meters = Meters(self.daily_usage)
         self.pairing = PairingGate(config.auth.token_file)
         self.guard = ConnectionGuard(config.server.max_connections)
-        self.observation = Observation(config, root)
+        self.observation = Observation(config, root, self.listeners)
         self.models = ModelPool(config, load, survey, lambda: self.observation.governor.throttle)
         self.policy = PolicyFile(config.policy.file, config.roles)
         self.audit_log = _open_audit_log(config.audit)

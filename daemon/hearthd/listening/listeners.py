@@ -65,10 +65,10 @@ def find_listeners(server: ServerConfig, tls: TlsConfig, auth: AuthConfig) -> tu
     return tuple(listeners)
 
 
-def find_metrics_listeners(metrics: MetricsConfig) -> tuple[Listener, ...]:
-    """Resolve the address of the metrics; none if there is none.
+def find_metrics_listeners(metrics: MetricsConfig, taken: Sequence[Listener] = ()) -> tuple[Listener, ...]:
+    """Resolve the address of the metrics; none if there is none. taken: where the daemon listens for callers.
 
-    Raises ConfigError for an address that cannot be used, and for one that other machines can reach unless
+    Raises ConfigError for an address that cannot be used or is taken, and for one that other machines can reach unless
     `allow_lan` says that this is meant: the page asks for no credential.
     """
     listeners = _tcp_listeners("metrics.address", metrics.address) if metrics.address else []
@@ -79,7 +79,22 @@ def find_metrics_listeners(metrics: MetricsConfig) -> tuple[Listener, ...]:
             "give an address of 127.0.0.1, or set metrics.allow_lan = true to let everybody on the network read the "
             "figures"
         )
+    for listener in listeners:
+        other = next((each for each in taken if _is_same_port(each, listener)), None)
+        if other:
+            raise ConfigError(
+                f"metrics.address is {listener.text}, and server.tcp has {other.text}, which is the same port of the "
+                "same address: give the metrics a port of their own"
+            )
     return tuple({listener.target: listener for listener in listeners}.values())
+
+
+def _is_same_port(one: Listener, other: Listener) -> bool:
+    """Whether only one of two can be bound. An unspecified address is all addresses."""
+    (host, port), (other_host, other_port) = one.target.rsplit(":", 1), other.target.rsplit(":", 1)
+    if one.socket_path or other.socket_path or port != other_port or port == "0":
+        return False
+    return host == other_host or "[::]" in (host, other_host)
 
 
 def _refuse_exposure(listeners: Sequence[Listener], server: ServerConfig, tls: TlsConfig, auth: AuthConfig) -> None:

@@ -241,7 +241,8 @@ def _read(name: str, path: Path) -> bytes:
 
 
 def _remedy(path: Path) -> str:
-    return "; `hearthd pair NAME` makes one" if path.name == CERTIFICATE_NAME and not os.path.lexists(path) else ""
+    remedy = "; `hearthd pair NAME` makes one, with --address HOST:PORT where only this machine can call"
+    return remedy if path.name == CERTIFICATE_NAME and not os.path.lexists(path) else ""
 
 
 def _refuse_password() -> NoReturn:

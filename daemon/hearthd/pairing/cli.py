@@ -9,6 +9,7 @@ Called by `__main__`.
 import argparse
 import os
 import re
+import shlex
 import socket
 import sys
 from collections.abc import Sequence
@@ -75,8 +76,11 @@ def _run(parsed: argparse.Namespace) -> None:
 def _list(parsed: argparse.Namespace) -> None:
     from hearthd.pairing.records import PairingRecords
 
-    for record in PairingRecords(_token_file(load_config(parsed.config))).list():
+    records = PairingRecords(_token_file(load_config(parsed.config))).list()
+    for record in records:
         print(f"{record.name}\t{record.role}\t{record.seconds_left / 60:.0f} minutes left")
+    if not records:
+        print("hearthd: no device is being paired; hearthd pair NAME makes a code", file=sys.stderr)
 
 
 def _cancel(parsed: argparse.Namespace) -> None:
@@ -109,9 +113,13 @@ def _pair(parsed: argparse.Namespace) -> None:
     lines = missing_lines(config, is_exposed=is_exposed)
     file = file or paths.configuration_file()
     if lines and not parsed.open_lan:
+        given = f" --config {shlex.quote(os.fspath(parsed.config))}" if parsed.config else ""
+        # A loopback address that has TLS and tokens already: a tunnel or a proxy may lead there.
+        is_inside = bool(config.server.tcp) and set(lines) == {("server", "tcp")}
+        inside = f"; or, to open nothing, `hearthd pair {parsed.name} --address HOST:PORT{given}`" if is_inside else ""
         raise ConfigError(
             f"no other machine may call this daemon yet; {by_hand(lines)} to {file}, restart the daemon, and run this "
-            f"again; or let `hearthd pair {parsed.name} --open-lan` do that"
+            f"again; or let `hearthd pair {parsed.name} --open-lan{given}` do that{inside}"
         )
     planned = plan_open_lan(file, lines) if lines else None
     if planned:

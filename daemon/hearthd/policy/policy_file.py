@@ -111,17 +111,15 @@ def parse_policy(data: bytes, known_roles: Iterable[str] | None = None) -> Polic
         entries = tables.get(section, [])
         if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
             raise ValueError(f"{section} is no list of tables; write [[{section}]] above each")
-    policy = _Reader(tables).read()
-    if known_roles is not None and (unknown := sorted(policy.roles - frozenset(known_roles))):
-        raise ValueError(f"roles has {unknown[0]}, which is no role; there are {', '.join(sorted(known_roles))}")
-    return policy
+    return _Reader(tables, known_roles).read()
 
 
 class _Reader:
     """Reads one file's tables."""
 
-    def __init__(self, tables: Mapping[str, list[Mapping[str, Any]]]) -> None:
+    def __init__(self, tables: Mapping[str, list[Mapping[str, Any]]], known_roles: Iterable[str] | None) -> None:
         self._tables = tables
+        self._known_roles = None if known_roles is None else frozenset(known_roles)
         self._names: set[str] = set()
         self._num_units = 0
         self._num_varying_units = 0
@@ -147,13 +145,15 @@ class _Reader:
         if not prompt.strip():
             raise ValueError(f"{where}: prompt is empty; give instructions, or leave the section out")
         own = _word(table, "own", where, ("append", "refuse"))
-        return SystemPrompt(prompt, allows_own=own == "append"), _scope(table, where)
+        return SystemPrompt(prompt, allows_own=own == "append"), self._scope(table, where)
 
     def _read_rule(
         self, section: str, where: str, table: Mapping[str, Any]
     ) -> tuple[PhraseRule, Scope, tuple[str, ...]]:
         _refuse_unknown(table, _KEYS[section], where, "key")
         name = table.get("name")
+        if name is None:
+            raise ValueError(f"{where}: name is missing; give up to 64 of a-z, 0-9, '.', '_', '-'")
         if not isinstance(name, str) or not _NAME.fullmatch(name):
             raise ValueError(f"{where}: name must be up to 64 of a-z, 0-9, '.', '_', '-'")
         if name in self._names or name == "system":
@@ -168,14 +168,26 @@ class _Reader:
         if not isinstance(is_whole_words, bool):
             raise ValueError(f"{where}: whole_words must be true or false")
         phrases = self._phrases(table, where, text, action, is_whole_words=is_whole_words)
-        return PhraseRule(name, phrases, is_required, action, text), _scope(table, where), on
+        return PhraseRule(name, phrases, is_required, action, text), self._scope(table, where), on
+
+    def _scope(self, table: Mapping[str, Any], where: str) -> Scope:
+        roles = table.get("roles", [])
+        if not isinstance(roles, list) or not all(isinstance(role, str) and _NAME.fullmatch(role) for role in roles):
+            raise ValueError(f"{where}: roles must be a list of role names; leave it out for everybody")
+        if self._known_roles is not None and (unknown := sorted(set(roles) - self._known_roles)):
+            raise ValueError(
+                f"{where}: roles has {unknown[0]}, which is no role; there are {', '.join(sorted(self._known_roles))}"
+            )
+        return Scope(frozenset(roles) or None)
 
     def _action(
         self, table: Mapping[str, Any], where: str, on: tuple[str, ...], text: str, *, is_required: bool
     ) -> Action:
         if is_required:
             if len(on) != 1:
-                raise ValueError(f'{where}: on must be one of "input" and "output"')
+                raise ValueError(
+                    f'{where}: on has both; give one of "input" and "output", and the other in a rule of its own'
+                )
             if on == ("input",):
                 return Action.REFUSE
             if not text:
@@ -217,17 +229,12 @@ class _Reader:
 
 def _sides(table: Mapping[str, Any], where: str) -> tuple[str, ...]:
     on = table.get("on")
+    if on is None:
+        raise ValueError(f'{where}: on is missing; give "input", "output" or a list of both')
     sides = [on] if isinstance(on, str) else on
     if not isinstance(sides, list) or not sides or any(side not in _SIDES for side in sides):
         raise ValueError(f'{where}: on must be "input", "output" or a list of both')
     return tuple(side for side in _SIDES if side in sides)
-
-
-def _scope(table: Mapping[str, Any], where: str) -> Scope:
-    roles = table.get("roles", [])
-    if not isinstance(roles, list) or not all(isinstance(role, str) and _NAME.fullmatch(role) for role in roles):
-        raise ValueError(f"{where}: roles must be a list of role names; leave it out for everybody")
-    return Scope(frozenset(roles) or None)
 
 
 def _text(table: Mapping[str, Any], key: str, where: str, most: int) -> str:

@@ -26,6 +26,8 @@ from hearthd.runtime.session import open_session
 
 __all__ = ["DecoderShape", "OnnxRunner"]
 
+# Of a short conversation: what a configuration that gives too little memory is told to make room for.
+_LEAST_TOKENS = 1024
 # Chunks of prompts come in two sizes again and again: while others decode, and while nobody does.
 _PROMPT_BINDINGS = 2
 # Steps of a batch come in as many shapes as there are runs of neighbouring slots; few of them at a time.
@@ -87,10 +89,12 @@ class OnnxRunner:
         prompt_factor = self._prompt.factor if self._prompt else 0
         self.kv_budget = self._slots.budget(kv_bytes, num_slots if num_full is None else num_full, prompt_factor)
         if not self.kv_budget.context_length:
-            least = (1 + prompt_factor) * self.kv_budget.block_bytes
+            # With the least that holds anything, no question would find room.
+            num_tokens = min(_LEAST_TOKENS, context_length)
+            least = (1 + prompt_factor) * self.kv_budget.blocks(num_tokens) * self.kv_budget.block_bytes
             raise ConfigError(
-                f"engine.kv_bytes is {kv_bytes}; this model needs {least} bytes for {self.kv_budget.block_tokens} "
-                "tokens, and more for a conversation"
+                f'engine.kv_bytes is {kv_bytes}; give at least "{-(-least // 2**20)}M", which holds a conversation of '
+                f"{num_tokens} tokens with this model, or 0 for what its slots need"
             )
         self.context_length = min(context_length, self.kv_budget.context_length)
         # By first slot, rows and length, the last used at the end.

@@ -110,7 +110,7 @@ def _find_request_id_fault(request_id: str) -> str | None:
         faults.append(f"has {len(request_id)} characters")
     if wrong := _NOT_IN_REQUEST_ID.search(request_id):
         # In ASCII, and no more than this one: an id may have been meant for other eyes.
-        faults.append(f"has {wrong[0]!a} at character {wrong.start()}")
+        faults.append(f"has {wrong[0]!a} at character {wrong.start() + 1}")
     if not faults:
         return None
     return f"{' and '.join(faults)}; give at most {_MAX_REQUEST_ID_CHARS} characters of A-Z a-z 0-9 . _ : -"

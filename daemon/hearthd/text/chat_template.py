@@ -73,7 +73,7 @@ def check_encodable(field: str, text: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         raise InvalidRequestError(
-            field, f"has a lone surrogate at character {error.start}; give valid Unicode text"
+            field, f"has a lone surrogate at character {error.start + 1}; give valid Unicode text"
         ) from None
 
 

@@ -5,7 +5,7 @@
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,9 +30,12 @@ Describe = Callable[[], status_pb2.GetStatusResponse]
 class Observation:
     """Of the event loop."""
 
-    def __init__(self, config: Config, root: Path = Path("/")) -> None:
-        """root: where the board's `sys` is. Raises ConfigError if metrics.address cannot be used."""
-        self._listeners = find_metrics_listeners(config.metrics)
+    def __init__(self, config: Config, root: Path = Path("/"), taken: Sequence[Listener] = ()) -> None:
+        """root: where the board's `sys` is. taken: where the daemon listens.
+
+        Raises ConfigError if metrics.address cannot be used.
+        """
+        self._listeners = find_metrics_listeners(config.metrics, taken)
         self.tally = Tally()
         self.governor = Governor(Sensors(root), config.thermal.max_celsius)
         self.observers: list[Observer] = [self.tally]
