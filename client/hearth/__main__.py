@@ -72,9 +72,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _with_options(error: AuthenticationError) -> HearthError:
-    """Say with this program's own options what helps; a paired device has been told what does."""
-    said = str(error).partition(_PROGRAMMERS_REMEDY)[0]
-    if "hearth pair" in said:
+    """Say with this program's own options what helps; a paired device has been told what does, and so may others be."""
+    said, remedy, _ = str(error).partition(_PROGRAMMERS_REMEDY)
+    if not remedy or "hearth pair" in said:
         return error
     return AuthenticationError(
         f"{said}: give --token-file FILE or HEARTH_TOKEN with a token that is valid (`hearthd token create NAME` on "
